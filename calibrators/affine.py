@@ -1,0 +1,73 @@
+"""The affine quantization formulas, for NumPy arrays and torch tensors alike.
+
+The only place that chooses a scale, rounds or saturates. Rounding is to the nearest code, ties to the even
+one, after a true division by the scale: what ONNX's QuantizeLinear does, so that a plan means the same in
+torch, in NumPy and in an engine. Everything is float32.
+
+Source: ONNX operators QuantizeLinear and DequantizeLinear, version 19.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+__all__ = ["CODES", "IntCodes", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
+
+
+@dataclass(frozen=True)
+class IntCodes:
+    """An integer format: its ONNX name and its smallest and largest code."""
+
+    name: str
+    low: int
+    high: int
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes below zero exist; signed formats are used symmetrically, with zero-point 0."""
+        return self.low < 0
+
+
+CODES = {codes.name: codes for codes in (IntCodes("int8", -128, 127), IntCodes("uint8", 0, 255))}
+
+
+def choose_qparams(low: np.ndarray, high: np.ndarray, codes: IntCodes) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) and zero-point (the codes' dtype) that cover the range from `low` to `high`.
+
+    Signed: symmetric, scale = max(|low|, |high|) / high code, zero-point 0. Unsigned: asymmetric; the range is
+    widened to hold 0, so that zero (padding, a ReLU's floor) is exact. A range that holds only 0 gets scale 1.
+    Both results have the shape of `low`.
+    """
+    low = np.minimum(np.asarray(low, np.float32), np.float32(0))
+    high = np.maximum(np.asarray(high, np.float32), np.float32(0))
+    if codes.signed:
+        span, steps = np.maximum(-low, high), codes.high
+    else:
+        span, steps = high - low, codes.high - codes.low
+    scale = span / np.float32(steps)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
+    if codes.signed:
+        return scale, np.zeros(scale.shape, codes.name)
+    zero_point = np.clip(np.rint(codes.low - low / scale), codes.low, codes.high)
+    return scale, np.asarray(zero_point, codes.name)
+
+
+def quantize(values: Any, scale: Any, zero_point: Any, codes: IntCodes) -> Any:
+    """Codes of `values` as floats of the same shape: clip(round(values / scale) + zero_point, low, high).
+
+    `scale` and `zero_point` must broadcast against `values`; see `along` in `calibrators.plan`.
+    """
+    xp = array_namespace(values)
+    return xp.clip(xp.round(values / scale) + zero_point, codes.low, codes.high)
+
+
+def dequantize(quantized: Any, scale: Any, zero_point: Any) -> Any:
+    """The values that codes stand for: (quantized - zero_point) * scale."""
+    return (quantized - zero_point) * scale
+
+
+def fake_quantize(values: Any, scale: Any, zero_point: Any, codes: IntCodes) -> Any:
+    """`values` as they come back from a round trip through `codes`, same shape and dtype."""
+    return dequantize(quantize(values, scale, zero_point, codes), scale, zero_point)

@@ -1,0 +1,1 @@
+"""Collectors: who drives calibration images through a model and brings home ranges."""

@@ -1,0 +1,62 @@
+"""The one family of errors that is raised on purpose, each saying what, why and how to fix it.
+
+Whoever raises knows the facts; whoever prints (the command line) only prints. Nothing here knows either.
+"""
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "DeployError",
+    "ExportError",
+    "ImagesError",
+    "ModelError",
+    "PlanError",
+    "RecipeError",
+]
+
+
+class DeployError(Exception):
+    """A failure that the reader can act on; `str()` gives the three lines that are shown.
+
+    Attributes:
+        what: What could not be done, with the names and numbers involved.
+        why: The reason, as far as it is known.
+        fix: What to do next, with the flag or command spelt out.
+    """
+
+    def __init__(self, *, what: str, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+class RecipeError(DeployError):
+    """A run was described in a way that cannot be carried out."""
+
+
+class ModelError(DeployError):
+    """A model or its weights could not be loaded."""
+
+
+class ImagesError(DeployError):
+    """Calibration or evaluation images are missing, broken or of the wrong shape."""
+
+
+class PlanError(DeployError):
+    """Ranges or a plan are unusable, or belong to another model."""
+
+
+class ExportError(DeployError):
+    """The ONNX graph could not be made, or is not what the plan asks for."""
+
+
+class BackendError(DeployError):
+    """A run-time is missing, or cannot run this plan."""
+
+
+class BundleError(DeployError):
+    """A bundle is incomplete, altered or of another format."""

@@ -1,0 +1,46 @@
+"""Files that are whole or absent, and what identifies their content.
+
+Every artefact is written beside its final name and moved there when it is complete, so that a killed run
+never leaves a half-written file under a name that another run would read.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["fingerprint_of", "sha256_of", "written_whole"]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path in `path`'s folder that becomes `path` when the block ends without an exception.
+
+    Files that the block writes beside it (ONNX's external data) are moved along, before it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        temporary = Path(folder) / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files private
+        yield temporary
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+            written.chmod(mode)
+            written.replace(path.parent / written.name)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of(facts: object) -> str:
+    """Hexadecimal SHA-256 of JSON-serialisable facts, the same whatever the order of their keys."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

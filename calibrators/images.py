@@ -1,0 +1,256 @@
+"""Images as a model takes them, with the facts of where they come from.
+
+`Preprocess` turns a PIL image into the array that a model was trained on; its facts come from the model and
+travel with every artefact. An `ImageSet` is a sequence of such arrays, in memory, in a file or decoded when
+asked for, together with its source and a fingerprint. No torch here: production uses this file too.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from calibrators.errors import ImagesError
+from calibrators.files import fingerprint_of, written_whole
+
+__all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set"]
+
+_HEADER = "dfq_imageset"
+_FORMAT = 1
+_CHUNK = 16  # images read at once, so that memory does not grow with their number
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes a model's input.
+
+    Attributes:
+        size: Height and width of the input, in pixels.
+        crop_pct: Share of the resized image's edge that the centre crop keeps.
+        crop_mode: `center` keeps the aspect ratio and loses the rims; `squash` keeps all and distorts.
+        interpolation: A PIL resampling name, such as `bicubic`.
+        mean: Per-channel mean, subtracted after scaling pixels to 0..1.
+        std: Per-channel standard deviation, divided by after that.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    crop_mode: Literal["center", "squash"]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.crop_mode not in ("center", "squash") or (self.crop_mode == "center" and self.size[0] != self.size[1]):
+            raise ImagesError(
+                what=f"preprocessing with crop mode `{self.crop_mode}` at {self.size} is not supported.",
+                why="only `center` with a square input and `squash` are built.",
+                fix="use a variant of the model with one of those.",
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one input: channels, height, width."""
+        return (len(self.mean), *self.size)
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Values of a black and of a white pixel, each (C, 1, 1) float32: the range of any real image."""
+        mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        return -mean / std, (1 - mean) / std
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """A model-ready (C, H, W) float32 array, as timm's evaluation transform makes it."""
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        image = _centre_crop(self._resized(image), self.size)
+        pixels = np.asarray(image, np.float32) / np.float32(255)
+        pixels = np.atleast_3d(pixels).transpose(2, 0, 1)
+        mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        return np.ascontiguousarray((pixels - mean) / std)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        target_h, target_w = (math.floor(edge / self.crop_pct) for edge in self.size)
+        width, height = image.size
+        if self.crop_mode == "center":  # the shorter edge meets the target, the other follows
+            if width <= height:
+                target_h = int(target_w * height / width)
+            else:
+                target_w = int(target_h * width / height)
+        return image.resize((target_w, target_h), Image.Resampling[self.interpolation.upper()])
+
+
+def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+class Pixels(Protocol):
+    """Model-ready images that are produced by slices: (n, C, H, W) float32."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Model-ready images with their provenance.
+
+    Attributes:
+        pixels: The images, (N, C, H, W) float32 by slices.
+        preprocess: What made them model-ready; they fit models with the same preprocessing only.
+        source: Where they come from, for people: `folder:…`, `synthetic:psaq_v1`.
+        fingerprint: SHA-256 that changes when any image does.
+        labels: Class indices (N,) int64, or None.
+        made_by: Facts that repeat a synthetic set: generator, seed, settings, model.
+    """
+
+    pixels: Pixels
+    preprocess: Preprocess
+    source: str
+    fingerprint: str
+    labels: np.ndarray | None = None
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        pixels: Pixels,
+        preprocess: Preprocess,
+        *,
+        source: str,
+        labels: np.ndarray | None = None,
+        made_by: Mapping[str, Any] | None = None,
+    ) -> "ImageSet":
+        """An ImageSet of model-ready pixels, each image checked and fingerprinted as it is read.
+
+        Raises:
+            ImagesError: There is no image, one has another shape than the model's input, or holds NaN or Inf.
+        """
+        digest = hashlib.sha256()
+        for start in range(0, len(pixels), _CHUNK):
+            chunk = pixels[start : start + _CHUNK]
+            if chunk.shape[1:] != preprocess.shape:
+                raise ImagesError(
+                    what=f"images of shape {chunk.shape[1:]} do not fit the model's input.",
+                    why=f"it takes {preprocess.shape}.",
+                    fix="make the images with the same --model.",
+                )
+            finite = np.isfinite(chunk).all(axis=(1, 2, 3))
+            if not finite.all():
+                raise ImagesError(
+                    what=f"image {start + int(finite.argmin())} of {source} holds NaN or Inf.",
+                    why="a calibration or evaluation image must be finite.",
+                    fix="make or pick the images again.",
+                )
+            digest.update(np.ascontiguousarray(chunk, np.float32).tobytes())
+        if not len(pixels):
+            raise ImagesError(
+                what=f"{source} holds no images.", why="at least one is needed.", fix="make or pick some."
+            )
+        fingerprint = fingerprint_of([asdict(preprocess), digest.hexdigest()])
+        return cls(pixels, preprocess, source, fingerprint, labels, made_by or {})
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images in order, in arrays of at most `size`."""
+        for start in range(0, len(self), size):
+            yield self.pixels[start : start + size]
+
+    def spread(self, count: int) -> "ImageSet":
+        """`count` of the images, evenly spaced over the set, in memory; all of them if there are no more."""
+        if count >= len(self):
+            return self
+        index = np.arange(count) * len(self) // count
+        pixels = np.concatenate([self.pixels[i : i + 1] for i in index.tolist()])
+        labels = None if self.labels is None else self.labels[index]
+        source = f"{count} of {self.source}"
+        return ImageSet.of(pixels, self.preprocess, source=source, labels=labels, made_by=self.made_by)
+
+    def save(self, path: Path) -> None:
+        """Write the set as one safetensors file: `pixels`, `labels` if there are any, and a JSON header."""
+        tensors = {"pixels": self.pixels[: len(self)]}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        header = {
+            "format": _FORMAT,
+            "preprocess": asdict(self.preprocess),
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "made_by": dict(self.made_by),
+        }
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> "ImageSet":
+        """The set in the file `path`; its pixels are read from the file when they are asked for.
+
+        Raises:
+            ImagesError: The file is missing, truncated, of another format, or holds other images than it says.
+        """
+        pixels = _SavedPixels(path)
+        try:
+            header = json.loads((pixels.file.metadata() or {})[_HEADER])
+            if header["format"] != _FORMAT:
+                raise ValueError(header["format"])
+            preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
+            source, fingerprint, made_by = header["source"], header["fingerprint"], header["made_by"]
+        except (KeyError, TypeError, ValueError) as cause:
+            raise ImagesError(
+                what=f"`{path}` is not an ImageSet of format {_FORMAT}.",
+                why=f"its header does not read as one ({type(cause).__name__}: {cause}).",
+                fix="make it again with `dfq-deploy generate`.",
+            ) from cause
+        images = cls.of(pixels, preprocess, source=source, labels=pixels.labels, made_by=made_by)
+        if images.fingerprint != fingerprint:
+            raise ImagesError(
+                what=f"`{path}` holds other images than its header says.",
+                why="the fingerprint of its pixels differs from the recorded one.",
+                fix="make it again with `dfq-deploy generate`.",
+            )
+        return images
+
+
+def is_image_set(path: Path) -> bool:
+    """Whether the file says of itself that it is an ImageSet; a missing or other file is none."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return _HEADER in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+class _SavedPixels:
+    """Pixels read slice by slice from an ImageSet file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file = safe_open(path, "numpy")
+            self._slice = self.file.get_slice("pixels")
+            self.labels = self.file.get_tensor("labels") if "labels" in list(self.file.keys()) else None
+        except (OSError, SafetensorError) as cause:
+            raise ImagesError(
+                what=f"`{path}` cannot be read as an ImageSet.",
+                why=str(cause),
+                fix="pass a file made by `dfq-deploy generate`, or `folder:PATH` for a folder of images.",
+            ) from cause
+
+    def __len__(self) -> int:
+        return int(self._slice.get_shape()[0])
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.asarray(self._slice[index])

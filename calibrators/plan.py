@@ -1,0 +1,245 @@
+"""The plan: one number format per site, the artefact that everything downstream is a pure function of.
+
+`Ranges` (what was seen) and a `QuantScheme` (what is wanted) give a `QuantPlan` (scales and zero-points, and the
+reason for each site that stays float). Both are kept as safetensors files; README specifies the plan's. No torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from calibrators.affine import CODES, IntCodes, choose_qparams
+from calibrators.errors import PlanError
+from calibrators.files import fingerprint_of, written_whole
+from calibrators.scheme import QuantScheme
+
+__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "along", "layer_of", "make_plan"]
+
+_FORMAT = 1
+
+
+def layer_of(site: str) -> str:
+    """The layer that a site belongs to: `head.input` -> `head`; `blocks.0.attn.qk.lhs` -> `blocks.0.attn.qk`."""
+    return site.rpartition(".")[0]
+
+
+def along(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
+    """`values` shaped to broadcast against an `ndim`-dimensional tensor: (n,) along `axis`, or a scalar."""
+    if axis is None:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+@dataclass(frozen=True)
+class SiteRange:
+    """What one site saw: bounds (scalars, or (n,) along `axis`, float32), its role, and a sample's shape."""
+
+    low: np.ndarray
+    high: np.ndarray
+    role: str
+    axis: int | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Ranges by site name, with what they were seen on.
+
+    Attributes:
+        sites: One range per site that the model used.
+        model: Fingerprint of the model's name and weights.
+        images: Fingerprint of the calibration images.
+        observer: How they were observed, for people.
+    """
+
+    sites: Mapping[str, SiteRange]
+    model: str
+    images: str
+    observer: str
+
+    def save(self, path: Path) -> None:
+        """Write `<site>.low` and `<site>.high` tensors and a JSON header."""
+        tensors = {f"{name}.{end}": getattr(r, end) for name, r in self.sites.items() for end in ("low", "high")}
+        sites = {n: {"role": r.role, "axis": r.axis, "shape": list(r.shape)} for n, r in self.sites.items()}
+        facts = {"model": self.model, "images": self.images, "observer": self.observer}
+        _save(path, "dfq_ranges", tensors, {**facts, "sites": sites})
+
+    @classmethod
+    def load(cls, path: Path) -> "Ranges":
+        """The ranges in the file `path`.
+
+        Raises:
+            PlanError: The file is missing, damaged or of another format.
+        """
+        tensors, header = _load(path, "dfq_ranges")
+        try:
+            sites = {
+                name: SiteRange(
+                    tensors[f"{name}.low"], tensors[f"{name}.high"], s["role"], s["axis"], tuple(s["shape"])
+                )
+                for name, s in header["sites"].items()
+            }
+            return cls(sites, header["model"], header["images"], header["observer"])
+        except (KeyError, TypeError) as cause:
+            raise _malformed(path, cause) from cause
+
+
+@dataclass(frozen=True)
+class QParams:
+    """How one site is quantized.
+
+    Attributes:
+        scale: float32, a scalar or (n,) along `axis`; positive.
+        zero_point: The code that stands for 0, same shape as `scale`, of the codes' dtype.
+        codes: The integer format.
+        axis: The axis with one scale per index, in torch's layout of the tensor, or None.
+    """
+
+    scale: np.ndarray
+    zero_point: np.ndarray
+    codes: IntCodes
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What is quantized and how, and what stays float and why.
+
+    Attributes:
+        sites: Quantized sites by name.
+        spared: Sites that stay float, with the reason.
+        scheme: Name of the scheme.
+        model: Fingerprint of the model's name and weights.
+        images: Fingerprint of the calibration images.
+    """
+
+    sites: Mapping[str, QParams]
+    spared: Mapping[str, str]
+    scheme: str
+    model: str
+    images: str
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers and matmuls that are computed in integers, in the model's order."""
+        return list(dict.fromkeys(layer_of(site) for site in self.sites))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that the plan says."""
+        values = {
+            name: [q.codes.name, q.axis, q.scale.tolist(), q.zero_point.tolist()] for name, q in self.sites.items()
+        }
+        return fingerprint_of([values, dict(self.spared), self.scheme, self.model, self.images])
+
+    def save(self, path: Path) -> None:
+        """Write `<site>.scale` and `<site>.zero_point` tensors and a JSON header; the same plan, the same bytes."""
+        tensors = {f"{n}.{part}": getattr(q, part) for n, q in self.sites.items() for part in ("scale", "zero_point")}
+        sites = {name: {"codes": q.codes.name, "axis": q.axis} for name, q in self.sites.items()}
+        facts = {
+            "scheme": self.scheme,
+            "model": self.model,
+            "images": self.images,
+            "spared": dict(self.spared),
+        }
+        _save(path, "dfq_plan", tensors, {**facts, "sites": sites})
+
+    @classmethod
+    def load(cls, path: Path) -> "QuantPlan":
+        """The plan in the file `path`.
+
+        Raises:
+            PlanError: The file is missing, damaged or of another format, or holds an unusable scale.
+        """
+        tensors, header = _load(path, "dfq_plan")
+        try:
+            sites = {
+                name: QParams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"], CODES[s["codes"]], s["axis"])
+                for name, s in header["sites"].items()
+            }
+            plan = cls(sites, header["spared"], header["scheme"], header["model"], header["images"])
+        except (KeyError, TypeError) as cause:
+            raise _malformed(path, cause) from cause
+        for name, q in plan.sites.items():
+            whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.name
+            if not whole or q.scale.shape != q.zero_point.shape or not (np.isfinite(q.scale) & (q.scale > 0)).all():
+                raise PlanError(
+                    what=f"`{path}` has an unusable scale at `{name}`.",
+                    why="scales must be positive, finite float32 with zero-points of the same shape.",
+                    fix="make the plan again with `dfq-deploy calibrate`.",
+                )
+        return plan
+
+
+def make_plan(
+    ranges: Ranges, scheme: QuantScheme, *, attention: bool = False, spare: Mapping[str, str] | None = None
+) -> QuantPlan:
+    """The plan that represents `ranges` in the formats of `scheme`.
+
+    Args:
+        ranges: What each site saw.
+        scheme: The wanted formats.
+        attention: Quantize the operands of the attention matmuls too.
+        spare: Layers that stay float, with the reason.
+
+    Raises:
+        PlanError: A range is not finite, or nothing is left to quantize.
+    """
+    spare = spare or {}
+    sites: dict[str, QParams] = {}
+    spared: dict[str, str] = {}
+    for name, seen in ranges.sites.items():
+        reason = spare.get(layer_of(name))
+        if seen.role == "operand" and not attention:
+            reason = reason or "attention matmuls stay float unless --attention asks for them"
+        if reason:
+            spared[name] = reason
+            continue
+        if not (np.isfinite(seen.low) & np.isfinite(seen.high)).all():
+            raise PlanError(
+                what=f"the range at `{name}` is not finite.",
+                why="NaN or Inf passed there.",
+                fix="check the checkpoint and the calibration images.",
+            )
+        codes = scheme.weight if seen.role == "weight" else scheme.activation
+        sites[name] = QParams(*choose_qparams(seen.low, seen.high, codes), codes, seen.axis)
+    if not sites:
+        raise PlanError(
+            what="the plan quantizes nothing.",
+            why="the model has no plain Linear or Conv2d, or all of them are spared.",
+            fix="pick another model, or spare fewer layers.",
+        )
+    return QuantPlan(sites, spared, scheme.name, ranges.model, ranges.images)
+
+
+def _save(path: Path, kind: str, tensors: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
+    text = json.dumps({"format": _FORMAT, **header}, separators=(",", ":"))
+    with written_whole(path) as temporary:
+        save_file({name: np.array(t, order="C") for name, t in tensors.items()}, temporary, {kind: text})
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {})[kind])
+            if header["format"] != _FORMAT:
+                raise ValueError(header["format"])
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
+        raise _malformed(path, cause) from cause
+
+
+def _malformed(path: Path, cause: Exception) -> PlanError:
+    return PlanError(
+        what=f"`{path}` is not a whole plan or ranges file of format {_FORMAT}.",
+        why=f"{type(cause).__name__}: {cause}.",
+        fix="make it again with `dfq-deploy calibrate`.",
+    )

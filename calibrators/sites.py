@@ -1,0 +1,191 @@
+"""Sites: the named places of a torch model where a tensor may be quantized.
+
+`attach_sites` gives every Linear and Conv2d an input site and a weight site (a convolution an output site too:
+run-times fuse an INT8 convolution only when its output is quantized as well). A site lets its tensor pass
+(`off`), watches it (`observe`), rounds it as an engine would (`fake`), or leaves a marker node in an ONNX export
+(`mark`). Attention families add sites for the operands of their two matmuls. The name of a site is its key in
+ranges and plans and the name of the tensor in ONNX.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibrators.affine import fake_quantize
+from calibrators.observers import MinMax, Observer
+from calibrators.plan import QParams, along
+
+__all__ = [
+    "MARKER",
+    "Mode",
+    "OperandSites",
+    "QuantSite",
+    "Role",
+    "SitedConv2d",
+    "SitedLinear",
+    "attach_sites",
+    "set_mode",
+    "sites_of",
+]
+
+Role = Literal["input", "weight", "output", "operand"]
+MARKER = "dfq::Site"
+
+
+class Mode(Enum):
+    """What a site does with the tensor that passes it."""
+
+    OFF = "off"
+    OBSERVE = "observe"
+    FAKE = "fake"
+    MARK = "mark"
+
+
+class QuantSite(nn.Module):
+    """One named place; `mode` says what happens there.
+
+    Attributes:
+        name: `blocks.3.attn.qkv.input`; the same in torch, ranges, plan, ONNX and reports.
+        role: What passes: a layer's input, weight or output, or an attention matmul's operand.
+        axis: The axis with one scale per index, or None for one scale per tensor.
+        fixed: The range by definition, such as (0, 1) for a softmax's output; it is not observed.
+        shape: The shape that last passed under `observe`; None where nothing has.
+    """
+
+    def __init__(
+        self, name: str, role: Role, axis: int | None = None, fixed: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.role: Role = role
+        self.axis = axis
+        self.fixed = fixed
+        self.mode = Mode.OFF
+        self.observer: Observer | None = None
+        self.shape: tuple[int, ...] | None = None
+        self._fake: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values`, of the same shape and dtype, treated as the mode says."""
+        if self.mode is Mode.OBSERVE:
+            assert self.observer is not None
+            self.observer.update(values)
+            self.shape = tuple(values.shape)
+        elif self.mode is Mode.FAKE and self._fake is not None:
+            return self._fake(values)
+        elif self.mode is Mode.MARK:
+            marked: Tensor = torch.onnx.ops.symbolic(
+                MARKER, [values], attrs={"name": self.name}, dtype=values.dtype, shape=values.shape, version=1
+            )
+            return marked
+        return values
+
+    @property
+    def active(self) -> bool:
+        """Whether the site does more than let its tensor pass."""
+        return self.mode in (Mode.OBSERVE, Mode.MARK) or (self.mode is Mode.FAKE and self._fake is not None)
+
+    def set_qparams(self, qparams: QParams | None) -> None:
+        """What `fake` rounds to; None lets the tensor pass."""
+        if qparams is None:
+            self._fake = None
+            return
+        codes = qparams.codes
+
+        def fake(values: Tensor) -> Tensor:
+            scale = torch.from_numpy(along(qparams.scale, values.ndim, qparams.axis)).to(values.device)
+            zero = torch.from_numpy(along(qparams.zero_point, values.ndim, qparams.axis)).to(values.device)
+            rounded: Tensor = fake_quantize(values.float(), scale, zero.float(), codes)
+            return rounded.to(values.dtype)
+
+        self._fake = fake
+
+
+class OperandSites(nn.Module):
+    """The four operands of one attention's matmuls: scaled Q and Kᵀ, softmax and V."""
+
+    def __init__(self, attention: str) -> None:
+        super().__init__()
+        self.qk_lhs = QuantSite(f"{attention}.qk.lhs", "operand")
+        self.qk_rhs = QuantSite(f"{attention}.qk.rhs", "operand")
+        self.av_lhs = QuantSite(f"{attention}.av.lhs", "operand", fixed=(0.0, 1.0))
+        self.av_rhs = QuantSite(f"{attention}.av.rhs", "operand")
+
+    @property
+    def active(self) -> bool:
+        """Whether any of them does more than let its tensor pass."""
+        return any(site.active for site in (self.qk_lhs, self.qk_rhs, self.av_lhs, self.av_rhs))
+
+
+class SitedLinear(nn.Linear):
+    """A Linear whose input and weight pass a site each."""
+
+    input_site: QuantSite
+    weight_site: QuantSite
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The Linear's output, (…, out_features)."""
+        return F.linear(self.input_site(x), self.weight_site(self.weight), self.bias)
+
+
+class SitedConv2d(nn.Conv2d):
+    """A Conv2d whose input, weight and output pass a site each."""
+
+    input_site: QuantSite
+    weight_site: QuantSite
+    output_site: QuantSite
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution's output, (N, out_channels, H, W)."""
+        y = self._conv_forward(self.input_site(x), self.weight_site(self.weight), self.bias)
+        return self.output_site(y)  # type: ignore[no-any-return]
+
+
+def attach_sites(module: nn.Module) -> None:
+    """Give every plain Linear and Conv2d of `module` its sites, in place; weights and state keys stay as they are.
+
+    Subclasses with a forward of their own keep it and get no site.
+    """
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            layer.__class__ = SitedLinear  # keeps parameters, hooks and every reference to the layer
+        elif type(layer) is nn.Conv2d:
+            layer.__class__ = SitedConv2d
+            layer.output_site = QuantSite(f"{name}.output", "output")
+        else:
+            continue
+        layer.input_site = QuantSite(f"{name}.input", "input")
+        layer.weight_site = QuantSite(f"{name}.weight", "weight", axis=0)
+
+
+def sites_of(module: nn.Module) -> dict[str, QuantSite]:
+    """All sites of `module` by name, in the order of its layers."""
+    return {site.name: site for site in module.modules() if isinstance(site, QuantSite)}
+
+
+def set_mode(
+    module: nn.Module,
+    mode: Mode,
+    *,
+    qparams: Mapping[str, QParams] | None = None,
+    observer: Callable[[], Observer] | None = None,
+) -> None:
+    """Switch all sites of `module`.
+
+    Args:
+        module: A model with sites.
+        mode: What they do from now on.
+        qparams: For `fake`: what each site rounds to; sites that are not named let their tensor pass.
+        observer: For `observe`: makes the observer of an activation. Weights are watched by per-channel MinMax.
+    """
+    for site in sites_of(module).values():
+        site.mode = mode
+        site.set_qparams(qparams.get(site.name) if qparams and mode is Mode.FAKE else None)
+        if mode is Mode.OBSERVE:
+            assert observer is not None
+            site.observer = MinMax(site.axis) if site.role == "weight" else observer()
+            site.shape = None

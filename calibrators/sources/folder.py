@@ -1,0 +1,107 @@
+"""Images in a folder: class sub-folders, or any images with a `labels.csv` (`file,label`) beside them.
+
+Images are decoded when they are asked for, so memory does not grow with their number. With class sub-folders
+the label is the sub-folder's index in sorted order; with `labels.csv` it is what the file says; else there is
+none.
+"""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from calibrators.errors import ImagesError
+from calibrators.files import fingerprint_of, sha256_of
+from calibrators.images import ImageSet, Preprocess
+
+__all__ = ["open_images"]
+
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
+    """The images under `path`.
+
+    Raises:
+        ImagesError: The folder is missing or holds no image, `labels.csv` is malformed or names a file that
+            is not there, or (when a slice is read) a file is not a whole image.
+    """
+    if not path.is_dir():
+        raise ImagesError(
+            what=f"there is no folder `{path}`.",
+            why="`folder:PATH` reads a folder of images.",
+            fix="check the path.",
+        )
+    labels: list[int] | None
+    if (path / "labels.csv").exists():
+        files, labels = _listed(path)
+    else:
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES)
+        classes = sorted({f.parent.name for f in files if f.parent != path})
+        labelled = bool(classes) and all(f.parent.parent == path for f in files)
+        labels = [classes.index(f.parent.name) for f in files] if labelled else None
+    if not files:
+        raise ImagesError(
+            what=f"`{path}` holds no images.",
+            why=f"no file ends in {', '.join(sorted(_SUFFIXES))}.",
+            fix="check the path.",
+        )
+    facts = [asdict(preprocess), labels, [[str(f.relative_to(path)), sha256_of(f)] for f in files]]
+    return ImageSet(
+        pixels=_FolderPixels(files, preprocess),
+        preprocess=preprocess,
+        source=f"folder:{path.name}",
+        fingerprint=fingerprint_of(facts),
+        labels=None if labels is None else np.asarray(labels, np.int64),
+    )
+
+
+def _listed(path: Path) -> tuple[list[Path], list[int]]:
+    files: list[Path] = []
+    labels: list[int] = []
+    with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                files.append(path / row["file"])
+                labels.append(int(row["label"]))
+            except (KeyError, TypeError, ValueError) as cause:
+                raise ImagesError(
+                    what=f"line {number} of `{path / 'labels.csv'}` is not `file,label`.",
+                    why=f"it reads {row}.",
+                    fix="give the file a header `file,label` and a whole number as each label.",
+                ) from cause
+    missing = [f for f in files if not f.is_file()]
+    if missing:
+        raise ImagesError(
+            what=f"`{missing[0]}` is missing.",
+            why=f"`labels.csv` names it, and {len(missing) - 1} more that are not there.",
+            fix="put the images beside labels.csv, or take their lines out.",
+        )
+    return files, labels
+
+
+class _FolderPixels:
+    """Images decoded from files when a slice is read."""
+
+    def __init__(self, files: list[Path], preprocess: Preprocess) -> None:
+        self._files = files
+        self._preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.stack([self._decoded(file) for file in self._files[index]])
+
+    def _decoded(self, file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                return self._preprocess(image)
+        except (UnidentifiedImageError, OSError) as cause:
+            raise ImagesError(
+                what=f"`{file}` is not a whole image.",
+                why=str(cause),
+                fix="take it out of the folder, or put a whole copy in its place.",
+            ) from cause

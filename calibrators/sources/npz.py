@@ -1,0 +1,55 @@
+"""Images in a NumPy archive: `images` uint8, (N, H, W) grey or (N, H, W, 3) RGB, and optional `labels` (N,)."""
+
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from calibrators.errors import ImagesError
+from calibrators.files import fingerprint_of, sha256_of
+from calibrators.images import ImageSet, Preprocess
+
+__all__ = ["open_images"]
+
+
+def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
+    """The images in the archive `path`.
+
+    Raises:
+        ImagesError: The file is missing, damaged, or holds no `images` of that kind.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["images"]
+            labels = archive["labels"].astype(np.int64) if "labels" in archive else None
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+            raise ValueError(images.dtype, images.shape)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as cause:
+        raise ImagesError(
+            what=f"`{path}` is not an archive of images.",
+            why=f"{type(cause).__name__}: {cause}.",
+            fix="give it `images` as uint8 (N, H, W) or (N, H, W, 3), and `labels` (N,) where they exist.",
+        ) from cause
+    return ImageSet(
+        pixels=_ArchivePixels(images, preprocess),
+        preprocess=preprocess,
+        source=f"npz:{path.name}",
+        fingerprint=fingerprint_of([asdict(preprocess), sha256_of(path)]),
+        labels=labels,
+    )
+
+
+class _ArchivePixels:
+    """Raw images made model-ready when a slice is read."""
+
+    def __init__(self, images: np.ndarray, preprocess: Preprocess) -> None:
+        self._images = images
+        self._preprocess = preprocess
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.stack([self._preprocess(Image.fromarray(image)) for image in self._images[index]])

@@ -1,0 +1,35 @@
+"""dfq-deploy: quantize a vision transformer with no data, and prove what the engine computes.
+
+The public names, each resolved on first use: importing this package loads neither torch nor timm, so a production
+process that only calls `load` never needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Runner", "calibrate", "check", "diagnose", "export", "generate", "load"]
+
+if TYPE_CHECKING:
+    from dfq_deploy.doctor import diagnose
+    from dfq_deploy.pipeline import calibrate, check, export, generate
+    from dfq_deploy.recipe import Recipe
+    from dfq_deploy.runtime import Runner, load
+
+_HOMES = {
+    "Recipe": "recipe",
+    "Runner": "runtime",
+    "calibrate": "pipeline",
+    "check": "pipeline",
+    "diagnose": "doctor",
+    "export": "pipeline",
+    "generate": "pipeline",
+    "load": "runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,208 @@
+"""The command line: a command is a function, its flags are the fields of a recipe.
+
+Nothing is computed here. Errors come out as three lines, results as tables; the exit code is 0 for pass, 1 for fail,
+2 for undecided and 3 for a wrong call or an error.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import dfq_deploy as dfq
+from calibrators.errors import DeployError
+from dfq_deploy import show as shown
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+
+__all__ = ["app", "main"]
+
+_EXIT = {"pass": 0, "fail": 1, "undecided": 2}
+_ERROR = 3
+
+app = cyclopts.App(
+    name="dfq-deploy",
+    help="Quantize a vision transformer with no data, build its engine, and prove what the engine computes.",
+    version=dfq.__version__,
+    help_format="plaintext",
+    result_action="return_value",
+)
+
+
+@app.command
+def export(
+    recipe: Annotated[Recipe, Parameter(name="*")],
+    *,
+    out: Path,
+    images: str | None = None,
+    limit: int | None = None,
+) -> int:
+    """Make a checked engine: model, images, plan, ONNX, engine, check.
+
+    Args:
+        recipe: The run.
+        out: Folder of the bundle; a run that was cut off goes on where it was.
+        images: Check on these: folder:PATH, npz:PATH or an ImageSet file.
+        limit: Check on this many of them, evenly spaced.
+    """
+    with _progress() as watch:
+        found = dfq.export(recipe, out, images=images, limit=limit, watch=watch)
+    shown.print_check(found, out)
+    return _EXIT[found.verdict]
+
+
+@app.command
+def generate(recipe: Annotated[GenerateRecipe, Parameter(name="*")], *, out: Path) -> int:
+    """Make synthetic calibration images out of the model itself.
+
+    Args:
+        recipe: The model and the method.
+        out: File to write, .safetensors.
+    """
+    with _progress() as watch:
+        images = dfq.generate(recipe, out, watch=watch)
+    shown.print_images(images, out)
+    return 0
+
+
+@app.command
+def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: Path) -> int:
+    """Make a plan of scales from calibration images.
+
+    Args:
+        recipe: The model, the images and the number formats.
+        out: File to write, .safetensors.
+    """
+    with _progress() as watch:
+        plan = dfq.calibrate(recipe, out, watch=watch)
+    shown.print_plan(plan)
+    return 0
+
+
+@app.command
+def check(
+    folder: Path, /, *, images: str | None = None, limit: int | None = None, checkpoint: Path | None = None
+) -> int:
+    """Compare an engine with its PyTorch reference and with the float model.
+
+    Args:
+        folder: A bundle.
+        images: folder:PATH, npz:PATH or an ImageSet file. Without it: the labelled images that come with the model,
+            else the images that it was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now.
+    """
+    with _progress() as watch:
+        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+    shown.print_check(found, folder)
+    return _EXIT[found.verdict]
+
+
+@app.command
+def infer(folder: Path, /, *images: Path, top: int = 5, provider: Literal["cpu", "cuda"] = "cpu") -> int:
+    """Classify images with a bundle's engine; needs no torch.
+
+    Args:
+        folder: A bundle.
+        images: Image files.
+        top: How many classes to show.
+        provider: What runs the engine.
+    """
+    with dfq.load(folder, provider=provider) as runner:
+        for image in images:
+            shown.print_classes(runner, image, top)
+    return 0
+
+
+@app.command
+def show(path: Path, /) -> int:
+    """Show what a bundle, a plan or an ImageSet file holds.
+
+    Args:
+        path: A bundle's folder, or a .safetensors file.
+    """
+    shown.print_path(path)
+    return 0
+
+
+@app.command
+def doctor() -> int:
+    """Say what is installed, what that enables, and what would go wrong."""
+    return shown.print_findings(dfq.diagnose())
+
+
+@app.meta.default
+def _with_recipe(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    recipe: Annotated[Path | None, Parameter(help="TOML file with the same fields as the flags; flags win.")] = None,
+) -> int:
+    if recipe is not None:
+        app.config = cyclopts.config.Toml(recipe, must_exist=True, use_commands_as_keys=False)
+    result: int = app(tokens, exit_on_error=False, print_error=False)
+    return result
+
+
+class _Bar:
+    """A stage's line and its progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, already_done: bool) -> None:
+        """Close the last stage's bar and begin the next."""
+        if self._task is not None:
+            self._progress.update(self._task, terms="")
+            self._progress.stop_task(self._task)
+        self._task = self._progress.add_task(name, total=1 if already_done else None)
+        if already_done:
+            self._progress.update(self._task, completed=1, terms="already done")
+
+    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
+        """Move the bar."""
+        assert self._task is not None
+        text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        self._progress.update(self._task, completed=done, total=total, terms=text)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[terms]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bar(progress)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code, and prints nothing but messages whatever the input."""
+    try:
+        result = app.meta(arguments, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as wrong:
+        return _fail(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
+    except DeployError as error:
+        return _fail(error.what, error.why, error.fix)
+    except KeyboardInterrupt:
+        return _fail("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
+    return result if isinstance(result, int) else 0
+
+
+def _fail(what: str, why: str, fix: str) -> int:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(what)}\n  [bold]why:[/] {escape(why)}\n  [bold]fix:[/] {escape(fix)}")
+    return _ERROR

@@ -1,0 +1,90 @@
+"""What is installed, what that enables, and what would go wrong.
+
+Nothing is fixed here: each finding says what was seen and, where it is a problem, what to do.
+"""
+
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["Finding", "diagnose"]
+
+_NEEDED = {
+    "onnxruntime": "running bundles",
+    "torch": "making bundles: pip install 'dfq-deploy[export]'",
+    "timm": "making bundles: pip install 'dfq-deploy[export]'",
+    "onnxsim": "making bundles: pip install 'dfq-deploy[export]'",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: What.
+        state: `ok`, `absent` (and that is fine until it is needed) or `problem`.
+        text: What was seen, and what to do about it.
+    """
+
+    subject: str
+    state: Literal["ok", "absent", "problem"]
+    text: str
+
+
+def diagnose() -> list[Finding]:
+    """All findings about this environment."""
+    found = [_package(name, use) for name, use in _NEEDED.items()]
+    return [*found, _onnxruntime_clash(), _integer_dot_products(), _cuda()]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(name: str, use: str) -> Finding:
+    number = _installed(name) or (_installed("onnxruntime-gpu") if name == "onnxruntime" else None)
+    return Finding(name, "ok", number) if number else Finding(name, "absent", f"needed for {use}")
+
+
+def _onnxruntime_clash() -> Finding:
+    """Both wheels write the same folder: whichever came last wins, and removing one breaks the other."""
+    subject = "onnxruntime / onnxruntime-gpu"
+    cpu, gpu = _installed("onnxruntime"), _installed("onnxruntime-gpu")
+    if cpu and gpu:
+        return Finding(
+            subject,
+            "problem",
+            f"both {cpu} and {gpu} are installed and overwrite each other: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them",
+        )
+    return Finding(subject, "ok", "one of them" if cpu or gpu else "none")
+
+
+def _integer_dot_products() -> Finding:
+    """ONNX Runtime's INT8 matmuls can saturate on x86 processors that lack VNNI, and are slower there."""
+    subject = "INT8 dot products"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Finding(subject, "ok", f"{platform.machine()}: not looked at")
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return Finding(subject, "ok", f"{platform.system()}: processor flags cannot be read here")
+    flags = set(re.findall(r"\w*vnni", cpuinfo.read_text()))
+    if flags:
+        return Finding(subject, "ok", ", ".join(sorted(flags)))
+    return Finding(subject, "problem", "no VNNI: INT8 sums may saturate; trust `dfq-deploy check` on this machine only")
+
+
+def _cuda() -> Finding:
+    """Whether --provider cuda can be tried; ONNX Runtime's own list says yes without a driver, so it is not asked."""
+    gpu, driver = _installed("onnxruntime-gpu"), Path("/proc/driver/nvidia/version").exists()
+    if gpu and driver:
+        return Finding("CUDA", "ok", f"onnxruntime-gpu {gpu} and an NVIDIA driver")
+    lacks = " and ".join(name for name, there in (("onnxruntime-gpu", gpu), ("an NVIDIA driver", driver)) if not there)
+    return Finding("CUDA", "absent", f"--provider cuda lacks {lacks}; the CPU needs neither")

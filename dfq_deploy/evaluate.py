@@ -1,0 +1,224 @@
+"""Engine, reference and float model on the same images, and what that says of the engine.
+
+An engine never equals its reference to the last bit, and rounding flips compound through a network. So the verdict
+rests on two things. Each layer, fed the reference's own input, must agree to float32 rounding. And the whole engine
+must be no further from the reference than the reference is from itself when its input moves by a relative 1e-6, the
+noise floor, up to a factor of two that the number of images must be able to resolve.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from scipy import stats
+
+from calibrators.images import ImageSet
+from dfq_deploy.reference import Reference
+from exporters.backends import Engine
+from exporters.census import Census
+from exporters.cut import LayerCutter
+
+__all__ = ["Check", "Share", "evaluate"]
+
+_CONFIDENCE = 0.95
+_FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
+_NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
+_LAYER_TOLERANCE = 1e-3  # relative to a layer's largest output; float32 sums of some thousand terms differ by 1e-5
+_SEED = 0
+
+Verdict = Literal["pass", "fail", "undecided"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A percentage of `n` images with its 95 % Wilson interval."""
+
+    percent: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, hits: np.ndarray) -> "Share":
+        """The share of true values in a boolean array."""
+        interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(_CONFIDENCE, method="wilson")
+        percent, low, high = (round(100 * float(v), 3) for v in (hits.mean(), interval.low, interval.high))
+        return cls(percent, low, high, len(hits))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found.
+
+    Attributes:
+        n: Number of images.
+        images: Where they come from.
+        top1: Label accuracy of float, reference and engine; None without labels.
+        drop: Points that the engine loses against float, paired per image, (value, low, high); None without labels.
+        agreement: Top-1 agreement: engine_reference, engine_float, and noise_floor (reference with itself moved).
+        distance: Mean 1 - cosine of logits for the same three pairs.
+        floor_ratio: Engine's distance over the noise floor's, (value, low, high).
+        sqnr_db: Signal to quantization noise of the logits, for engine_reference and engine_float.
+        layer_error: Largest deviation of each layer from its reference on the same input, relative.
+        verdict: `pass`, `fail` or `undecided`.
+        reason: The verdict in words.
+    """
+
+    n: int
+    images: str
+    top1: Mapping[str, Share] | None
+    drop: tuple[float, float, float] | None
+    agreement: Mapping[str, Share]
+    distance: Mapping[str, float]
+    floor_ratio: tuple[float, float, float]
+    sqnr_db: Mapping[str, float]
+    layer_error: Mapping[str, float]
+    verdict: Verdict
+    reason: str
+
+    def report(self, census: Census) -> dict[str, Any]:
+        """The check as JSON: percentages plain, their intervals beside them."""
+        shares = {**{f"top1_{k}": v for k, v in (self.top1 or {}).items()}, **self.agreement}
+        return {
+            **asdict(self),
+            "top1": {k: v.percent for k, v in self.top1.items()} if self.top1 else None,
+            "agreement": {k: v.percent for k, v in self.agreement.items()},
+            "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},
+            "census": census.counts,
+        }
+
+
+def evaluate(
+    reference: Reference,
+    engine: Engine,
+    quantized: ir.Model,
+    images: ImageSet,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> Check:
+    """Compare an engine with its reference and with the float model.
+
+    Args:
+        reference: The torch model under the plan that the engine was built from.
+        engine: The loaded engine.
+        quantized: The ONNX model that the engine was built from; its layers are compared one by one.
+        images: What to compare on, real or synthetic, labelled or not.
+        batch_size: Images per forward pass.
+        progress: Called with images done and in all.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("float", "reference", "engine", "moved")}
+    done = 0
+    for batch in images.batches(batch_size):
+        parts["float"].append(reference.float(batch))
+        parts["reference"].append(reference.quantized(batch))
+        parts["moved"].append(reference.moved(batch, generator))
+        parts["engine"].append(engine(batch))
+        done += len(batch)
+        progress(done, len(images))
+    logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
+    layer_error = _layer_errors(reference, quantized, images.pixels[:1])
+    return _judged(logits, images, layer_error)
+
+
+def _judged(logits: Mapping[str, np.ndarray], images: ImageSet, layer_error: Mapping[str, float]) -> Check:
+    best = {name: values.argmax(1) for name, values in logits.items()}
+    pairs = {
+        "engine_reference": ("engine", "reference"),
+        "engine_float": ("engine", "float"),
+        "noise_floor": ("moved", "reference"),
+    }
+    distances = {name: _distance(logits[a], logits[b]) for name, (a, b) in pairs.items()}
+    ratio = _ratio_of_means(distances["engine_reference"], distances["noise_floor"])
+    negligible = _NEGLIGIBLE * float(_distance(logits["reference"], logits["float"]).mean())
+    top1 = drop = None
+    if images.labels is not None:
+        hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
+        top1 = {name: Share.of(hit) for name, hit in hits.items()}
+        drop = _mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
+    verdict, reason = _verdict(layer_error, ratio, float(distances["engine_reference"].mean()) <= negligible)
+    return Check(
+        n=len(images),
+        images=images.source,
+        top1=top1,
+        drop=drop,
+        agreement={name: Share.of(best[a] == best[b]) for name, (a, b) in pairs.items()},
+        distance={name: float(d.mean()) for name, d in distances.items()},
+        floor_ratio=ratio,
+        sqnr_db={name: _sqnr_db(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
+        layer_error=layer_error,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _verdict(
+    layer_error: Mapping[str, float], ratio: tuple[float, float, float], negligible: bool
+) -> tuple[Verdict, str]:
+    worst = max(layer_error, key=lambda layer: layer_error[layer])
+    value, low, high = ratio
+    if layer_error[worst] > _LAYER_TOLERANCE:
+        return (
+            "fail",
+            f"layer {worst} is off by {layer_error[worst]:.1e} of its largest output on the same input",
+        )
+    if negligible:
+        return (
+            "pass",
+            f"every layer agrees and the engine differs by under {_NEGLIGIBLE:.0%} of what quantization changes",
+        )
+    measured = f"{value:.2f} noise floors from the reference (95 % interval {low:.2f} to {high:.2f})"
+    if low > _FLOOR_FACTOR:
+        return "fail", f"every layer agrees, but the engine is {measured}"
+    if high > _FLOOR_FACTOR:
+        return "undecided", f"every layer agrees; the engine is {measured}: use more images"
+    return "pass", f"every layer agrees and the engine is {measured}"
+
+
+def _layer_errors(reference: Reference, quantized: ir.Model, images: np.ndarray) -> dict[str, float]:
+    cutter = LayerCutter(quantized)
+    errors: dict[str, float] = {}
+
+    def compare(layer: str, operands: list[np.ndarray], wanted: np.ndarray) -> None:
+        found = cutter.run(layer, operands)
+        largest = float(np.abs(wanted).max()) or 1.0
+        error = float(np.abs(found.reshape(wanted.shape) - wanted).max()) / largest
+        errors[layer] = max(errors.get(layer, 0.0), error)
+
+    reference.watch_layers(images, compare)
+    return errors
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 - cosine, per image."""
+    cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    return np.asarray(np.maximum(1 - cosine, 0))
+
+
+def _sqnr_db(wanted: np.ndarray, found: np.ndarray) -> float:
+    noise = float(np.square(wanted - found).sum())
+    return round(10 * float(np.log10(np.square(wanted).sum() / max(noise, 1e-30))), 2)
+
+
+def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `a` over mean of `b` with the interval of a paired bootstrap."""
+
+    def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(first.mean(axis) / np.maximum(second.mean(axis), 1e-15))
+
+    if len(a) < 2:
+        return float(ratio(a, b)), 0.0, float("inf")
+    interval = stats.bootstrap(
+        (a, b), ratio, paired=True, method="percentile", batch=100, rng=np.random.default_rng(_SEED)
+    ).confidence_interval
+    return float(ratio(a, b)), float(interval.low), float(interval.high)
+
+
+def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    mean = float(values.mean())
+    spread = float(stats.sem(values)) * float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) if len(values) > 1 else 100.0
+    return round(mean, 3), round(mean - spread, 3), round(mean + spread, 3)

@@ -1,0 +1,134 @@
+"""Weights from a file: safetensors, a torch checkpoint read with `weights_only=True`, or Google's `.npz`.
+
+Every way in which a file can fail to fit is told with the tensor's name; nothing is loaded in part.
+"""
+
+import pickle  # noqa: TID251 - only its error type: what torch raises when it refuses to run a file's code
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from calibrators.errors import ModelError
+
+__all__ = ["load_checkpoint"]
+
+
+def load_checkpoint(module: nn.Module, path: Path) -> None:
+    """Load the weights in `path` into `module`, all of them or none.
+
+    Raises:
+        ModelError: The file is missing, truncated or unsafe, or a tensor is missing, left over, of another shape,
+            or holds NaN or Inf.
+    """
+    if not path.is_file():
+        raise ModelError(
+            what=f"there is no checkpoint `{path}`.",
+            why="the file does not exist.",
+            fix="check --checkpoint.",
+        )
+    if path.suffix == ".npz":
+        _load_npz(module, path)
+        _check_values(module.state_dict(), path)
+        return
+    weights = _fitted(module, _read(path))
+    _check_values(weights, path)
+    _check_names_and_shapes(module, weights, path)
+    module.load_state_dict(weights, strict=True)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_state_dict(str(path), device="cpu", weights_only=True)
+        if not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+            raise ValueError(type(weights))
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        SafetensorError,
+        EOFError,
+        ValueError,
+        AttributeError,
+    ) as cause:
+        raise ModelError(
+            what=f"`{path}` cannot be read as weights.",
+            why=f"it is truncated, not a checkpoint, or holds more than tensors ({_first_line(cause)}).",
+            fix="pass a whole .safetensors, .pth or .npz file with a state dict.",
+        ) from cause
+    return dict(weights)
+
+
+def _fitted(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` under timm's names: original releases are translated by the model's own filter."""
+    filter_fn = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is None or set(weights) == set(module.state_dict()):
+        return weights
+    try:
+        return dict(filter_fn(weights, module))
+    except (KeyError, RuntimeError, AttributeError, AssertionError):
+        return weights  # another model's weights: the comparison of names tells it better
+
+
+def _load_npz(module: nn.Module, path: Path) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            classes = archive["head/bias"].shape[0] if "head/bias" in archive else 0
+        if classes != getattr(module, "num_classes", 0):
+            raise ValueError(classes, "classes in its head")
+        module.load_pretrained(str(path))  # type: ignore[operator]
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as cause:
+        raise ModelError(
+            what=f"`{path}` cannot be loaded into this model.",
+            why=f"{type(cause).__name__}: {_first_line(cause)}.",
+            fix="pass Google's .npz of the same architecture and number of classes, or a .safetensors file.",
+        ) from cause
+
+
+def _check_names_and_shapes(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or extra:
+        raise ModelError(
+            what=f"`{path}` holds the weights of another model.",
+            why=f"{len(missing)} tensors are missing ({_some(missing)}), {len(extra)} are left over ({_some(extra)}).",
+            fix="pass the --model that the file was made from.",
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != weights[name].shape:
+            head = name.startswith(("head", "classifier", "fc"))
+            raise ModelError(
+                what=f"`{name}` has shape {tuple(weights[name].shape)} in `{path}`, not {tuple(tensor.shape)}.",
+                why="the file has another number of classes." if head else "the file is of another architecture.",
+                fix="pass the --model that the file was made from.",
+            )
+
+
+def _check_values(weights: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                what=f"`{name}` in `{path}` holds NaN or Inf.",
+                why="the training diverged or the file is damaged.",
+                fix="pass another copy of the weights.",
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
+
+
+def _first_line(cause: Exception) -> str:
+    return str(cause).strip().split("\n")[0][:200]

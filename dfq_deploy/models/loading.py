@@ -1,0 +1,151 @@
+"""Loading: the one way from a name and its weights to a `Model`."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageNetInfo, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from calibrators.errors import ModelError
+from calibrators.images import Preprocess
+from calibrators.registry import names, pick
+from calibrators.sites import attach_sites
+from dfq_deploy.models import ALIASES, Model
+from dfq_deploy.models.checkpoint import load_checkpoint
+from dfq_deploy.models.hub import check_hub
+
+__all__ = ["load_model"]
+
+_DEMO = Path(__file__).parent / "demo"
+_FAMILIES = "dfq_deploy.models.families"
+
+
+def load_model(name: str, *, checkpoint: Path | None = None, random_weights: bool = False, seed: int = 0) -> Model:
+    """The model `name` with its weights, sited.
+
+    Args:
+        name: A timm name, one of `ALIASES`, or `demo`.
+        checkpoint: Weights to use instead of the hub's.
+        random_weights: Use no trained weights at all; norms and biases are drawn too.
+        seed: Seed of the random weights.
+
+    Raises:
+        ModelError: The name is unknown, the weights can't be had, or they do not fit.
+    """
+    name = ALIASES.get(name, name)
+    if name == "demo":
+        module, preprocess, labelled = _demo(), _DEMO_PREPROCESS, _DEMO / "held_back.npz"
+    else:
+        hub = checkpoint is None and not random_weights
+        if hub:
+            check_hub(name)
+        module = _create(name, pretrained=hub, seed=seed)
+        preprocess, labelled = _preprocess(module), None
+    if checkpoint is not None:
+        load_checkpoint(module, checkpoint)
+    elif random_weights:
+        _draw_norms_and_biases(module, seed)
+    module.eval().requires_grad_(False)
+    fingerprint = _fingerprint(name, module)
+    attach_sites(module)
+    for family in names(_FAMILIES):
+        pick(_FAMILIES, family).attach_attention(module)
+    classes = _classes(name, module)
+    return Model(
+        name=name,
+        module=module,
+        preprocess=preprocess,
+        fingerprint=fingerprint,
+        classes=classes,
+        class_names=_class_names(name, classes),
+        classifiers=_classifiers(module),
+        labelled=labelled,
+    )
+
+
+def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name.partition(".")[0], [*ALIASES, *timm.list_models()], n=5)
+        raise ModelError(
+            what=f"timm has no model named `{name}`.",
+            why=f"names like it: {', '.join(close)}." if close else "no name is like it.",
+            fix=f"pass a name from timm.list_models(), or one of {', '.join([*ALIASES, 'demo'])}.",
+        )
+    torch.manual_seed(seed)
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as cause:
+        raise ModelError(
+            what=f"`{name}` could not be created.",
+            why=str(cause),
+            fix="pass --checkpoint FILE with its weights.",
+        ) from cause
+    return module
+
+
+_DEMO_PREPROCESS = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
+
+
+def _demo() -> nn.Module:
+    """The digits demo: a ViT of 0.2 M parameters, see examples/train_demo.py."""
+    module = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+    load_checkpoint(module, _DEMO / "weights.safetensors")
+    return module
+
+
+def _preprocess(module: nn.Module) -> Preprocess:
+    facts = resolve_model_data_config(module)
+    return Preprocess(
+        size=tuple(facts["input_size"][1:]),
+        crop_pct=facts["crop_pct"],
+        crop_mode=facts["crop_mode"],
+        interpolation=facts["interpolation"],
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+    )
+
+
+def _draw_norms_and_biases(module: nn.Module, seed: int) -> None:
+    """Move every one-dimensional parameter off the 0 or 1 that it starts at; simplifiers delete those."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def _classes(name: str, module: nn.Module) -> int:
+    classes = int(getattr(module, "num_classes", 0))
+    if classes < 1:
+        raise ModelError(
+            what=f"`{name}` has no classifier.",
+            why="it puts out features, and top-1 agreement needs classes.",
+            fix="pick a tag that was trained with a classifier.",
+        )
+    return classes
+
+
+def _class_names(name: str, classes: int) -> tuple[str, ...] | None:
+    if name == "demo":
+        return tuple(map(str, range(classes)))
+    if classes != 1000:
+        return None
+    imagenet = ImageNetInfo("imagenet-1k")
+    return tuple(imagenet.index_to_description(index) for index in range(classes))
+
+
+def _classifiers(module: nn.Module) -> tuple[str, ...]:
+    names = getattr(module, "pretrained_cfg", {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _fingerprint(name: str, module: nn.Module) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,384 @@
+"""The stages, read top to bottom: model, images, ranges, plan, float ONNX, quantized ONNX, engine, check.
+
+Each stage takes artefacts and gives an artefact. What is already done is the workspace's business, what is printed the
+command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from calibrators.collectors.pytorch import collect_ranges
+from calibrators.errors import BundleError, DeployError, ExportError, ImagesError, PlanError
+from calibrators.files import written_whole
+from calibrators.images import ImageSet, Preprocess
+from calibrators.observers import observer_named
+from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
+from calibrators.registry import names, pick
+from calibrators.scheme import scheme_named
+from dfq_deploy.evaluate import Check, evaluate
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
+from dfq_deploy.reference import Reference
+from dfq_deploy.workspace import Workspace
+from exporters.bundle import MANIFEST, Manifest, ModelFacts, open_bundle, seal_bundle
+from exporters.census import Census
+from exporters.qdq import InsertQDQ
+from exporters.to_onnx import export_float, save_model, torch_parity
+
+__all__ = ["Watch", "calibrate", "check", "export", "generate"]
+
+_MADE_WITH = (
+    "dfq-deploy",
+    "torch",
+    "timm",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxsim",
+    "onnxruntime",
+    "numpy",
+)
+_PARITY_LIMIT = 1e-3  # of the largest logit; a faithful float export is at 1e-5 or better
+
+
+class Watch(Protocol):
+    """Who is told how a run goes."""
+
+    def stage(self, name: str, already_done: bool) -> None:
+        """A stage begins, or was done by an earlier run."""
+
+    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
+        """How far the stage is, with the current loss terms by name where there are any."""
+
+
+class _Silent:
+    def stage(self, name: str, already_done: bool) -> None:
+        """Nobody is told."""
+
+    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
+        """Nobody is told."""
+
+
+_SILENT = _Silent()
+
+
+def export(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    watch: Watch = _SILENT,
+) -> Check:
+    """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
+
+    Args:
+        recipe: The run.
+        out: The bundle's folder; finished stages of an earlier run in it are used again.
+        images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
+        limit: Check on this many images, evenly spaced.
+        watch: Told how it goes.
+
+    Raises:
+        DeployError: A stage could not be carried out; what was finished stays.
+    """
+    out = Path(out)
+    backend = pick("exporters.backends", recipe.backend)
+    watch.stage("model", False)
+    model = _load(recipe)
+    with Workspace(out, watch.stage) as work:
+        calibration = _calibration_images(recipe, model, work, watch)
+        ranges = _ranges(recipe, model, calibration, work, watch)
+        plan = _plan(recipe, model, ranges)
+        backend.check(plan)
+        floats = work.stage("float", ".onnx", _float_facts(model), lambda path: _float_onnx(model, path))
+        if not _sealed(out, recipe, plan):
+            watch.stage("engine", False)
+            (out / MANIFEST).unlink(missing_ok=True)
+            plan.save(out / "plan.safetensors")
+            parity = _parity(model, floats)
+            census = _quantized_onnx(out / "model.onnx", floats, plan, recipe.backend)
+            files = ["plan.safetensors", *_keep(out, model, floats if recipe.keep_float else None)]
+            _seal(out, recipe, model, calibration, census, parity, files)
+    return check(out, images=images, limit=limit, watch=watch, model=model)
+
+
+def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = _SILENT) -> ImageSet:
+    """Make synthetic images and write them to the file `out`.
+
+    Raises:
+        DeployError: The model cannot be loaded, or the generator cannot work on it.
+    """
+    watch.stage("model", False)
+    model = _load(recipe)
+    watch.stage("images", False)
+    _generate(recipe, model, Path(out), watch)
+    return ImageSet.load(Path(out))
+
+
+def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILENT) -> QuantPlan:
+    """Make a plan and write it to the file `out`; finished stages are kept beside it, in `work/`.
+
+    Raises:
+        DeployError: The model or the images cannot be had, or their ranges are unusable.
+    """
+    out = Path(out)
+    watch.stage("model", False)
+    model = _load(recipe)
+    with Workspace(out.parent, watch.stage) as work:
+        calibration = _calibration_images(recipe, model, work, watch)
+        plan = _plan(recipe, model, _ranges(recipe, model, calibration, work, watch))
+        plan.save(out)
+    return plan
+
+
+def check(
+    folder: str | Path,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    checkpoint: Path | None = None,
+    watch: Watch = _SILENT,
+    model: Model | None = None,
+) -> Check:
+    """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
+
+    Args:
+        folder: A bundle.
+        images: `folder:PATH`, `npz:PATH` or an ImageSet file. None: the labelled images that the model brings along
+            (the demo does), else the images that the plan was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now, if not where the export found them.
+        watch: Told how it goes.
+        model: The bundle's model, if it is loaded already.
+
+    Raises:
+        BundleError: The bundle is incomplete or altered, or the weights are others than it was made from.
+        DeployError: The images cannot be had.
+    """
+    folder = Path(folder)
+    manifest = open_bundle(folder)
+    model = model or _load_again(manifest, checkpoint)
+    if model.fingerprint != manifest.model.fingerprint:
+        raise BundleError(
+            what=f"these are not the weights that `{folder}` was made from.",
+            why="the fingerprint of the model differs from the manifest's.",
+            fix="pass the right file with --checkpoint.",
+        )
+    picked = _check_images(folder, model, images)
+    picked = picked if limit is None else picked.spread(limit)
+    watch.stage("check", False)
+    plan = QuantPlan.load(folder / "plan.safetensors")
+    engine = pick("exporters.backends", manifest.backend).load(folder / "model.onnx", provider="cpu")
+    census = Census(manifest.precision, manifest.reasons)
+    found = evaluate(
+        Reference(model, plan),
+        engine,
+        ir.load(folder / "model.onnx"),
+        picked,
+        progress=lambda done, total: watch.progress(done, total, {}),
+    )
+    engine.close()
+    with written_whole(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(found.report(census), indent=1), encoding="utf-8")
+    return found
+
+
+def _load(recipe: ModelRecipe) -> Model:
+    return load_model(
+        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
+    )
+
+
+def _load_again(manifest: Manifest, checkpoint: Path | None) -> Model:
+    facts = manifest.model
+    recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
+    return load_model(
+        facts.name, checkpoint=checkpoint or recorded, random_weights=facts.random_weights, seed=facts.seed
+    )
+
+
+def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
+    generator = pick("dfq_deploy.generation.generators", recipe.generator)
+    images = generator.generate(
+        model, count=recipe.count, seed=recipe.seed, exact=recipe.exact, progress=watch.progress
+    )
+    images.save(path)
+
+
+def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
+    if recipe.calib != "synthetic":
+        return _open_images(recipe.calib, model.preprocess)
+    facts = [
+        recipe.generator,
+        recipe.count,
+        recipe.seed,
+        recipe.exact,
+        model.fingerprint,
+        _versions("dfq-deploy", "torch"),
+    ]
+    path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))
+    return ImageSet.load(path)
+
+
+def _open_images(place: str, preprocess: Preprocess) -> ImageSet:
+    kind, colon, path = place.partition(":")
+    if colon and kind in names("calibrators.sources"):
+        images: ImageSet = pick("calibrators.sources", kind).open_images(Path(path), preprocess)
+        return images
+    if not Path(place).is_file():
+        raise ImagesError(
+            what=f"`{place}` names no images.",
+            why=f"it is neither a file nor one of {', '.join(f'{k}:PATH' for k in names('calibrators.sources'))}.",
+            fix="check the path.",
+        )
+    images = ImageSet.load(Path(place))
+    if images.preprocess != preprocess:
+        raise ImagesError(
+            what=f"the images in `{place}` were made for another model.",
+            why=f"they have {images.preprocess}, the model takes {preprocess}.",
+            fix="make them with the same --model.",
+        )
+    return images
+
+
+def _check_images(folder: Path, model: Model, place: str | None) -> ImageSet:
+    if place is not None:
+        return _open_images(place, model.preprocess)
+    if model.labelled is not None:
+        return _open_images(f"npz:{model.labelled}", model.preprocess)
+    calib = json.loads((folder / MANIFEST).read_bytes())["recipe"]["calib"]
+    kept = sorted((folder / "work").glob("images-*.safetensors"))
+    if calib == "synthetic" and not kept:
+        raise ImagesError(
+            what="there are no images to check on.",
+            why=f"`{folder / 'work'}`, where the synthetic ones lay, is gone.",
+            fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
+        )
+    return _open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
+
+
+def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:
+    used = f"percentile {recipe.percentile}" if recipe.observer == "percentile" else recipe.observer
+
+    def make(path: Path) -> None:
+        collect_ranges(
+            model.module,
+            images,
+            model_fingerprint=model.fingerprint,
+            observer=lambda: observer_named(recipe.observer, recipe.percentile),
+            observer_name=used,
+            progress=lambda done, total: watch.progress(done, total, {}),
+        ).save(path)
+
+    facts = [model.fingerprint, images.fingerprint, used, _versions("dfq-deploy", "torch")]
+    return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
+
+
+def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
+    layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
+    if recipe.spare == "ends":
+        spare = dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
+        spare[layers[0]] = "it reads the image: its error reaches every layer, its time hardly counts"
+    else:
+        asked = [] if recipe.spare == "none" else recipe.spare.split(",")
+        spare = dict.fromkeys(asked, "asked for with --spare")
+        unknown = sorted(spare.keys() - set(layers))
+        if unknown:
+            raise PlanError(
+                what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
+                why=f"its layers are called like {', '.join(layers[:4])}.",
+                fix="pass ends, none, or such names separated by commas.",
+            )
+    return make_plan(ranges, scheme_named(recipe.scheme), attention=recipe.attention, spare=spare)
+
+
+def _float_facts(model: Model) -> list[object]:
+    return [model.fingerprint, _versions(*_MADE_WITH)]
+
+
+def _float_onnx(model: Model, path: Path) -> None:
+    export_float(model.module, torch.zeros(2, *model.preprocess.shape), path)
+
+
+def _parity(model: Model, floats: Path) -> float:
+    images = np.random.default_rng(0).normal(size=(3, *model.preprocess.shape)).astype(np.float32)
+    parity = torch_parity(model.module, floats, images)
+    if not parity <= _PARITY_LIMIT:
+        raise ExportError(
+            what=f"the float ONNX model differs from torch by {parity:.1e} of the largest logit.",
+            why="the exporter translated an operator wrongly, or the model is not deterministic.",
+            fix="report this model; its quantized engine would be wrong as well.",
+        )
+    return parity
+
+
+def _quantized_onnx(path: Path, floats: Path, plan: QuantPlan, backend: str) -> Census:
+    result = InsertQDQ(plan)(ir.load(floats))
+    save_model(result.model, path)
+    census: Census = pick("exporters.backends", backend).build(path, plan)
+    return census
+
+
+def _sealed(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
+    """Whether `out` holds the whole bundle of this recipe and plan already."""
+    try:
+        manifest = open_bundle(out)
+        return manifest.recipe == recipe.facts() and (
+            QuantPlan.load(out / "plan.safetensors").fingerprint == plan.fingerprint
+        )
+    except DeployError:
+        return False
+
+
+def _keep(out: Path, model: Model, floats: Path | None) -> list[str]:
+    """Put the other files of a bundle into `out`; returns all names that its manifest lists."""
+    kept = ["model.onnx"]
+    if floats is not None:
+        save_model(ir.load(floats), out / "float.onnx")
+        kept.append("float.onnx")
+    if model.class_names is not None:
+        with written_whole(out / "classes.txt") as temporary:
+            temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
+        kept.append("classes.txt")
+    return kept + [f"{name}.data" for name in kept if (out / f"{name}.data").exists()]
+
+
+def _seal(
+    out: Path, recipe: Recipe, model: Model, images: ImageSet, census: Census, parity: float, files: list[str]
+) -> None:
+    recipe.save(out / "recipe.toml")
+    facts = recipe.facts()
+    manifest = Manifest(
+        model=ModelFacts(
+            name=model.name,
+            checkpoint=facts.get("checkpoint"),
+            random_weights=recipe.random_weights,
+            seed=recipe.seed,
+            fingerprint=model.fingerprint,
+            classes=model.classes,
+        ),
+        preprocess=model.preprocess,
+        backend=recipe.backend,
+        scheme=recipe.scheme,
+        recipe=facts,
+        images={"source": images.source, "fingerprint": images.fingerprint},
+        float_parity=parity,
+        precision=dict(census.precision),
+        reasons=dict(census.reasons),
+        versions=_versions(*_MADE_WITH),
+        files=dict.fromkeys(files, "0" * 64),
+    )
+    seal_bundle(out, manifest)
+
+
+def _versions(*distributions: str) -> dict[str, str]:
+    return {name: version(name) for name in distributions}

@@ -1,0 +1,117 @@
+"""The reference: what a plan means, computed by the torch model with fake quantization.
+
+The same plan that goes into ONNX rounds the same tensors here. The reference is what an engine must agree with; the
+float model is what both are compared to.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import PlanError
+from calibrators.plan import QuantPlan
+from calibrators.sites import Mode, set_mode, sites_of
+from dfq_deploy.models import Model
+
+__all__ = ["Reference"]
+
+_MOVE = 1e-6  # relative; about eight float32 roundings
+
+
+class Reference:
+    """A torch model that computes in float, or as its plan says.
+
+    Raises:
+        PlanError: The plan was made for another model.
+    """
+
+    def __init__(self, model: Model, plan: QuantPlan) -> None:
+        if plan.model != model.fingerprint or not plan.sites.keys() <= sites_of(model.module).keys():
+            raise PlanError(
+                what=f"the plan does not belong to `{model.name}` with these weights.",
+                why="its fingerprint names another model.",
+                fix="make the plan again, or pass the --checkpoint that it was made with.",
+            )
+        self._module = model.module
+        self._plan = plan
+
+    def float(self, images: np.ndarray) -> np.ndarray:
+        """Logits of the float model, (N, classes) float32."""
+        return self._run(images, Mode.OFF)
+
+    def quantized(self, images: np.ndarray) -> np.ndarray:
+        """Logits under the plan, (N, classes) float32."""
+        return self._run(images, Mode.FAKE)
+
+    def moved(self, images: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Logits under the plan when the input is moved by a relative 1e-6.
+
+        Where the first layer rounds its input, 1e-6 would vanish there, and its output is moved instead.
+        """
+
+        def move(values: Tensor) -> Tensor:
+            return values * (1 + _MOVE * torch.randn(values.shape, generator=generator))
+
+        first = next(name for name in sites_of(self._module) if name.endswith(".input"))
+        if first not in self._plan.sites:
+            return self._run(move(torch.from_numpy(images)).numpy(), Mode.FAKE)
+        layer = self._module.get_submodule(first.removesuffix(".input"))
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: move(output))
+        try:
+            return self._run(images, Mode.FAKE)
+        finally:
+            hook.remove()
+
+    def watch_layers(self, images: np.ndarray, see: Callable[[str, list[np.ndarray], np.ndarray], None]) -> None:
+        """Run `images` under the plan and show `see` each planned layer: name, operands before rounding, output."""
+        hooks = []
+        for layer in self._plan.layers:
+            if layer.endswith((".qk", ".av")):
+                attention, _, matmul = layer.rpartition(".")
+                sites = self._module.get_submodule(attention).sites
+                pair = getattr(sites, f"{matmul}_lhs"), getattr(sites, f"{matmul}_rhs")
+                hooks += _watch_matmul(layer, pair, see)
+            else:
+                hooks.append(self._module.get_submodule(layer).register_forward_hook(_watch_layer(layer, see)))
+        try:
+            self._run(images, Mode.FAKE)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _run(self, images: np.ndarray, mode: Mode) -> np.ndarray:
+        set_mode(self._module, mode, qparams=self._plan.sites)
+        try:
+            with torch.inference_mode():
+                logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()
+        finally:
+            set_mode(self._module, Mode.OFF)
+        return logits
+
+
+def _watch_layer(
+    name: str, see: Callable[[str, list[np.ndarray], np.ndarray], None]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    return lambda _layer, inputs, output: see(name, [inputs[0].numpy()], output.numpy())
+
+
+def _watch_matmul(
+    name: str, pair: tuple[nn.Module, nn.Module], see: Callable[[str, list[np.ndarray], np.ndarray], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks on the two operand sites; the second one, called last, has what the matmul needs."""
+    passed: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_site: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        passed.append((inputs[0], output))
+        if len(passed) == 2:
+            (left, left_rounded), (right, right_rounded) = passed
+            passed.clear()
+            see(
+                name,
+                [left.contiguous().numpy(), right.contiguous().numpy()],
+                (left_rounded @ right_rounded).numpy(),
+            )
+
+    return [site.register_forward_hook(keep) for site in pair]

@@ -1,0 +1,79 @@
+"""Production: a bundle in, logits out, with no torch and no timm.
+
+`load` verifies the bundle and opens its engine. A `Runner` turns images into model input exactly as the model was
+trained, and model input into logits.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+
+from calibrators.errors import ImagesError
+from calibrators.registry import pick
+from exporters.backends import Engine
+from exporters.bundle import Manifest, open_bundle
+
+__all__ = ["Runner", "load"]
+
+
+class Runner:
+    """A bundle ready to answer.
+
+    Attributes:
+        manifest: What the bundle says of itself.
+        classes: What each logit stands for, or None where the bundle does not say.
+    """
+
+    def __init__(self, manifest: Manifest, engine: Engine, classes: list[str] | None) -> None:
+        self.manifest = manifest
+        self.classes = classes
+        self._engine = engine
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        """Model input (N, C, H, W) float32 of one PIL image or several."""
+        several = [images] if isinstance(images, Image.Image) else images
+        return np.stack([self.manifest.preprocess(image) for image in several])
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) float32 of model input (N, C, H, W).
+
+        Raises:
+            ImagesError: The array has another shape than the model's input.
+        """
+        if images.ndim != 4 or images.shape[1:] != self.manifest.preprocess.shape:
+            raise ImagesError(
+                what=f"images of shape {images.shape} do not fit the model.",
+                why=f"it takes (N, {', '.join(map(str, self.manifest.preprocess.shape))}).",
+                fix="make them with Runner.preprocess.",
+            )
+        return self._engine(np.ascontiguousarray(images, np.float32))
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(folder: str | Path, *, provider: str = "cpu") -> Runner:
+    """The runner of the bundle in `folder`, on `cpu` or `cuda`.
+
+    Raises:
+        BundleError: The bundle is incomplete or altered.
+        BackendError: Its run-time is not installed or cannot load it.
+    """
+    folder = Path(folder)
+    manifest = open_bundle(folder)
+    named = "classes.txt" in manifest.files
+    classes = (folder / "classes.txt").read_text(encoding="utf-8").splitlines() if named else None
+    backend = pick("exporters.backends", manifest.backend)
+    return Runner(manifest, backend.load(folder / "model.onnx", provider=provider), classes)

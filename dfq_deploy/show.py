@@ -1,0 +1,121 @@
+"""What a person sees of a result: tables on the terminal. Nothing is computed here."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.table import Table
+
+from calibrators.errors import ImagesError
+from calibrators.images import ImageSet, is_image_set
+from calibrators.plan import QuantPlan
+from dfq_deploy.doctor import Finding
+from dfq_deploy.runtime import Runner
+from exporters.bundle import open_bundle
+
+if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
+    from dfq_deploy.evaluate import Check
+
+__all__ = ["print_check", "print_classes", "print_findings", "print_images", "print_path", "print_plan"]
+
+_console = Console(highlight=False)
+_COLOURS = {
+    "pass": "green",
+    "fail": "red",
+    "undecided": "yellow",
+    "ok": "green",
+    "absent": "dim",
+    "problem": "red",
+}
+
+
+def print_check(found: "Check", folder: Path) -> None:
+    """A check: what agrees with what, and the verdict."""
+    table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "top-1 %", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "engine agrees with its reference": found.agreement["engine_reference"],
+        "reference with itself, moved by 1e-6": found.agreement["noise_floor"],
+        "engine agrees with float": found.agreement["engine_float"],
+    }
+    rows.update({f"{name}, against labels": share for name, share in (found.top1 or {}).items()})
+    for name, share in rows.items():
+        table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
+    _console.print(table)
+    if found.drop is not None:
+        _console.print("engine loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
+    _console.print(f"[{_COLOURS[found.verdict]}]{found.verdict}[/]: {found.reason}")
+    _console.print(f"report: {folder / 'report.json'}")
+
+
+def print_images(images: ImageSet, path: Path) -> None:
+    """An ImageSet: how many, of what size, made how."""
+    _console.print(f"{path}: {len(images)} images {images.preprocess.shape}, {images.source}")
+    for name, value in images.made_by.items():
+        _console.print(f"  {name}: {value}")
+
+
+def print_plan(plan: QuantPlan) -> None:
+    """A plan: each quantized site with its format and scale, and each spared one with its reason."""
+    table = Table(title=f"{plan.scheme}: {len(plan.sites)} sites", title_justify="left", box=None, pad_edge=False)
+    for column in ("site", "codes", "scale", "zero-point"):
+        table.add_column(column)
+    for name, q in plan.sites.items():
+        per = (
+            f"{q.scale.min():.4g} to {q.scale.max():.4g}, {q.scale.size} channels"
+            if q.scale.size > 1
+            else f"{q.scale:.4g}"
+        )
+        table.add_row(name, q.codes.name, per, "0" if not q.zero_point.any() else str(q.zero_point))
+    _console.print(table)
+    for reason in dict.fromkeys(plan.spared.values()):
+        sites = [name for name, why in plan.spared.items() if why == reason]
+        _console.print(f"{len(sites)} sites stay float: {reason}.")
+
+
+def print_classes(runner: Runner, path: Path, top: int) -> None:
+    """The most likely classes of one image.
+
+    Raises:
+        ImagesError: The file is not a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = runner.preprocess(image)
+    except (UnidentifiedImageError, OSError) as cause:
+        raise ImagesError(what=f"`{path}` is not a whole image.", why=str(cause), fix="pass another file.") from cause
+    logits = runner(pixels)[0].astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    _console.print(str(path), style="bold")
+    for index in np.argsort(-shares)[:top].tolist():
+        name = runner.classes[index] if runner.classes else ""
+        _console.print(f"  {100 * shares[index]:6.2f} %  {index:>5}  {name}")
+
+
+def print_path(path: Path) -> None:
+    """Whatever lies at `path`: a bundle, a plan or an ImageSet."""
+    if path.is_dir():
+        manifest = open_bundle(path)
+        counts = {kind: list(manifest.precision.values()).count(kind) for kind in ("int8", "float")}
+        _console.print(f"{path}: {manifest.model.name}, {manifest.scheme}, for {manifest.backend}", style="bold")
+        _console.print(f"  layers: {counts['int8']} int8, {counts['float']} float")
+        _console.print(f"  calibrated on: {manifest.images['source']}")
+        _console.print(f"  float ONNX against torch: {manifest.float_parity:.1e}")
+        for name in manifest.files:
+            _console.print(f"  {name}: {(path / name).stat().st_size / 2**20:.1f} MiB")
+        _console.print("  repeat: dfq-deploy export --recipe", path / "recipe.toml", "--out DIR")
+    elif is_image_set(path):
+        print_images(ImageSet.load(path), path)
+    else:
+        print_plan(QuantPlan.load(path))
+
+
+def print_findings(findings: list[Finding]) -> int:
+    """What the doctor found; returns 1 if there is a problem."""
+    for finding in findings:
+        _console.print(f"[{_COLOURS[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {finding.text}")
+    return int(any(finding.state == "problem" for finding in findings))

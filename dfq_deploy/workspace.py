@@ -1,0 +1,75 @@
+"""The run folder: what is already done, and that nobody else works in it.
+
+A stage's result is a file whose name carries a fingerprint of everything that it depends on. If the file is there,
+the stage is done: files appear under their name only when they are whole. What depends on something else by now is
+deleted when its successor has been made.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from calibrators.errors import RecipeError
+from calibrators.files import fingerprint_of
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """The folder `out/work`, held by one run at a time.
+
+    Args:
+        out: The run folder.
+        announce: Told each stage's name and whether its result was there already.
+    """
+
+    def __init__(self, out: Path, announce: Callable[[str, bool], None]) -> None:
+        self._folder = out / "work"
+        self._announce = announce
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            raise RecipeError(
+                what=f"`{out}` cannot be written to.", why=str(cause), fix="pass another folder with --out."
+            ) from cause
+        self._lock = FileLock(self._folder / ".lock")
+
+    def __enter__(self) -> "Workspace":
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as cause:
+            raise RecipeError(
+                what=f"another run is working in `{self._folder.parent}`.",
+                why="two runs in one folder would overwrite each other.",
+                fix="wait for it, or pass another folder with --out.",
+            ) from cause
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def stage(self, name: str, suffix: str, facts: object, make: Callable[[Path], None]) -> Path:
+        """The file with the result of stage `name`, made by `make` unless it is there.
+
+        Args:
+            name: The stage, for people and in the file's name.
+            suffix: Of the file, `.safetensors`.
+            facts: JSON-serialisable; everything that the result depends on.
+            make: Writes the result to the path it is given, whole or not at all.
+        """
+        path = self._folder / f"{name}-{fingerprint_of(facts)[:16]}{suffix}"
+        self._announce(name, path.exists())
+        if not path.exists():
+            make(path)
+            for stale in self._folder.glob(f"{name}-*"):
+                if not stale.name.startswith(path.name):
+                    stale.unlink()
+        return path
+
+    def found(self, name: str) -> Path | None:
+        """The result of stage `name` that lies in the folder, or None."""
+        return next(iter(sorted(self._folder.glob(f"{name}-*"))), None)

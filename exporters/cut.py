@@ -1,0 +1,59 @@
+"""One layer cut out of a quantized model, as a model of its own.
+
+An engine and its reference drift apart through a whole network however equal each layer is, because rounding flips
+compound. Fed the same input, a layer must agree to float32 rounding, and that can be tested.
+"""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+__all__ = ["LayerCutter"]
+
+
+class LayerCutter:
+    """Layers of a Q/DQ model, run one by one in ONNX Runtime.
+
+    Args:
+        model: The quantized model, its nodes named by layer.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._nodes = {node.name: node for node in model.graph}
+
+    def run(self, layer: str, operands: list[np.ndarray]) -> np.ndarray:
+        """What `layer` puts out, bias included, for float operands as they reach its Q/DQ, float32."""
+        node = self._nodes[layer]
+        inputs = [_before_qdq(value) for value in node.inputs[: len(operands)] if value is not None]
+        output = _after_bias(node.outputs[0])
+        graph = ir.convenience.extract(self._model.graph, inputs, [output])
+        for value, operand in zip(graph.inputs, operands, strict=True):
+            value.shape, value.dtype = ir.Shape(operand.shape), ir.DataType.FLOAT
+        graph.outputs[0].shape = None
+        proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        found: np.ndarray = session.run(None, {str(v.name): o for v, o in zip(graph.inputs, operands, strict=True)})[0]
+        return found
+
+
+def _before_qdq(value: ir.Value) -> ir.Value:
+    """The float tensor that DequantizeLinear(QuantizeLinear(tensor)) gives back rounded."""
+    for _ in ("DequantizeLinear", "QuantizeLinear"):
+        producer = value.producer()
+        assert producer is not None
+        assert producer.inputs[0] is not None
+        value = producer.inputs[0]
+    return value
+
+
+def _after_bias(value: ir.Value) -> ir.Value:
+    """The tensor after a bias is added and, at a convolution, after its output's Q/DQ."""
+    following = {"Add", "QuantizeLinear", "DequantizeLinear"}
+    while len(users := value.consumers()) == 1 and users[0].op_type in following:
+        constants = [v for v in users[0].inputs if v is not None and v is not value]
+        if not all(v.is_initializer() for v in constants):
+            break
+        following.discard(users[0].op_type)
+        value = users[0].outputs[0]
+    return value

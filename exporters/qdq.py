@@ -1,0 +1,153 @@
+"""Float ONNX and a plan in, quantized ONNX out: the pass that writes explicit Q/DQ.
+
+Rules:
+1. Each quantized layer reads its input through QuantizeLinear -> DequantizeLinear. Layers that read one tensor with
+   the same numbers share the pair; other readers of the tensor (a residual Add) keep the float one.
+2. Its weight is stored as integers and read through one DequantizeLinear, per output channel.
+3. A convolution's output passes a pair of its own, since run-times fuse an INT8 convolution only then.
+4. The operands of an attention matmul are treated like inputs, both or neither.
+5. Biases, residual sums, LayerNorm, softmax and GELU stay float.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from calibrators.affine import quantize
+from calibrators.errors import ExportError
+from calibrators.plan import QParams, QuantPlan, along, layer_of
+
+__all__ = ["InsertQDQ"]
+
+
+class InsertQDQ(ir.passes.InPlacePass):
+    """Write a plan into a float model whose nodes are named by layer (see `exporters.to_onnx`)."""
+
+    def __init__(self, plan: QuantPlan) -> None:
+        super().__init__()
+        self._plan = plan
+        self._pairs: dict[tuple[ir.Value, bytes], ir.Value] = {}
+
+    def requires(self, model: ir.Model) -> None:
+        """Every layer of the plan is a node of the graph, and no Q/DQ is there yet.
+
+        Raises:
+            ExportError: The model and the plan do not belong together.
+        """
+        ops = {node.op_type for node in model.graph}
+        if "QuantizeLinear" in ops or "DequantizeLinear" in ops:
+            raise ExportError(
+                what="the model is quantized already.",
+                why="it holds Q/DQ nodes.",
+                fix="start from float.onnx.",
+            )
+        missing = [layer for layer in self._plan.layers if layer not in {node.name for node in model.graph}]
+        if missing:
+            raise ExportError(
+                what=f"the plan quantizes `{missing[0]}`, which the model does not have ({len(missing)} in all).",
+                why="the plan was made for another model.",
+                fix="make the plan from the same --model and --checkpoint.",
+            )
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every layer of the plan reads only quantized tensors.
+
+        Raises:
+            ExportError: A planned site was not written.
+        """
+        nodes = {node.name: node for node in model.graph}
+        for layer in self._plan.layers:
+            for value in nodes[layer].inputs[:2]:
+                producer = value.producer() if value is not None else None
+                if producer is None or producer.op_type != "DequantizeLinear":
+                    raise ExportError(
+                        what=f"`{layer}` still reads a float tensor.",
+                        why="its plan names only one of its two operands.",
+                        fix="make the plan again with `dfq-deploy calibrate`.",
+                    )
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Insert the pairs, in place."""
+        nodes = {node.name: node for node in model.graph}
+        for site, qparams in self._plan.sites.items():
+            node = nodes[layer_of(site)]
+            if site.endswith(".weight"):
+                self._quantize_weight(model.graph, node, site, qparams)
+            elif site.endswith(".output"):
+                self._quantize_output(node, site, qparams)
+            else:
+                self._quantize_input(node, 1 if site.endswith(".rhs") else 0, site, qparams)
+        model.graph.sort()
+        return ir.passes.PassResult(model, modified=bool(self._plan.sites))
+
+    def _quantize_input(self, node: ir.Node, index: int, site: str, qparams: QParams) -> None:
+        source = node.inputs[index]
+        assert source is not None
+        key = (source, qparams.scale.tobytes() + qparams.zero_point.tobytes() + qparams.codes.name.encode())
+        if key not in self._pairs:
+            self._pairs[key] = _pair(source, site, qparams, before=node)
+        node.replace_input_with(index, self._pairs[key])
+
+    @staticmethod
+    def _quantize_output(node: ir.Node, site: str, qparams: QParams) -> None:
+        source = node.outputs[0]
+        readers = list(source.uses())
+        if source.is_graph_output():
+            raise ExportError(
+                what=f"`{site}` is the model's output and cannot be quantized.",
+                why="outputs leave the engine as float32.",
+                fix="spare the layer.",
+            )
+        dequantized = _pair(source, site, qparams, before=readers[0].node)
+        for reader in readers:
+            reader.node.replace_input_with(reader.idx, dequantized)
+
+    @staticmethod
+    def _quantize_weight(graph: ir.Graph, node: ir.Node, site: str, qparams: QParams) -> None:
+        weight = node.inputs[1]
+        assert weight is not None
+        assert weight.const_value is not None
+        values = weight.const_value.numpy()
+        axis = values.ndim - 1 if node.op_type == "MatMul" else qparams.axis
+        scale, zero = (along(part, values.ndim, axis) for part in (qparams.scale, qparams.zero_point))
+        codes = quantize(values, scale, zero.astype(np.float32), qparams.codes).astype(qparams.codes.name)
+        name = f"{site}.{qparams.codes.name}"
+        stored = ir.val(name, const_value=ir.tensor(codes, name=name))
+        graph.initializers[name] = stored
+        dequantize = ir.node(
+            "DequantizeLinear",
+            [stored, *_constants(graph, site, qparams)],
+            attributes={"axis": axis},
+            name=f"{site}.dequantize",
+        )
+        dequantize.outputs[0].dtype, dequantize.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(values.shape)
+        graph.insert_before(node, dequantize)
+        node.replace_input_with(1, dequantize.outputs[0])
+        if not weight.uses():
+            del graph.initializers[str(weight.name)]
+
+
+def _pair(source: ir.Value, site: str, qparams: QParams, *, before: ir.Node) -> ir.Value:
+    """`source` through QuantizeLinear and DequantizeLinear, put into the graph before `before`."""
+    graph = before.graph
+    assert isinstance(graph, ir.Graph)
+    constants = _constants(graph, site, qparams)
+    quantized = ir.node("QuantizeLinear", [source, *constants], name=f"{site}.quantize")
+    dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *constants], name=f"{site}.dequantize")
+    graph.insert_before(before, [quantized, dequantized])
+    quantized.outputs[0].dtype, quantized.outputs[0].shape = (
+        ir.DataType[qparams.codes.name.upper()],
+        source.shape,
+    )
+    dequantized.outputs[0].dtype, dequantized.outputs[0].shape = ir.DataType.FLOAT, source.shape
+    return dequantized.outputs[0]
+
+
+def _constants(graph: ir.Graph, site: str, qparams: QParams) -> list[ir.Value]:
+    """Initializers `<site>.scale` and `<site>.zero_point`."""
+    constants = []
+    for part in ("scale", "zero_point"):
+        name = f"{site}.{part}"
+        constant = ir.val(name, const_value=ir.tensor(np.array(getattr(qparams, part)), name=name))
+        graph.initializers[name] = constant
+        constants.append(constant)
+    return constants

@@ -1,0 +1,212 @@
+"""A sited torch model to float ONNX whose nodes and tensors carry the sites' names.
+
+Each site leaves a marker node in torch's export. This file takes the markers out again and gives what they marked
+its name: the layer's node is called `blocks.0.attn.qkv`, its constant `blocks.0.attn.qkv.weight`, its first input
+`blocks.0.attn.qkv.input` (two layers that read one tensor share it, under the first one's name). A Linear becomes
+MatMul + Add, never Gemm: run-times fuse an INT8 MatMul, not an INT8 Gemm. Weights never pass through the simplifier,
+so no size limit of protobuf's is met.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import onnxsim
+import torch
+from torch import nn
+
+from calibrators.errors import ExportError
+from calibrators.files import written_whole
+from calibrators.plan import layer_of
+from calibrators.sites import MARKER, Mode, set_mode
+
+__all__ = ["OPSET", "export_float", "save_model", "torch_parity"]
+
+# ORT 1.27 to 1.31 cannot load S8 Q/DQ with a quantized Conv at opset 21 (FACTS.md).
+OPSET = 20
+_EXTERNAL_DATA_FROM_BYTES = 1 << 31  # protobuf's limit for one message
+
+
+def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
+    """Write `module` as float ONNX with input `images` (N, C, H, W) and output `logits`, N free.
+
+    Args:
+        module: A sited model in evaluation mode.
+        example: Images to trace with, (2 or more, C, H, W) float32.
+        path: Where the model goes.
+
+    Raises:
+        ExportError: torch's exporter cannot express the model, or a site got lost on the way.
+    """
+    model = _traced(module, example)
+    sites = _name_by_sites(model)
+    _split_gemm(model)
+    model = _simplified(model)
+    kept = {node.name for node in model.graph} | set(model.graph.initializers)
+    lost = sorted(site for site in sites if site not in kept and layer_of(site) not in kept)
+    if lost:
+        raise ExportError(
+            what=f"site `{lost[0]}` is gone from the exported graph, and {len(lost) - 1} more.",
+            why="the exporter or the simplifier merged its layer into another one.",
+            fix="spare the layer, or report this model.",
+        )
+    save_model(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int = _EXTERNAL_DATA_FROM_BYTES) -> None:
+    """Write `model` to `path`; from `external_data_from_bytes` on, weights go to `<path>.data` beside it."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = f"{path.name}.data" if size >= external_data_from_bytes else None
+    with written_whole(path) as temporary:
+        ir.save(model, temporary, external_data=external)
+
+
+def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
+    """Largest difference between `path` in ONNX Runtime and `module` on `images`, relative to the largest logit."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images})[0]
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(images)).numpy()
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def _traced(module: nn.Module, example: torch.Tensor) -> ir.Model:
+    set_mode(module, Mode.MARK)
+    try:
+        with _quiet_exporter():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as cause:
+        raise ExportError(
+            what="torch cannot export this model to ONNX.",
+            why=str(cause.__cause__ or cause).strip().split("\n")[0][:300],
+            fix="pick another variant of the model, or report it with this message.",
+        ) from cause
+    finally:
+        set_mode(module, Mode.OFF)
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch's exporter from narrating: what matters comes as an exception."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_by_sites(model: ir.Model) -> list[str]:
+    """Take the markers out and name what they marked; returns the names of all sites."""
+    graph = model.graph
+    domain, _, op_type = MARKER.partition("::")
+    markers = [node for node in graph if node.domain == domain and node.op_type == op_type]
+    names = []
+    for marker in markers:
+        site = marker.attributes["name"].as_string()
+        names.append(site)
+        source, marked = marker.inputs[0], marker.outputs[0]
+        assert source is not None
+        if site.endswith(".output"):
+            source.name = site
+        else:
+            _name_consumer(marked, site, source, graph)
+        marked.replace_all_uses_with(source, replace_graph_outputs=True)
+        graph.remove(marker, safe=True)
+    model.opset_imports.pop(domain, None)
+    return names
+
+
+def _name_consumer(marked: ir.Value, site: str, source: ir.Value, graph: ir.Graph) -> None:
+    """Name the node that computes the site's layer, and the tensor that enters it there."""
+    (node,) = marked.consumers()
+    if site.endswith(".weight"):
+        assert source.const_value is not None
+        source.name = site
+        if node.op_type == "Transpose":  # MatMul takes (in, out): keep the weight that way
+            stored = source.const_value.numpy().T
+            folded = ir.val(site, const_value=ir.tensor(np.ascontiguousarray(stored), name=site))
+            graph.initializers.pop(site, None)
+            graph.initializers[site] = folded
+            transposed = node.outputs[0]
+            transposed.replace_all_uses_with(folded)
+            graph.remove(node, safe=True)
+            (node,) = folded.consumers()
+        node.name = layer_of(site)
+        return
+    if site.endswith((".lhs", ".rhs")):
+        node.name = layer_of(site)
+    if not source.is_graph_input() and not source.is_initializer() and not _is_site(source.name):
+        source.name = site
+
+
+def _is_site(name: str | None) -> bool:
+    return name is not None and name.endswith((".input", ".output", ".lhs", ".rhs"))
+
+
+def _split_gemm(model: ir.Model) -> None:
+    """Gemm on a named weight becomes Unsqueeze, MatMul, Add, Squeeze.
+
+    The extra axis is what keeps ONNX Runtime from fusing MatMul and Add back into a Gemm, which it computes in float.
+    """
+    graph = model.graph
+    for gemm in [node for node in graph if node.op_type == "Gemm"]:
+        x, weight, bias = [*gemm.inputs, None][:3]
+        if x is None or weight is None or weight.const_value is None:
+            continue
+        stored = weight.const_value.numpy()
+        if gemm.attributes.get_int("transB", 0):
+            weight.const_value = ir.tensor(np.ascontiguousarray(stored.T), name=weight.name)
+            weight.shape = ir.Shape(stored.T.shape)
+        axis = ir.val(f"{gemm.name}.axis", const_value=ir.tensor(np.array([1]), name=f"{gemm.name}.axis"))
+        graph.initializers[f"{gemm.name}.axis"] = axis
+        nodes = [ir.node("Unsqueeze", [x, axis], name=f"{gemm.name}.unsqueeze")]
+        nodes.append(ir.node("MatMul", [nodes[-1].outputs[0], weight], name=gemm.name))
+        if bias is not None:
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{gemm.name}.add"))
+        nodes.append(ir.node("Squeeze", [nodes[-1].outputs[0], axis], name=f"{gemm.name}.squeeze"))
+        ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
+
+
+def _simplified(model: ir.Model) -> ir.Model:
+    """The graph after onnxsim, which sees the sites' weights as inputs and so leaves them as they are."""
+    graph = model.graph
+    names = {f"{node.name}.weight" for node in graph if node.name}
+    weights = {name: value for name, value in graph.initializers.items() if name in names}
+    for name, value in weights.items():
+        del graph.initializers[name]
+        assert value.const_value is not None
+        value.dtype, value.shape = value.const_value.dtype, ir.Shape(value.const_value.shape.numpy())
+        graph.inputs.append(value)
+    tensors = {name: value.const_value for name, value in weights.items()}
+    for value in weights.values():
+        value.const_value = None
+    proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True)
+    simplified: ir.Model = ir.from_proto(proto)
+    for value in [v for v in simplified.graph.inputs if v.name in tensors]:
+        simplified.graph.inputs.remove(value)
+        value.const_value = tensors[str(value.name)]
+        simplified.graph.initializers[str(value.name)] = value
+    return simplified
