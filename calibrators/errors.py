@@ -18,6 +18,8 @@ __all__ = [
 class DeployError(Exception):
     """A failure that the reader can act on; `str()` gives the three lines that are shown.
 
+    Line breaks in a part, such as those of another library's message, become spaces.
+
     Attributes:
         what: What could not be done, with the names and numbers involved.
         why: The reason, as far as it is known.
@@ -25,10 +27,8 @@ class DeployError(Exception):
     """
 
     def __init__(self, *, what: str, why: str, fix: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.why = why
-        self.fix = fix
+        self.what, self.why, self.fix = (" ".join(part.split("\n")) for part in (what, why, fix))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"

@@ -96,7 +96,7 @@ def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 class Pixels(Protocol):
-    """Model-ready images that are produced by slices: (n, C, H, W) float32."""
+    """Model-ready images that are produced by slices without a step: (n, C, H, W) float32."""
 
     def __len__(self) -> int: ...
 
@@ -185,6 +185,7 @@ class ImageSet:
         tensors = {"pixels": self.pixels[: len(self)]}
         if self.labels is not None:
             tensors["labels"] = self.labels
+        tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}  # safetensors reads raw memory
         header = {
             "format": _FORMAT,
             "preprocess": asdict(self.preprocess),
@@ -253,4 +254,5 @@ class _SavedPixels:
         return int(self._slice.get_shape()[0])
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        return np.asarray(self._slice[index])
+        start, stop, _ = index.indices(len(self))  # safetensors, unlike NumPy, refuses a slice past the end
+        return np.asarray(self._slice[start:stop])

@@ -43,18 +43,15 @@ class MinMax:
         """Take in one batch; NaN and Inf are kept and refused by `range`."""
         values = values.detach().float()
         if self._axis is None:
-            low, high = values.aminmax()
+            self._widen(*values.aminmax())
         else:
-            low, high = values.movedim(self._axis, 0).flatten(1).aminmax(dim=1)
-        self._low = low if self._low is None else torch.minimum(self._low, low)
-        self._high = high if self._high is None else torch.maximum(self._high, high)
+            self._widen(*values.movedim(self._axis, 0).flatten(1).aminmax(dim=1))
 
     def merge(self, other: Observer) -> None:
         """Take in another MinMax."""
         assert isinstance(other, MinMax)
-        for bound in (other._low, other._high):
-            if bound is not None:
-                self.update(bound if self._axis is None else bound.unsqueeze(1).movedim(0, self._axis))
+        if other._low is not None and other._high is not None:
+            self._widen(other._low, other._high)
 
     def range(self) -> tuple[np.ndarray, np.ndarray]:
         """Minimum and maximum: scalars, or (n,) along `axis`.
@@ -66,6 +63,10 @@ class MinMax:
             raise _nothing_seen()
         return _finite(self._low.cpu().numpy()), _finite(self._high.cpu().numpy())
 
+    def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+
 
 class Percentile:
     """The values below which all but a small share of them lie, on either side.
@@ -76,6 +77,7 @@ class Percentile:
     """
 
     _BINS = 8192
+    _SMALLEST = 2.0**-64  # that the first grid is made for; zeros alone must not make it coarse
 
     def __init__(self, percentile: float = 99.999) -> None:
         if not 50 < percentile <= 100:
@@ -96,11 +98,13 @@ class Percentile:
         largest = float(values.abs().amax())
         if not math.isfinite(largest):
             return
-        self._widen(math.frexp(largest)[1])
+        self._widen(math.frexp(max(largest, self._SMALLEST))[1])
         assert self._exponent is not None
-        radius = 2.0**self._exponent
-        counts = torch.histc(values, self._BINS, -radius, radius)
-        self._counts += counts.cpu()
+        half = self._BINS / 2
+        # Scaling by a power of two is exact; histc alone rounds values that lie near the edge of a bin.
+        bins = (values * (half * 2.0**-self._exponent)).floor()
+        for part in bins.flatten().split(2**24):  # it counts in float32, too
+            self._counts += torch.histc(part, self._BINS, -half, half).cpu()
 
     def merge(self, other: Observer) -> None:
         """Take in another Percentile."""

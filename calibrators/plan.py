@@ -88,7 +88,7 @@ class Ranges:
                 for name, s in header["sites"].items()
             }
             return cls(sites, header["model"], header["images"], header["observer"])
-        except (KeyError, TypeError) as cause:
+        except (AttributeError, KeyError, TypeError) as cause:
             raise _malformed(path, cause) from cause
 
 
@@ -166,7 +166,7 @@ class QuantPlan:
                 for name, s in header["sites"].items()
             }
             plan = cls(sites, header["spared"], header["scheme"], header["model"], header["images"])
-        except (KeyError, TypeError) as cause:
+        except (AttributeError, KeyError, TypeError) as cause:
             raise _malformed(path, cause) from cause
         for name, q in plan.sites.items():
             whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.name

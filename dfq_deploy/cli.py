@@ -156,13 +156,13 @@ class _Bar:
         self._task: TaskID | None = None
 
     def stage(self, name: str, already_done: bool) -> None:
-        """Close the last stage's bar and begin the next."""
+        """Stop the last stage's clock and begin the next."""
         if self._task is not None:
-            self._progress.update(self._task, terms="")
             self._progress.stop_task(self._task)
-        self._task = self._progress.add_task(name, total=1 if already_done else None)
+        note = "already done" if already_done else ""
+        self._task = self._progress.add_task(name, total=1 if already_done else None, terms=note)
         if already_done:
-            self._progress.update(self._task, completed=1, terms="already done")
+            self._progress.update(self._task, completed=1)
 
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
         """Move the bar."""

@@ -84,6 +84,7 @@ class Check:
         shares = {**{f"top1_{k}": v for k, v in (self.top1 or {}).items()}, **self.agreement}
         return {
             **asdict(self),
+            "floor_ratio": [value if np.isfinite(value) else None for value in self.floor_ratio],
             "top1": {k: v.percent for k, v in self.top1.items()} if self.top1 else None,
             "agreement": {k: v.percent for k, v in self.agreement.items()},
             "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},

@@ -6,32 +6,29 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
 from calibrators.collectors.pytorch import collect_ranges
-from calibrators.errors import BundleError, DeployError, ExportError, ImagesError, PlanError
+from calibrators.errors import BundleError, ImagesError, PlanError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet, Preprocess
 from calibrators.observers import observer_named
 from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
 from calibrators.registry import names, pick
 from calibrators.scheme import scheme_named
+from dfq_deploy.building import build_bundle, float_onnx, is_built, made_with
 from dfq_deploy.evaluate import Check, evaluate
+from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.workspace import Workspace
-from exporters.bundle import MANIFEST, Manifest, ModelFacts, open_bundle, seal_bundle
+from exporters.bundle import MANIFEST, Manifest, open_bundle
 from exporters.census import Census
-from exporters.qdq import InsertQDQ
-from exporters.to_onnx import export_float, save_model, torch_parity
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
 
@@ -99,15 +96,11 @@ def export(
         ranges = _ranges(recipe, model, calibration, work, watch)
         plan = _plan(recipe, model, ranges)
         backend.check(plan)
-        floats = work.stage("float", ".onnx", _float_facts(model), lambda path: _float_onnx(model, path))
-        if not _sealed(out, recipe, plan):
+        facts = [model.fingerprint, made_with()]
+        floats = work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
+        if not is_built(out, recipe, plan):
             watch.stage("engine", False)
-            (out / MANIFEST).unlink(missing_ok=True)
-            plan.save(out / "plan.safetensors")
-            parity = _parity(model, floats)
-            census = _quantized_onnx(out / "model.onnx", floats, plan, recipe.backend)
-            files = ["plan.safetensors", *_keep(out, model, floats if recipe.keep_float else None)]
-            _seal(out, recipe, model, calibration, census, parity, files)
+            build_bundle(out, recipe, model, plan=plan, images=calibration, floats=floats)
     return check(out, images=images, limit=limit, watch=watch, model=model)
 
 
@@ -208,10 +201,8 @@ def _load_again(manifest: Manifest, checkpoint: Path | None) -> Model:
 
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
     generator = pick("dfq_deploy.generation.generators", recipe.generator)
-    images = generator.generate(
-        model, count=recipe.count, seed=recipe.seed, exact=recipe.exact, progress=watch.progress
-    )
-    images.save(path)
+    options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact)
+    generator.generate(model, options, progress=watch.progress).save(path)
 
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
@@ -223,7 +214,7 @@ def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, 
         recipe.seed,
         recipe.exact,
         model.fingerprint,
-        _versions("dfq-deploy", "torch"),
+        made_with(),
     ]
     path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))
     return ImageSet.load(path)
@@ -279,7 +270,7 @@ def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Works
             progress=lambda done, total: watch.progress(done, total, {}),
         ).save(path)
 
-    facts = [model.fingerprint, images.fingerprint, used, _versions("dfq-deploy", "torch")]
+    facts = [model.fingerprint, images.fingerprint, used, made_with()]
     return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
 
 
@@ -299,86 +290,3 @@ def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
                 fix="pass ends, none, or such names separated by commas.",
             )
     return make_plan(ranges, scheme_named(recipe.scheme), attention=recipe.attention, spare=spare)
-
-
-def _float_facts(model: Model) -> list[object]:
-    return [model.fingerprint, _versions(*_MADE_WITH)]
-
-
-def _float_onnx(model: Model, path: Path) -> None:
-    export_float(model.module, torch.zeros(2, *model.preprocess.shape), path)
-
-
-def _parity(model: Model, floats: Path) -> float:
-    images = np.random.default_rng(0).normal(size=(3, *model.preprocess.shape)).astype(np.float32)
-    parity = torch_parity(model.module, floats, images)
-    if not parity <= _PARITY_LIMIT:
-        raise ExportError(
-            what=f"the float ONNX model differs from torch by {parity:.1e} of the largest logit.",
-            why="the exporter translated an operator wrongly, or the model is not deterministic.",
-            fix="report this model; its quantized engine would be wrong as well.",
-        )
-    return parity
-
-
-def _quantized_onnx(path: Path, floats: Path, plan: QuantPlan, backend: str) -> Census:
-    result = InsertQDQ(plan)(ir.load(floats))
-    save_model(result.model, path)
-    census: Census = pick("exporters.backends", backend).build(path, plan)
-    return census
-
-
-def _sealed(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
-    """Whether `out` holds the whole bundle of this recipe and plan already."""
-    try:
-        manifest = open_bundle(out)
-        return manifest.recipe == recipe.facts() and (
-            QuantPlan.load(out / "plan.safetensors").fingerprint == plan.fingerprint
-        )
-    except DeployError:
-        return False
-
-
-def _keep(out: Path, model: Model, floats: Path | None) -> list[str]:
-    """Put the other files of a bundle into `out`; returns all names that its manifest lists."""
-    kept = ["model.onnx"]
-    if floats is not None:
-        save_model(ir.load(floats), out / "float.onnx")
-        kept.append("float.onnx")
-    if model.class_names is not None:
-        with written_whole(out / "classes.txt") as temporary:
-            temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
-        kept.append("classes.txt")
-    return kept + [f"{name}.data" for name in kept if (out / f"{name}.data").exists()]
-
-
-def _seal(
-    out: Path, recipe: Recipe, model: Model, images: ImageSet, census: Census, parity: float, files: list[str]
-) -> None:
-    recipe.save(out / "recipe.toml")
-    facts = recipe.facts()
-    manifest = Manifest(
-        model=ModelFacts(
-            name=model.name,
-            checkpoint=facts.get("checkpoint"),
-            random_weights=recipe.random_weights,
-            seed=recipe.seed,
-            fingerprint=model.fingerprint,
-            classes=model.classes,
-        ),
-        preprocess=model.preprocess,
-        backend=recipe.backend,
-        scheme=recipe.scheme,
-        recipe=facts,
-        images={"source": images.source, "fingerprint": images.fingerprint},
-        float_parity=parity,
-        precision=dict(census.precision),
-        reasons=dict(census.reasons),
-        versions=_versions(*_MADE_WITH),
-        files=dict.fromkeys(files, "0" * 64),
-    )
-    seal_bundle(out, manifest)
-
-
-def _versions(*distributions: str) -> dict[str, str]:
-    return {name: version(name) for name in distributions}

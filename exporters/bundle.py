@@ -69,10 +69,9 @@ class Manifest(_Facts):
     files: dict[_FileName, _Sha256]
 
 
-def seal_bundle(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, last of all, with the hashes of the files that lie in `folder`."""
-    files = {name: sha256_of(folder / name) for name in manifest.files}
-    sealed = manifest.model_copy(update={"files": files})
+def seal_bundle(folder: Path, manifest: Manifest, files: list[str]) -> None:
+    """Write the manifest, last of all, with the hashes of `files`, which lie in `folder`."""
+    sealed = manifest.model_copy(update={"files": {name: sha256_of(folder / name) for name in files}})
     with written_whole(folder / MANIFEST) as temporary:
         temporary.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
 

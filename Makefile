@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Each target installs what it uses into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs
+
+.PHONY: demo test lint bench accuracy clean
+
+demo: .venv/export.stamp
+	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: .venv/test.stamp
+	$(BIN)/python benchmarks/speed.py --out $(OUT)/speed.json
+
+accuracy: .venv/test.stamp
+	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
+
+clean:
+	rm -rf .venv $(OUT)
+
+.venv/%.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@

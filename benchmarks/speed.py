@@ -1,0 +1,151 @@
+"""How fast and how large: `make bench`. Ratios within one run, as JSON; needs no download.
+
+1. One PSAQ step for DeiT-T at batch 32, fast form against exact form.
+2. ONNX Runtime INT8 against float, same process, calls taken in turn, median of the ratios pair by pair.
+3. Peak memory of each stage as a process of its own, and of calibration with 32 and with 512 images.
+
+Weights are random: speed and memory do not depend on their values.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+import dfq_deploy as dfq
+from calibrators.registry import pick
+from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.models.loading import load_model
+
+CALLS = 30
+WARM_UP = 5
+
+
+class _Seen(Exception):
+    """Raised out of a generator when enough steps have been timed."""
+
+
+def seconds_per_step(*, exact: bool) -> float:
+    """Mean time of the first steps of PSAQ-ViT V1 for DeiT-T, 32 images."""
+    model = load_model("deit_t", random_weights=True)
+    psaq = pick("dfq_deploy.generation.generators", "psaq_v1")
+    marks: list[float] = []
+
+    def stop_at_first_look(step: int, _steps: int, _terms: Mapping[str, float]) -> None:
+        marks.append((time.perf_counter() - start) / step)
+        raise _Seen
+
+    start = time.perf_counter()
+    try:
+        psaq.generate(model, GenerateOptions(count=32, seed=0, exact=exact), progress=stop_at_first_look)
+    except _Seen:
+        return marks[0]
+    message = "the generator finished without reporting a step"
+    raise RuntimeError(message)
+
+
+def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]:
+    """Milliseconds per call of both engines, one thread, and the median of float time over INT8 time."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    sessions = [
+        onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+        for name in ("float", "model")
+    ]
+    images = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)
+    times = np.zeros((CALLS + WARM_UP, 2))
+    for call in range(CALLS + WARM_UP):
+        for which, session in enumerate(sessions):
+            start = time.perf_counter()
+            session.run(None, {"images": images})
+            times[call, which] = time.perf_counter() - start
+    times = times[WARM_UP:]
+    medians = 1000 * np.median(times, axis=0)
+    ratio = float(np.median(times[:, 0] / times[:, 1]))
+    print(f"{model} batch {batch}: float {medians[0]:.1f} ms, int8 {medians[1]:.1f} ms, {ratio:.2f}x", flush=True)
+    return {"float_ms": float(medians[0]), "int8_ms": float(medians[1]), "float_over_int8": ratio}
+
+
+def peak_mib(*arguments: str) -> float:
+    """Peak resident memory of one `dfq-deploy` process, MiB."""
+    command = [sys.executable, "-m", "dfq_deploy", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) not in (0, 2):
+        message = f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}"
+        raise RuntimeError(message)
+    peak = usage.ru_maxrss / 1024
+    print(f"{arguments[0]}: {peak:.0f} MiB", flush=True)
+    return peak
+
+
+def stage_memory(folder: Path) -> dict[str, float]:
+    """Peak memory, MiB, of DeiT-T's stages, the images kept in files between them."""
+    model = ("--model", "deit_t", "--random-weights")
+    noise = {count: folder / f"noise-{count}.safetensors" for count in (32, 512)}
+    peaks = {
+        "generate_psaq_32": peak_mib("generate", *model, "--out", str(folder / "psaq.safetensors")),
+        "generate_noise_32": peak_mib("generate", *model, "--generator", "noise", "--out", str(noise[32])),
+    }
+    peak_mib("generate", *model, "--generator", "noise", "--count", "512", "--out", str(noise[512]))
+    for count, path in noise.items():
+        out = folder / f"calibrate-{count}" / "plan.safetensors"
+        peaks[f"calibrate_{count}"] = peak_mib("calibrate", *model, "--calib", str(path), "--out", str(out))
+    peaks["export"] = peak_mib("export", *model, "--calib", str(noise[32]), "--out", str(folder / "bundle"))
+    peaks["check"] = peak_mib("check", str(folder / "bundle"))
+    return peaks
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = " ".join(line for line in lines[:40] if line.startswith("flags"))
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "vnni": str("vnni" in flags),
+        "cores": str(os.cpu_count()),
+        **{name: version(name) for name in ("torch", "timm", "onnxruntime")},
+    }
+
+
+def main() -> None:
+    """Run all and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    out: Path = parser.parse_args().out
+    torch.manual_seed(0)
+    fast, exact = seconds_per_step(exact=False), seconds_per_step(exact=True)
+    print(f"PSAQ step, DeiT-T, batch 32: fast {fast:.2f} s, exact {exact:.2f} s, {exact / fast:.1f}x", flush=True)
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "psaq_step": {"fast_s": fast, "exact_s": exact, "exact_over_fast": exact / fast},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for model in ("deit_t", "vit_b"):
+            bundle = Path(folder) / model
+            recipe = dfq.Recipe(model=model, random_weights=True, generator="noise", count=4, keep_float=True)
+            dfq.export(recipe, bundle, limit=1)
+            sizes = {name: (bundle / f"{name}.onnx").stat().st_size / 2**20 for name in ("float", "model")}
+            result[model] = {f"batch_{n}": int8_against_float(model, bundle, n) for n in (1, 8)} | {"MiB": sizes}
+        result["peak_mib"] = stage_memory(Path(folder))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""From a plan to a bundle: float ONNX, Q/DQ, engine, census, and the manifest that seals them.
+
+Comes after calibration and before the check. It decides what lies in a bundle; `exporters.bundle` says how that is
+written and verified.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from calibrators.errors import DeployError, ExportError
+from calibrators.files import written_whole
+from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan
+from calibrators.registry import pick
+from dfq_deploy.models import Model
+from dfq_deploy.recipe import Recipe
+from exporters.bundle import MANIFEST, Manifest, ModelFacts, open_bundle, seal_bundle
+from exporters.census import Census
+from exporters.qdq import InsertQDQ
+from exporters.to_onnx import export_float, save_model, torch_parity
+
+__all__ = ["build_bundle", "float_onnx", "is_built", "made_with"]
+
+_MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+_PARITY_LIMIT = 1e-3  # of the largest logit; a faithful float export is at 1e-5 or better
+
+
+def made_with() -> dict[str, str]:
+    """Versions of everything that an artefact depends on."""
+    return {name: version(name) for name in _MADE_WITH}
+
+
+def float_onnx(model: Model, path: Path) -> None:
+    """Write the float ONNX model, its tensors named by site.
+
+    Raises:
+        ExportError: The model cannot be exported.
+    """
+    export_float(model.module, torch.zeros(2, *model.preprocess.shape), path)
+
+
+def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
+    """Whether `out` holds the whole bundle of this recipe and this plan already, made with these versions."""
+    try:
+        manifest = open_bundle(out)
+        same_plan = QuantPlan.load(out / "plan.safetensors").fingerprint == plan.fingerprint
+    except DeployError:
+        return False
+    return same_plan and manifest.recipe == recipe.facts() and manifest.versions == made_with()
+
+
+def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, images: ImageSet, floats: Path) -> None:
+    """Make the bundle in `out` from the float ONNX model `floats`.
+
+    Raises:
+        ExportError: The float model differs from torch, the plan does not fit it, or the engine computes a planned
+            layer in float.
+        BackendError: The run-time cannot load the model.
+    """
+    (out / MANIFEST).unlink(missing_ok=True)  # from here until the manifest is written, this is no bundle
+    plan.save(out / "plan.safetensors")
+    recipe.save(out / "recipe.toml")
+    parity = _parity(model, floats)
+    save_model(InsertQDQ(plan)(ir.load(floats)).model, out / "model.onnx")
+    census: Census = pick("exporters.backends", recipe.backend).build(out / "model.onnx", plan)
+    files = ["plan.safetensors", "model.onnx"]
+    if recipe.keep_float:
+        save_model(ir.load(floats), out / "float.onnx")
+        files.append("float.onnx")
+    if model.class_names is not None:
+        with written_whole(out / "classes.txt") as temporary:
+            temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
+        files.append("classes.txt")
+    files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
+    seal_bundle(out, _manifest(recipe, model, images, census, parity), files)
+
+
+def _parity(model: Model, floats: Path) -> float:
+    images = np.random.default_rng(0).normal(size=(3, *model.preprocess.shape)).astype(np.float32)
+    parity = torch_parity(model.module, floats, images)
+    if not parity <= _PARITY_LIMIT:
+        raise ExportError(
+            what=f"the float ONNX model differs from torch by {parity:.1e} of the largest logit.",
+            why="the exporter translated an operator wrongly, or the model is not deterministic.",
+            fix="report this model; its quantized engine would be wrong as well.",
+        )
+    return parity
+
+
+def _manifest(recipe: Recipe, model: Model, images: ImageSet, census: Census, parity: float) -> Manifest:
+    facts = recipe.facts()
+    return Manifest(
+        model=ModelFacts(
+            name=model.name,
+            checkpoint=facts.get("checkpoint"),
+            random_weights=recipe.random_weights,
+            seed=recipe.seed,
+            fingerprint=model.fingerprint,
+            classes=model.classes,
+        ),
+        preprocess=model.preprocess,
+        backend=recipe.backend,
+        scheme=recipe.scheme,
+        recipe=facts,
+        images={"source": images.source, "fingerprint": images.fingerprint},
+        float_parity=parity,
+        precision=dict(census.precision),
+        reasons=dict(census.reasons),
+        versions=made_with(),
+        files={},
+    )

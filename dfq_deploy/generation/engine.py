@@ -1,0 +1,258 @@
+"""The one image-optimisation loop that every recipe uses.
+
+Noise goes in and images come out: in each step they are shifted and flipped, pass the frozen model, and move against
+the gradient of the recipe's weighted terms. A recipe brings the terms, the layers whose inputs they look at and the
+schedule; the loop knows none of their names. All that is random is drawn before the first step, and values come to the
+host every `_LOOK_EVERY` steps only, so that a GPU is not waited for in between.
+
+One seed gives the same bytes on one CPU with one number of threads. On a GPU, fused attention may add up its gradient
+in another order on each run.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import ImagesError
+from dfq_deploy.generation import Progress
+from dfq_deploy.generation.taps import captured
+from dfq_deploy.models import Model
+
+__all__ = ["Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
+
+_LOOK_EVERY = 10  # steps between two looks at the loss: for progress, NaN and the plateau
+_WINDOW = 20  # steps over which the loss is averaged to tell a plateau
+_BETAS = (0.5, 0.9)  # Adam's, as in PSAQ-ViT
+
+
+@dataclass(frozen=True)
+class View:
+    """What a term sees of one step; all tensors carry gradients.
+
+    Attributes:
+        step: Number of the step within the schedule, from 0.
+        pixels: The images (B, C, H, W) as the model takes them, shifted and flipped, float32.
+        outputs: The model's output, float32.
+        inputs: The inputs of the recipe's layers by name, in the network's precision.
+    """
+
+    step: int
+    pixels: Tensor
+    outputs: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the loss: `weight` times the scalar that `value` makes of a view."""
+
+    name: str
+    weight: float
+    value: Callable[[View], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of steps in which images are shifted by up to `jitter` pixels, around the edges."""
+
+    steps: int
+    jitter: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        stages: One after the other; each warms up and cools down on its own, Adam's state goes on.
+        learning_rate: Adam's, at the end of the warm-up.
+        warmup: Share of a stage in which the rate rises linearly; after it, it falls to 0 along a cosine.
+        plateau: A stage ends early when the loss fell, from one window of steps to the next, by no more than this
+            share of its whole fall so far. None: no stage ends early.
+    """
+
+    stages: tuple[Stage, ...]
+    learning_rate: float
+    warmup: float
+    plateau: float | None
+
+    @property
+    def steps(self) -> int:
+        """Steps in all, if no stage ends early."""
+        return sum(stage.steps for stage in self.stages)
+
+    def rate(self, stage: Stage, step: int) -> float:
+        """Learning rate of step number `step` of `stage`, from 0."""
+        warm = round(stage.steps * self.warmup)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / (stage.steps - warm)))
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """Images (B, C, H, W) float32 on the host, the steps they took, and each term in the first and the last one."""
+
+    pixels: np.ndarray
+    steps: int
+    first: Mapping[str, float]
+    last: Mapping[str, float]
+
+
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where `device` multiplies in it faster than in float32, else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast else None
+
+
+def optimise(
+    model: Model,
+    start: Tensor,
+    *,
+    layers: Mapping[str, nn.Module],
+    terms: Sequence[Term],
+    schedule: Schedule,
+    dtype: torch.dtype | None,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Optimised:
+    """Images that lower the weighted sum of `terms`, from those in `start`.
+
+    Args:
+        model: The network that the images are shown to; its weights stay as they are.
+        start: Images (B, C, H, W) float32 to begin with, in normalised units.
+        layers: Layers of the model whose inputs the terms look at, by any name.
+        terms: What is minimised.
+        schedule: How long and how fast.
+        dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
+        generator: Draws the shifts and flips, on the CPU.
+        progress: Told every few steps.
+
+    Raises:
+        ImagesError: A term became NaN or Inf; the message names it and the step.
+    """
+    device = next(model.module.parameters()).device
+    pixels = start.to(device, torch.float32, copy=True)
+    low, high = (torch.from_numpy(bound).to(device) for bound in model.preprocess.bounds)
+    moves = _Moves.drawn(schedule, model.preprocess.size, generator, device)
+    weights = torch.tensor([term.weight for term in terms], device=device)
+    adam = torch.optim.Adam([pixels], betas=_BETAS)
+    trace = _Trace([term.name for term in terms], weights, schedule.steps)
+    begin = 0
+    with captured(layers) as inputs:
+        for stage in schedule.stages:
+            for step in range(begin, begin + stage.steps):
+                view = moves.moved(pixels, step).requires_grad_()
+                with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                    outputs = model.module(view)
+                seen = View(step, view, outputs.float(), inputs)
+                values = torch.stack([term.value(seen) for term in terms])
+                (gradient,) = torch.autograd.grad(values @ weights, view)
+                pixels.grad = moves.moved_back(gradient, step)
+                adam.param_groups[0]["lr"] = schedule.rate(stage, step - begin)
+                adam.step()
+                torch.clamp(pixels, low, high, out=pixels)
+                trace.keep(values.detach())
+                done = step + 1 - begin
+                if done % _LOOK_EVERY == 0 or done == stage.steps:
+                    progress(step + 1, schedule.steps, trace.look())
+                    cooling = done - round(stage.steps * schedule.warmup)
+                    if schedule.plateau is not None and trace.flat(cooling, schedule.plateau):
+                        break
+            begin += stage.steps
+    return Optimised(pixels.cpu().numpy(), trace.steps, trace.terms(0), trace.terms(-1))
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Shift and flip of every step, as the order in which rows and columns are taken: each (steps, H or W) int64.
+
+    A move is a permutation, so its gradient is the way back; indexed both ways, nothing is ever added up in an order
+    that may change.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    rows_back: Tensor
+    columns_back: Tensor
+
+    @classmethod
+    def drawn(
+        cls, schedule: Schedule, size: tuple[int, int], generator: torch.Generator, device: torch.device
+    ) -> "_Moves":
+        """Per step, one offset for both axes and a flip of the whole batch in half of the cases."""
+        offsets = [
+            torch.randint(-stage.jitter, stage.jitter + 1, (stage.steps, 1), generator=generator)
+            for stage in schedule.stages
+        ]
+        offset = torch.cat(offsets)
+        flip = torch.rand((schedule.steps, 1), generator=generator) < 0.5
+        rows = (torch.arange(size[0]) - offset) % size[0]
+        columns = (torch.arange(size[1]) - offset) % size[1]
+        columns = torch.where(flip, columns.flip(1), columns)
+        return cls(*(order.to(device) for order in (rows, columns, rows.argsort(1), columns.argsort(1))))
+
+    def moved(self, pixels: Tensor, step: int) -> Tensor:
+        """The images (B, C, H, W) as step number `step` shows them."""
+        return pixels.index_select(2, self.rows[step]).index_select(3, self.columns[step])
+
+    def moved_back(self, gradient: Tensor, step: int) -> Tensor:
+        """The gradient of the images from the gradient of what was shown."""
+        return gradient.index_select(2, self.rows_back[step]).index_select(3, self.columns_back[step])
+
+
+class _Trace:
+    """Each term's value in each step, kept on the device until someone looks."""
+
+    def __init__(self, names: Sequence[str], weights: Tensor, steps: int) -> None:
+        self._names = names
+        self._weights = weights.tolist()
+        self._waiting = torch.empty(steps, len(names), device=weights.device)
+        self._kept = 0
+        self._rows: list[list[float]] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps that were looked at."""
+        return len(self._rows)
+
+    def keep(self, values: Tensor) -> None:
+        """Note the terms (T,) of the next step."""
+        self._waiting[self._kept] = values
+        self._kept += 1
+
+    def look(self) -> dict[str, float]:
+        """Mean of each term since the last look.
+
+        Raises:
+            ImagesError: One of them is not finite.
+        """
+        fresh = self._waiting[len(self._rows) : self._kept].tolist()
+        for row in fresh:
+            self._rows.append(row)
+            for name, value in zip(self._names, row, strict=True):
+                if not math.isfinite(value):
+                    raise ImagesError(
+                        what=f"synthesis broke down in step {len(self._rows)}: the term `{name}` is {value}.",
+                        why="the model puts out NaN or Inf for these images, or the images left float32's range.",
+                        fix="check the weights, try another --seed, or use the generator `noise`.",
+                    )
+        return dict(zip(self._names, np.mean(fresh, axis=0).tolist(), strict=True))
+
+    def terms(self, step: int) -> dict[str, float]:
+        """Each term in one step."""
+        return dict(zip(self._names, self._rows[step], strict=True))
+
+    def flat(self, cooling: int, share: float) -> bool:
+        """Whether the loss stopped falling, as `Schedule.plateau` says, within the last `cooling` steps."""
+        if cooling < 2 * _WINDOW:
+            return False
+        totals = np.asarray(self._rows) @ np.asarray(self._weights)
+        before, now = totals[-2 * _WINDOW : -_WINDOW].mean(), totals[-_WINDOW:].mean()
+        return bool(before - now <= share * (totals[0] - now))

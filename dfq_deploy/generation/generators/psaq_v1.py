@@ -1,0 +1,146 @@
+"""PSAQ-ViT V1: images whose patches differ from each other as the patches of real images do.
+
+A vision transformer sees noise as patches that are all alike. The recipe raises the entropy of the similarities
+between the patches' softmax·V, in every block, asks for a random class per image, and keeps the roughness near that of
+real images.
+
+Source: Li et al., "Patch Similarity Aware Data-Free Quantization for Vision Transformers", ECCV 2022,
+arXiv 2203.02250, and its code at d2c726f: L = L_PSE + CE + 0.05·|R_TV - v|, Adam at 0.2 (windowed models 0.25).
+`exact` keeps its estimator, its 2 x 500 steps and float32. Both forms differ from V1 in that the weights are frozen (V1
+computes gradients for them and uses none), pixels are clamped by the model's own mean and std instead of ImageNet's,
+the model's true number of prefix tokens is dropped, and v and the shifts follow the batch and the image size. The
+fast form moreover looks at 64 random patches a step with a cheaper estimator (see `losses`), computes the network in
+bfloat16 where that is fast, and runs one stage of 100 steps with the wider shifts, which at that length ends lower than
+two stages of half; it stops on a plateau.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibrators.images import ImageSet
+from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.batching import in_batches, provenance
+from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.losses import (
+    patch_similarity_entropy,
+    patch_similarity_entropy_v1,
+    total_variation,
+    total_variation_scale,
+)
+from dfq_deploy.generation.taps import AttentionTap, attention_taps
+from dfq_deploy.models import Model
+
+__all__ = ["generate"]
+
+_V1_STAGES = (Stage(500, 15), Stage(500, 30))  # steps, and pixels of shift at 224 x 224
+_FAST_STAGES = (Stage(100, 30),)
+_FAST_PLATEAU = 0.001
+_WARMUP = 0.2  # V1: 100 of 500 steps
+_PATCHES = 64  # that the fast form looks at, per image, block and step
+_ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
+
+
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+    """`options.count` PSAQ-ViT images for `model`, see `Generator`.
+
+    Raises:
+        ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
+    """
+    taps = attention_taps(model)
+    one_batch = functools.partial(_one_batch, model, taps, options.exact)
+    made = in_batches(options, one_batch, progress)
+    facts = {"steps": [batch.steps for batch in made], "loss": [[batch.first, batch.last] for batch in made]}
+    pixels = np.concatenate([batch.pixels for batch in made])
+    made_by = provenance("psaq_v1", model, options) | facts
+    return ImageSet.of(pixels, model.preprocess, source="synthetic:psaq_v1", made_by=made_by)
+
+
+def _one_batch(
+    model: Model, taps: Sequence[AttentionTap], exact: bool, size: int, generator: torch.Generator, progress: Progress
+) -> Optimised:
+    """One batch of `size` images."""
+    device = next(model.module.parameters()).device
+    schedule = _schedule(model, taps, exact)
+    start = torch.randn((size, *model.preprocess.shape), generator=generator)
+    classes = torch.randint(model.classes, (size,), generator=generator).to(device)
+    lowest, highest = _ROUGHNESS
+    drawn = lowest + (highest - lowest) * torch.rand((), generator=generator).item()
+    wanted = drawn * total_variation_scale(size, model.preprocess.size)
+    similarity: Callable[[View], Tensor] = functools.partial(_similarity_v1, taps)
+    if not exact:
+        similarity = _Similarity(taps, schedule.steps, generator, device)
+    terms = (
+        Term("patch_similarity", 1.0, similarity),
+        Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
+        Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - wanted).abs()),
+    )
+    return optimise(
+        model,
+        start,
+        layers={tap.name: tap.layer for tap in taps},
+        terms=terms,
+        schedule=schedule,
+        dtype=None if exact else fast_dtype(device),
+        generator=generator,
+        progress=progress,
+    )
+
+
+def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedule:
+    windowed = any(tap.windows > 1 for tap in taps)
+    scale = min(model.preprocess.size) / 224
+    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_V1_STAGES if exact else _FAST_STAGES))
+    return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)
+
+
+def _similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
+    """L_PSE as V1 computes it: minus the entropies of all blocks, added up."""
+    return -_summed([patch_similarity_entropy_v1(_patches(tap, view)) for tap in taps])
+
+
+class _Similarity:
+    """L_PSE in the fast form, over a subset of patches that is another one in each step and block.
+
+    About `_PATCHES` patches: some of the only window, or all of some windows.
+    """
+
+    def __init__(
+        self, taps: Sequence[AttentionTap], steps: int, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self._taps = taps
+        self._subsets = [
+            (
+                _subsets(steps, tap.windows, math.ceil(_PATCHES / tap.tokens), generator).to(device),
+                _subsets(steps, tap.tokens, _PATCHES, generator).to(device),
+            )
+            for tap in taps
+        ]
+
+    def __call__(self, view: View) -> Tensor:
+        return -_summed(
+            [
+                patch_similarity_entropy(_patches(tap, view), windows=windows[view.step], tokens=tokens[view.step])
+                for tap, (windows, tokens) in zip(self._taps, self._subsets, strict=True)
+            ]
+        )
+
+
+def _subsets(steps: int, available: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """For each step, `wanted` different numbers below `available`, or all of them: (steps, n) int64."""
+    order = torch.rand((steps, available), generator=generator).argsort(1)
+    return order[:, : min(wanted, available)]
+
+
+def _patches(tap: AttentionTap, view: View) -> Tensor:
+    """What V1 compares: softmax·V averaged over the heads, (B, windows, tokens, head_dim)."""
+    return tap.contexts(view.inputs).mean(3)
+
+
+def _summed(entropies: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(entropies)).sum()

@@ -1,0 +1,107 @@
+"""Taps: what recipes look at inside a model.
+
+A tap is a layer whose input is captured while images pass. `attention_taps` finds the layers that softmax·V goes
+into, in any timm attention. No loss and no schedule here.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import ImagesError
+from dfq_deploy.models import Model
+
+__all__ = ["AttentionTap", "attention_taps", "captured"]
+
+
+@contextlib.contextmanager
+def captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """A dict that holds, after each forward pass within the block, the input of each layer under its name.
+
+    A layer that no pass reaches has no entry. The hooks are gone when the block ends.
+    """
+    inputs: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(functools.partial(_keep, inputs, name))
+            hooks.callback(handle.remove)
+        yield inputs
+
+
+def _keep(inputs: dict[str, Tensor], name: str, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    inputs[name] = arguments[0]
+
+
+@dataclass(frozen=True)
+class AttentionTap:
+    """One attention's output projection, whose input is softmax·V with the heads side by side.
+
+    Attributes:
+        name: The projection's name, `blocks.3.attn.proj`.
+        layer: The projection.
+        heads: Number of attention heads.
+        windows: Windows per image; 1 where attention is global.
+        prefix: Tokens in front of the patches: class and distillation tokens, registers.
+        tokens: Patch tokens per window.
+    """
+
+    name: str
+    layer: nn.Linear
+    heads: int
+    windows: int
+    prefix: int
+    tokens: int
+
+    def contexts(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """softmax·V of every patch, (B, windows, tokens, heads, head_dim) float32, from what `captured` holds.
+
+        Where a model scales or gates softmax·V before the projection (timm's `scale_norm`, `gated`), that is in it.
+        """
+        rows = inputs[self.name].float()  # (B * windows, prefix + tokens, heads * head_dim)
+        split = rows.reshape(-1, self.windows, self.prefix + self.tokens, self.heads, rows.shape[-1] // self.heads)
+        return split[:, :, self.prefix :]
+
+
+def attention_taps(model: Model) -> list[AttentionTap]:
+    """The attentions of `model`, in its order: modules with `num_heads` whose `proj` is a Linear.
+
+    Class attentions (CaiT) and pooling heads see no two patches side by side and are left out.
+
+    Raises:
+        ImagesError: There is none.
+    """
+    device = next(model.module.parameters()).device
+    attentions = {
+        f"{name}.proj": module
+        for name, module in model.module.named_modules()
+        if isinstance(getattr(module, "proj", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int)
+    }
+    with torch.no_grad(), captured({name: attention.proj for name, attention in attentions.items()}) as inputs:
+        model.module(torch.zeros(_PROBE, *model.preprocess.shape, device=device))
+    prefix = int(getattr(model.module, "num_prefix_tokens", 0))
+    taps = [
+        _tap(name, attention, inputs[name].shape, prefix) for name, attention in attentions.items() if name in inputs
+    ]
+    taps = [tap for tap in taps if tap.tokens >= 2]
+    if not taps:
+        raise ImagesError(
+            what=f"`{model.name}` shows no attention to synthesise images from.",
+            why="this recipe looks at softmax·V of patches: the input of a Linear `proj` beside `num_heads`.",
+            fix="use the generator `noise`, or real images.",
+        )
+    return taps
+
+
+_PROBE = 2  # images that show the shapes; more than 1, so that windows and images can be told apart
+
+
+def _tap(name: str, attention: nn.Module, shape: torch.Size, prefix: int) -> AttentionTap:
+    windows, tokens = shape[0] // _PROBE, shape[1:-1].numel()
+    if windows > 1:
+        prefix = 0  # windows are cut out of the patch grid alone
+    assert isinstance(attention.proj, nn.Linear) and isinstance(attention.num_heads, int)
+    return AttentionTap(name, attention.proj, attention.num_heads, windows, prefix, tokens - prefix)

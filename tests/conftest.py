@@ -1,0 +1,43 @@
+"""What several tests need: a finished demo bundle, and where the real weights and images lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import dfq_deploy as dfq
+from dfq_deploy.evaluate import Check
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying why."""
+    if _data() is None:
+        for item in items:
+            if "imagenet" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="DFQ_DATA names no folder with weights/ and imagenet_val/"))
+
+
+def _data() -> Path | None:
+    named = os.environ.get("DFQ_DATA", "")
+    return Path(named).resolve() if named and (Path(named) / "imagenet_val" / "labels.csv").is_file() else None
+
+
+@pytest.fixture(scope="session")
+def imagenet() -> Path:
+    """The folder with real weights and real images."""
+    found = _data()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Check]:
+    """A demo bundle calibrated on noise, and its check on the held-back digits. Copy the folder before changing it."""
+    folder = tmp_path_factory.mktemp("demo") / "bundle"
+    return folder, dfq.export(dfq.Recipe(model="demo", generator="noise", count=8), folder)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_run: tuple[Path, Check]) -> Path:
+    """The folder of `demo_run`."""
+    return demo_run[0]

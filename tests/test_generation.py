@@ -1,0 +1,373 @@
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from calibrators.errors import ImagesError, RecipeError
+from calibrators.images import ImageSet, Preprocess
+from calibrators.registry import names, pick
+from dfq_deploy.generation import GenerateOptions, batching, quiet
+from dfq_deploy.generation.engine import Schedule, Stage, Term, _Moves, optimise
+from dfq_deploy.generation.generators import psaq_v1
+from dfq_deploy.generation.losses import (
+    _entropy_v1,
+    kernel_entropy,
+    patch_similarity_entropy,
+    patch_similarity_entropy_v1,
+    total_variation,
+    total_variation_scale,
+)
+from dfq_deploy.generation.taps import attention_taps, captured
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+
+GENERATORS = "dfq_deploy.generation.generators"
+FEW = (Stage(3, 2),)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load_model("demo")
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psaq_v1, "_FAST_STAGES", FEW)
+    monkeypatch.setattr(psaq_v1, "_V1_STAGES", FEW)
+
+
+def draws(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Losses against plain numpy, and their gradients.
+
+
+def entropy_reference(samples: np.ndarray, *, points: int, bandwidth: float, low: float, high: float) -> float:
+    grid = np.linspace(low, high, points)
+    density = np.array([np.exp(-((x - samples) ** 2) / (2 * bandwidth**2)).mean() for x in grid])
+    density = density / math.sqrt(2 * math.pi * bandwidth**2) + 1e-4
+    return float(np.trapezoid(-density * np.log(density), grid))
+
+
+def cosines(patches: np.ndarray) -> np.ndarray:
+    unit = patches / np.linalg.norm(patches, axis=-1, keepdims=True)
+    return unit @ unit.T
+
+
+def test_v1_entropy_is_that_of_all_pairs_on_ten_points():
+    patches = draws(3, 2, 7, 5)
+    samples = np.array([[cosines(window).ravel() for window in image] for image in patches.numpy()]).reshape(3, -1)
+    wanted = np.mean(
+        [entropy_reference(s, points=10, bandwidth=0.01, low=samples.min(), high=samples.max()) for s in samples]
+    )
+    assert patch_similarity_entropy_v1(patches).item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_fast_entropy_is_that_of_the_pairs_of_the_subset():
+    patches, windows, tokens = draws(3, 4, 9, 5), torch.tensor([2, 0]), torch.tensor([8, 1, 4, 5])
+    upper = np.triu_indices(4, 1)
+    chosen = patches.numpy()[:, windows][:, :, tokens]
+    samples = np.array([[cosines(window)[upper] for window in image] for image in chosen]).reshape(3, -1)
+    low, high = samples.min(), samples.max()
+    bandwidth = max((high - low) / 16, 0.01)
+    wanted = np.mean([entropy_reference(s, points=16, bandwidth=bandwidth, low=low, high=high) for s in samples])
+    got = patch_similarity_entropy(patches, windows=windows, tokens=tokens)
+    assert got.item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_entropy_of_a_gaussian():
+    samples = 0.1 * draws(2, 5000)
+    got = kernel_entropy(samples, torch.linspace(-0.5, 0.5, 64).double(), torch.tensor(0.02).double())
+    wanted = 0.5 * math.log(2 * math.pi * math.e * (0.1**2 + 0.02**2))
+    assert got.tolist() == pytest.approx([wanted, wanted], abs=0.03)
+
+
+def test_gradient_of_kernel_entropy():
+    grid, bandwidth = torch.linspace(-2, 2, 6).double(), torch.tensor(0.5).double()
+    assert torch.autograd.gradcheck(lambda s: kernel_entropy(s, grid, bandwidth), draws(2, 5).requires_grad_())
+
+
+@pytest.mark.parametrize("form", ["fast", "v1"])
+def test_gradient_of_patch_similarity(form: str):
+    # The grid's ends carry no gradient, so pairs of fixed patches (cosines 1 and -1) hold them in place.
+    fixed = draws(2, 1, 1, 3, seed=1)
+    windows, tokens = torch.tensor([0]), torch.arange(6)
+
+    def entropy(moving: torch.Tensor) -> torch.Tensor:
+        patches = torch.cat([fixed, fixed, -fixed, moving], dim=2)
+        if form == "v1":
+            return patch_similarity_entropy_v1(patches)
+        return patch_similarity_entropy(patches, windows=windows, tokens=tokens)
+
+    # V1's kernel is narrow against its grid: small steps.
+    assert torch.autograd.gradcheck(entropy, draws(2, 1, 3, 3).requires_grad_(), eps=1e-7, atol=1e-4)
+
+
+def test_v1_gradient_on_the_way_is_autograds_own():
+    first, second = (draws(2, 1, 6, 4).requires_grad_() for _ in range(2))
+    (3 * patch_similarity_entropy_v1(first)).backward()
+    (3 * _entropy_v1(second)).backward()
+    torch.testing.assert_close(first.grad, second.grad)
+
+
+def test_total_variation_against_numpy():
+    x = draws(2, 3, 5, 6)
+    p = x.numpy()
+    pairs = [
+        (p[..., 1:], p[..., :-1]),
+        (p[..., 1:, :], p[..., :-1, :]),
+        (p[..., 1:, 1:], p[..., :-1, :-1]),
+        (p[..., 1:, :-1], p[..., :-1, 1:]),
+    ]
+    wanted = sum(math.sqrt(((a - b) ** 2).sum()) for a, b in pairs)
+    assert total_variation(x).item() == pytest.approx(wanted)
+    assert torch.autograd.gradcheck(total_variation, x.requires_grad_())
+
+
+def test_total_variation_of_a_flat_image_has_a_finite_gradient():
+    flat = torch.ones(1, 3, 4, 4, requires_grad=True)
+    total_variation(flat).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
+@pytest.mark.parametrize(("batch", "size", "scale"), [(32, (224, 224), 1), (8, (224, 224), 0.5), (32, (112, 112), 0.5)])
+def test_total_variation_scale(batch: int, size: tuple[int, int], scale: float):
+    assert total_variation_scale(batch, size) == pytest.approx(scale)
+
+
+def test_total_variation_grows_as_its_scale_says():
+    image = draws(1, 1, 64, 64)
+    of_one, of_four = total_variation(image), total_variation(image.repeat(4, 1, 1, 1))
+    assert of_four / of_one == pytest.approx(total_variation_scale(4, (64, 64)) / total_variation_scale(1, (64, 64)))
+
+
+# Taps.
+
+
+def test_contexts_are_softmax_times_v(demo: Model):
+    attention = demo.module.blocks[1].attn
+    tap = attention_taps(demo)[1]
+    images = draws(2, 3, 32, 32).float()
+    with torch.no_grad(), captured({"x": attention, tap.name: tap.layer}) as inputs:
+        demo.module(images)
+    q, k, v = attention.qkv(inputs["x"]).reshape(2, 65, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    wanted = (q @ k.transpose(-2, -1) * 16**-0.5).softmax(-1) @ v  # (B, heads, N, head_dim)
+    got = tap.contexts(inputs)
+    assert got.shape == (2, 1, 64, 4, 16)
+    torch.testing.assert_close(got[:, 0], wanted.transpose(1, 2)[:, 1:], atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_are_gone_after_the_block(demo: Model):
+    attention_taps(demo)
+    assert not any(module._forward_pre_hooks for module in demo.module.modules())
+
+
+def test_distilled_deit_drops_both_prefix_tokens():
+    taps = attention_taps(load_model("deit_tiny_distilled_patch16_224", random_weights=True))
+    assert {(tap.prefix, tap.tokens, tap.windows) for tap in taps} == {(2, 196, 1)}
+    assert len(taps) == 12
+
+
+def test_windows_of_one_image_stay_together():
+    model = load_model("swin_t", random_weights=True)
+    taps = attention_taps(model)
+    assert [(tap.windows, tap.prefix, tap.tokens) for tap in taps[::3]] == [
+        (64, 0, 49),
+        (16, 0, 49),
+        (4, 0, 49),
+        (4, 0, 49),
+    ]
+    images = draws(2, 3, 224, 224).float()
+    contexts = []
+    for shown in (images, images[1:]):
+        with torch.no_grad(), captured({taps[0].name: taps[0].layer}) as inputs:
+            model.module(shown)
+        contexts.append(taps[0].contexts(inputs))
+    torch.testing.assert_close(contexts[0][1], contexts[1][0])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_model_without_attention_is_refused(exact: bool):
+    model = load_model("test_resnet", random_weights=True)
+    with pytest.raises(ImagesError, match="shows no attention") as refused:
+        psaq_v1.generate(model, GenerateOptions(1, 0, exact))
+    assert "noise" in refused.value.fix
+
+
+# The loop.
+
+
+def run_loop(model: Model, term: Term, *, steps: int, plateau: float | None = None, layers=None):
+    return optimise(
+        model,
+        torch.zeros(2, *model.preprocess.shape),
+        layers=layers or {},
+        terms=[term],
+        schedule=Schedule((Stage(steps, 3),), 0.1, 0.2, plateau),
+        dtype=None,
+        generator=torch.Generator().manual_seed(0),
+        progress=quiet,
+    )
+
+
+def test_rate_warms_up_and_cools_down_as_v1s():
+    stage = Stage(500, 15)
+    schedule = Schedule((stage, stage), 0.2, 0.2, None)
+    assert schedule.rate(stage, 0) == pytest.approx(0.2 / 100)
+    assert schedule.rate(stage, 99) == schedule.rate(stage, 100) == pytest.approx(0.2)
+    assert schedule.rate(stage, 300) == pytest.approx(0.1)
+    assert 0 < schedule.rate(stage, 499) < 1e-5
+
+
+def test_moves_are_rolls_and_flips_and_come_back():
+    schedule = Schedule((Stage(20, 0), Stage(20, 3)), 0.1, 0.2, None)
+    moves = _Moves.drawn(schedule, (6, 8), torch.Generator().manual_seed(1), torch.device("cpu"))
+    image = draws(1, 2, 6, 8)
+    rolls = {
+        (offset, flip): image.roll((offset, offset), (2, 3)).flip(3) if flip else image.roll((offset, offset), (2, 3))
+        for offset in range(-3, 4)
+        for flip in (False, True)
+    }
+    seen = []
+    for step in range(40):
+        moved = moves.moved(image, step)
+        seen.append(next(key for key, rolled in rolls.items() if torch.equal(rolled, moved)))
+        assert torch.equal(moves.moved_back(moved, step), image)
+    assert {offset for offset, _ in seen[:20]} == {0}
+    assert len({offset for offset, _ in seen[20:]}) > 4
+    assert len({flip for _, flip in seen}) == 2
+
+
+def test_gradient_goes_back_to_the_pixel_that_was_shown(demo: Model):
+    target = draws(3, 32, 32).float().clamp(-1, 1)
+    schedule = Schedule((Stage(30, 0),), 0.1, 0.2, None)
+    moves = _Moves.drawn(schedule, (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
+    # The term un-does the move itself: only if the loop maps the gradient back do the pixels reach the target.
+    term = Term("distance", 1.0, lambda view: (moves.moved_back(view.pixels, view.step) - target).square().mean())
+    made = optimise(
+        demo,
+        torch.zeros(1, 3, 32, 32),
+        layers={},
+        terms=[term],
+        schedule=schedule,
+        dtype=None,
+        generator=torch.Generator().manual_seed(0),
+        progress=quiet,
+    )
+    assert made.last["distance"] < 0.01 * made.first["distance"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_term_that_is_not_finite_names_itself_and_its_step(demo: Model, value: float):
+    term = Term("entropy", 1.0, lambda view: view.pixels.sum() * (value if view.step == 3 else 0.0))
+    with pytest.raises(ImagesError, match=r"step 4: the term `entropy` is"):
+        run_loop(demo, term, steps=20)
+
+
+def test_weights_of_the_network_get_no_gradient(demo: Model):
+    run_loop(demo, Term("logits", 1.0, lambda view: view.outputs.sum()), steps=1)
+    assert all(parameter.grad is None for parameter in demo.module.parameters())
+
+
+def test_a_flat_loss_ends_the_stage_early(demo: Model):
+    flat = Term("flat", 1.0, lambda view: view.pixels.sum() * 0)
+    assert run_loop(demo, flat, steps=100, plateau=0.001).steps == 60  # warm-up and two windows
+    assert run_loop(demo, flat, steps=70).steps == 70
+
+
+# Generators.
+
+
+@pytest.mark.parametrize("name", names(GENERATORS))
+def test_a_generator_says_what_it_made(demo: Model, few_steps: None, name: str):
+    told = []
+    images = pick(GENERATORS, name).generate(
+        demo, GenerateOptions(count=3, seed=5), progress=lambda *step: told.append(step)
+    )
+    assert images.pixels.shape == (3, *demo.preprocess.shape)
+    assert images.pixels.dtype == np.float32
+    assert images.source == f"synthetic:{name}"
+    assert images.labels is None
+    assert images.made_by["generator"] == name
+    assert images.made_by["model_fingerprint"] == demo.fingerprint
+    assert told[-1][0] == told[-1][1]
+    json.dumps(images.made_by)
+
+
+@pytest.mark.parametrize("name", names(GENERATORS))
+@pytest.mark.parametrize("exact", [False, True])
+def test_one_seed_gives_the_same_bytes(demo: Model, few_steps: None, tmp_path, name: str, exact: bool):
+    generate = pick(GENERATORS, name).generate
+    for file, seed in (("a", 1), ("b", 1), ("c", 2)):
+        generate(demo, GenerateOptions(3, seed, exact)).save(tmp_path / file)
+    first, again, other = ((tmp_path / file).read_bytes() for file in "abc")
+    assert first == again
+    assert ImageSet.load(tmp_path / "a").fingerprint != ImageSet.load(tmp_path / "c").fingerprint
+    assert first != other
+
+
+@pytest.mark.parametrize("name", names(GENERATORS))
+def test_pixels_stay_within_the_models_own_bounds(demo: Model, few_steps: None, name: str):
+    preprocess = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5, 0.4, 0.9), (0.5, 0.9, 0.4))
+    images = pick(GENERATORS, name).generate(replace(demo, preprocess=preprocess), GenerateOptions(4))
+    low, high = preprocess.bounds
+    lowest, highest = images.pixels.min((0, 2, 3), keepdims=True)[0], images.pixels.max((0, 2, 3), keepdims=True)[0]
+    np.testing.assert_array_equal(lowest, low)  # noise reaches the ends, and does not pass them
+    np.testing.assert_array_equal(highest, high)
+
+
+@pytest.mark.parametrize("name", names(GENERATORS))
+def test_a_batch_does_not_depend_on_those_after_it(demo: Model, few_steps: None, monkeypatch, name: str):
+    monkeypatch.setattr(batching, "BATCH", 2)
+    generate = pick(GENERATORS, name).generate
+    told = []
+    five = generate(demo, GenerateOptions(5, 7), progress=lambda *step: told.append(step[:2]))
+    two, four = (generate(demo, GenerateOptions(count, 7)) for count in (2, 4))
+    assert len(five) == 5
+    np.testing.assert_array_equal(five.pixels[:2], two.pixels)
+    np.testing.assert_array_equal(five.pixels[:4], four.pixels)
+    assert len(np.unique(five.pixels[:, 0, 0, :4], axis=0)) == 5  # no batch repeats another's noise
+    assert told == sorted(told)
+
+
+def test_a_batch_can_be_made_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batching, "BATCH", 2)
+    shares = list(batching.batches(GenerateOptions(5, 7)))
+    assert [size for size, _ in shares] == [2, 2, 1]
+    later = list(batching.batches(GenerateOptions(4, 7)))[1][1]
+    assert torch.equal(torch.rand(9, generator=shares[1][1]), torch.rand(9, generator=later))
+
+
+def test_subsets_hold_different_numbers():
+    subsets = psaq_v1._subsets(5, 10, 4, torch.Generator().manual_seed(0))
+    assert subsets.shape == (5, 4)
+    assert all(len(set(row)) == 4 for row in subsets.tolist())
+    assert psaq_v1._subsets(2, 3, 64, torch.Generator()).shape == (2, 3)
+
+
+def test_psaq_gives_images_that_the_model_takes_for_their_class(demo: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psaq_v1, "_FAST_STAGES", (Stage(60, 30),))
+    ((first, last),) = psaq_v1.generate(demo, GenerateOptions(8)).made_by["loss"]
+    assert last["cross_entropy"] < 0.3 * first["cross_entropy"]
+    assert last["total_variation"] < 0.05 * first["total_variation"]
+
+
+def test_unusable_orders_are_refused():
+    for count, seed in ((0, 0), (1, -1)):
+        with pytest.raises(RecipeError, match="makes no images"):
+            GenerateOptions(count, seed)
+
+
+def test_generators_are_listed_without_torch():
+    code = (
+        "import sys; from calibrators.registry import names;"
+        "print(*names('dfq_deploy.generation.generators'), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["noise", "psaq_v1", "False"]
