@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of table.md")
     parser.add_argument("--observer", default="percentile")
     parser.add_argument("--scheme", default="w8a8")
-    parser.add_argument("--spare", default="ends")
+    parser.add_argument("--spare", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     data = Path(os.environ["DFQ_DATA"]).resolve()

@@ -171,7 +171,17 @@ class ImageSet:
             yield self.pixels[start : start + size]
 
     def spread(self, count: int) -> "ImageSet":
-        """`count` of the images, evenly spaced over the set, in memory; all of them if there are no more."""
+        """`count` of the images, evenly spaced over the set, in memory; all of them if there are no more.
+
+        Raises:
+            ImagesError: `count` is below 1.
+        """
+        if count < 1:
+            raise ImagesError(
+                what=f"{count} of {self.source} are no images.",
+                why="at least one is needed.",
+                fix="pass --limit 1 or more.",
+            )
         if count >= len(self):
             return self
         index = np.arange(count) * len(self) // count

@@ -5,6 +5,7 @@ Nothing is computed here. Errors come out as three lines, results as tables; the
 """
 
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import dfq_deploy as dfq
-from calibrators.errors import DeployError
+from calibrators.errors import DeployError, RecipeError
 from dfq_deploy import show as shown
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 
@@ -32,7 +33,9 @@ app = cyclopts.App(
     version=dfq.__version__,
     help_format="plaintext",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `run` says it in three lines
 )
+app.meta.suppress_keyboard_interrupt = False  # which cyclopts does not pass on
 
 
 @app.command
@@ -142,10 +145,28 @@ def _with_recipe(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     recipe: Annotated[Path | None, Parameter(help="TOML file with the same fields as the flags; flags win.")] = None,
 ) -> int:
-    if recipe is not None:
-        app.config = cyclopts.config.Toml(recipe, must_exist=True, use_commands_as_keys=False)
+    app.config = () if recipe is None else _fields_in(recipe)
     result: int = app(tokens, exit_on_error=False, print_error=False)
     return result
+
+
+def _fields_in(recipe: Path) -> cyclopts.config.Dict:
+    try:
+        fields = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise RecipeError(
+            what=f"`{recipe}` cannot be read as a recipe.",
+            why=f"{cause}.",
+            fix="pass a TOML file; each bundle holds its own, recipe.toml.",
+        ) from cause
+    tables = [name for name, value in fields.items() if isinstance(value, dict)]
+    if tables:
+        raise RecipeError(
+            what=f"`{recipe}` has a table `[{tables[0]}]`.",
+            why="a recipe is flat: a field per line, named as its flag.",
+            fix="take the line out.",
+        )
+    return cyclopts.config.Dict(fields, source=str(recipe), use_commands_as_keys=False)
 
 
 class _Bar:
@@ -197,6 +218,8 @@ def run(arguments: list[str]) -> int:
         return _fail(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
     except DeployError as error:
         return _fail(error.what, error.why, error.fix)
+    except OSError as error:
+        return _fail(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
     except KeyboardInterrupt:
         return _fail("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
     return result if isinstance(result, int) else 0

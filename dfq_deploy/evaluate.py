@@ -6,6 +6,7 @@ must be no further from the reference than the reference is from itself when its
 noise floor, up to a factor of two that the number of images must be able to resolve.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -62,7 +63,9 @@ class Check:
         distance: Mean 1 - cosine of logits for the same three pairs.
         floor_ratio: Engine's distance over the noise floor's, (value, low, high).
         sqnr_db: Signal to quantization noise of the logits, for engine_reference and engine_float.
-        layer_error: Largest deviation of each layer from its reference on the same input, relative.
+        census: What each layer of the engine is computed in.
+        layer_error: Largest deviation of each layer from its reference on the same input, relative to its largest
+            output; where the output is rounded, what goes beyond one code.
         verdict: `pass`, `fail` or `undecided`.
         reason: The verdict in words.
     """
@@ -75,29 +78,30 @@ class Check:
     distance: Mapping[str, float]
     floor_ratio: tuple[float, float, float]
     sqnr_db: Mapping[str, float]
+    census: Census
     layer_error: Mapping[str, float]
     verdict: Verdict
     reason: str
 
-    def report(self, census: Census) -> dict[str, Any]:
-        """The check as JSON: percentages plain, their intervals beside them."""
+    def report(self) -> dict[str, Any]:
+        """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
         shares = {**{f"top1_{k}": v for k, v in (self.top1 or {}).items()}, **self.agreement}
         return {
-            **asdict(self),
-            "floor_ratio": [value if np.isfinite(value) else None for value in self.floor_ratio],
+            **_without_nan(asdict(self)),
             "top1": {k: v.percent for k, v in self.top1.items()} if self.top1 else None,
             "agreement": {k: v.percent for k, v in self.agreement.items()},
             "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},
-            "census": census.counts,
+            "census": {**self.census.counts, "reasons": dict(self.census.reasons)},
         }
 
 
 def evaluate(
     reference: Reference,
     engine: Engine,
-    quantized: ir.Model,
     images: ImageSet,
     *,
+    quantized: ir.Model,
+    census: Census,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Check:
@@ -106,8 +110,9 @@ def evaluate(
     Args:
         reference: The torch model under the plan that the engine was built from.
         engine: The loaded engine.
-        quantized: The ONNX model that the engine was built from; its layers are compared one by one.
         images: What to compare on, real or synthetic, labelled or not.
+        quantized: The ONNX model that the engine was built from; its layers are compared one by one.
+        census: What its layers are computed in.
         batch_size: Images per forward pass.
         progress: Called with images done and in all.
     """
@@ -123,10 +128,12 @@ def evaluate(
         progress(done, len(images))
     logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
     layer_error = _layer_errors(reference, quantized, images.pixels[:1])
-    return _judged(logits, images, layer_error)
+    return _judged(logits, images, census, layer_error)
 
 
-def _judged(logits: Mapping[str, np.ndarray], images: ImageSet, layer_error: Mapping[str, float]) -> Check:
+def _judged(
+    logits: Mapping[str, np.ndarray], images: ImageSet, census: Census, layer_error: Mapping[str, float]
+) -> Check:
     best = {name: values.argmax(1) for name, values in logits.items()}
     pairs = {
         "engine_reference": ("engine", "reference"),
@@ -142,6 +149,8 @@ def _judged(logits: Mapping[str, np.ndarray], images: ImageSet, layer_error: Map
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = _mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
     verdict, reason = _verdict(layer_error, ratio, float(distances["engine_reference"].mean()) <= negligible)
+    if not np.isfinite(logits["engine"]).all():
+        verdict, reason = "fail", "the engine puts out NaN or Inf"
     return Check(
         n=len(images),
         images=images.source,
@@ -151,6 +160,7 @@ def _judged(logits: Mapping[str, np.ndarray], images: ImageSet, layer_error: Map
         distance={name: float(d.mean()) for name, d in distances.items()},
         floor_ratio=ratio,
         sqnr_db={name: _sqnr_db(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
+        census=census,
         layer_error=layer_error,
         verdict=verdict,
         reason=reason,
@@ -187,11 +197,21 @@ def _layer_errors(reference: Reference, quantized: ir.Model, images: np.ndarray)
     def compare(layer: str, operands: list[np.ndarray], wanted: np.ndarray) -> None:
         found = cutter.run(layer, operands)
         largest = float(np.abs(wanted).max()) or 1.0
-        error = float(np.abs(found.reshape(wanted.shape) - wanted).max()) / largest
-        errors[layer] = max(errors.get(layer, 0.0), error)
+        error = float(np.abs(found.reshape(wanted.shape) - wanted).max())
+        if rounded := reference.plan.sites.get(f"{layer}.output"):  # may land on the neighbouring code
+            error = max(0.0, error - float(rounded.scale))
+        errors[layer] = max(errors.get(layer, 0.0), math.inf if math.isnan(error) else error / largest)
 
     reference.watch_layers(images, compare)
     return errors
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
 from exporters.bundle import MANIFEST, Manifest, open_bundle
 from exporters.census import Census
@@ -171,17 +172,17 @@ def check(
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
     engine = pick("exporters.backends", manifest.backend).load(folder / "model.onnx", provider="cpu")
-    census = Census(manifest.precision, manifest.reasons)
     found = evaluate(
         Reference(model, plan),
         engine,
-        ir.load(folder / "model.onnx"),
         picked,
+        quantized=ir.load(folder / "model.onnx"),
+        census=Census(manifest.precision, manifest.reasons),
         progress=lambda done, total: watch.progress(done, total, {}),
     )
     engine.close()
     with written_whole(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(found.report(census), indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
 
 
@@ -276,17 +277,15 @@ def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Works
 
 def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
     layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
-    if recipe.spare == "ends":
-        spare = dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
-        spare[layers[0]] = "it reads the image: its error reaches every layer, its time hardly counts"
+    if recipe.spare == "auto":
+        spare = layers_to_spare(model)
     else:
-        asked = [] if recipe.spare == "none" else recipe.spare.split(",")
-        spare = dict.fromkeys(asked, "asked for with --spare")
+        spare = {} if recipe.spare == "none" else dict.fromkeys(recipe.spare.split(","), "asked for with --spare")
         unknown = sorted(spare.keys() - set(layers))
         if unknown:
             raise PlanError(
                 what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
                 why=f"its layers are called like {', '.join(layers[:4])}.",
-                fix="pass ends, none, or such names separated by commas.",
+                fix="pass auto, none, or such names with commas between them.",
             )
     return make_plan(ranges, scheme_named(recipe.scheme), attention=recipe.attention, spare=spare)

@@ -91,8 +91,9 @@ class CalibrateRecipe(GenerateRecipe):
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
-    spare: str = "ends"
-    """Layers that stay float: ends (the first and the last one), none, or names separated by commas."""
+    spare: str = "auto"
+    """Layers that stay float: auto (the first, the last, and any with massive activations), none, or names with
+    commas between them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

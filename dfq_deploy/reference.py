@@ -23,6 +23,9 @@ _MOVE = 1e-6  # relative; about eight float32 roundings
 class Reference:
     """A torch model that computes in float, or as its plan says.
 
+    Attributes:
+        plan: The plan.
+
     Raises:
         PlanError: The plan was made for another model.
     """
@@ -35,7 +38,7 @@ class Reference:
                 fix="make the plan again, or pass the --checkpoint that it was made with.",
             )
         self._module = model.module
-        self._plan = plan
+        self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
         """Logits of the float model, (N, classes) float32."""
@@ -55,7 +58,7 @@ class Reference:
             return values * (1 + _MOVE * torch.randn(values.shape, generator=generator))
 
         first = next(name for name in sites_of(self._module) if name.endswith(".input"))
-        if first not in self._plan.sites:
+        if first not in self.plan.sites:
             return self._run(move(torch.from_numpy(images)).numpy(), Mode.FAKE)
         layer = self._module.get_submodule(first.removesuffix(".input"))
         hook = layer.register_forward_hook(lambda _layer, _inputs, output: move(output))
@@ -67,7 +70,7 @@ class Reference:
     def watch_layers(self, images: np.ndarray, see: Callable[[str, list[np.ndarray], np.ndarray], None]) -> None:
         """Run `images` under the plan and show `see` each planned layer: name, operands before rounding, output."""
         hooks = []
-        for layer in self._plan.layers:
+        for layer in self.plan.layers:
             if layer.endswith((".qk", ".av")):
                 attention, _, matmul = layer.rpartition(".")
                 sites = self._module.get_submodule(attention).sites
@@ -82,7 +85,7 @@ class Reference:
                 hook.remove()
 
     def _run(self, images: np.ndarray, mode: Mode) -> np.ndarray:
-        set_mode(self._module, mode, qparams=self._plan.sites)
+        set_mode(self._module, mode, qparams=self.plan.sites)
         try:
             with torch.inference_mode():
                 logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()

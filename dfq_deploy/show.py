@@ -14,6 +14,7 @@ from calibrators.plan import QuantPlan
 from dfq_deploy.doctor import Finding
 from dfq_deploy.runtime import Runner
 from exporters.bundle import open_bundle
+from exporters.census import Census
 
 if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
     from dfq_deploy.evaluate import Check
@@ -45,10 +46,20 @@ def print_check(found: "Check", folder: Path) -> None:
     for name, share in rows.items():
         table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
     _console.print(table)
+    print_census(found.census)
     if found.drop is not None:
         _console.print("engine loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"[{_COLOURS[found.verdict]}]{found.verdict}[/]: {found.reason}")
     _console.print(f"report: {folder / 'report.json'}")
+
+
+def print_census(census: Census) -> None:
+    """How many layers are computed in what, and why some stay float."""
+    _console.print(f"{census.counts['int8']} layers in int8, {census.counts['float']} in float:")
+    for reason in dict.fromkeys(census.reasons.values()):
+        layers = [layer for layer, why in census.reasons.items() if why == reason]
+        named = layers[0] if len(layers) == 1 else f"{len(layers)} like {layers[0]}"
+        _console.print(f"  {named}: {reason}", soft_wrap=True)
 
 
 def print_images(images: ImageSet, path: Path) -> None:
@@ -100,9 +111,8 @@ def print_path(path: Path) -> None:
     """Whatever lies at `path`: a bundle, a plan or an ImageSet."""
     if path.is_dir():
         manifest = open_bundle(path)
-        counts = {kind: list(manifest.precision.values()).count(kind) for kind in ("int8", "float")}
         _console.print(f"{path}: {manifest.model.name}, {manifest.scheme}, for {manifest.backend}", style="bold")
-        _console.print(f"  layers: {counts['int8']} int8, {counts['float']} float")
+        print_census(Census(manifest.precision, manifest.reasons))
         _console.print(f"  calibrated on: {manifest.images['source']}")
         _console.print(f"  float ONNX against torch: {manifest.float_parity:.1e}")
         for name in manifest.files:

@@ -30,7 +30,8 @@ class LayerCutter:
         graph = ir.convenience.extract(self._model.graph, inputs, [output])
         for value, operand in zip(graph.inputs, operands, strict=True):
             value.shape, value.dtype = ir.Shape(operand.shape), ir.DataType.FLOAT
-        graph.outputs[0].shape = None
+        for value in (output for inner in graph for output in inner.outputs):
+            value.shape = None  # recorded for the whole model; an operand may come with one axis less
         proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
         found: np.ndarray = session.run(None, {str(v.name): o for v, o in zip(graph.inputs, operands, strict=True)})[0]

@@ -123,10 +123,15 @@ def _name_by_sites(model: ir.Model) -> list[str]:
     graph = model.graph
     domain, _, op_type = MARKER.partition("::")
     markers = [node for node in graph if node.domain == domain and node.op_type == op_type]
-    names = []
-    for marker in markers:
-        site = marker.attributes["name"].as_string()
-        names.append(site)
+    names = [marker.attributes["name"].as_string() for marker in markers]
+    twice = sorted({layer_of(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ExportError(
+            what=f"`{twice[0]}` runs more than once in this model, and {len(twice) - 1} more layers do.",
+            why="a site is one tensor; a layer that runs twice has two inputs.",
+            fix="pick a variant of the model in which each layer runs once.",
+        )
+    for site, marker in zip(names, markers, strict=True):
         source, marked = marker.inputs[0], marker.outputs[0]
         assert source is not None
         if site.endswith(".output"):

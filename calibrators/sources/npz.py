@@ -24,8 +24,10 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
             labels = archive["labels"].astype(np.int64) if "labels" in archive else None
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
             raise ValueError(images.dtype, images.shape)
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise ValueError(labels.shape, images.shape)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as cause:
         raise ImagesError(
             what=f"`{path}` is not an archive of images.",

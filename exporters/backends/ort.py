@@ -6,6 +6,7 @@ integer operator there. Integer layers run on the CPU provider; CUDA runs Q/DQ a
 
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,20 @@ class OrtEngine:
     """
 
     def __init__(self, model: Path, provider: str) -> None:
+        if provider not in _PROVIDERS:
+            raise BackendError(
+                what=f"there is no provider named `{provider}`.",
+                why=f"this backend has {', '.join(_PROVIDERS)}.",
+                fix="pass one of those.",
+            )
         self.provider = provider
         wanted = _PROVIDERS[provider]
         try:
-            self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                str(model), _quiet(), providers=[wanted] if provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a missing provider, which is an error below
+                self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
+                    str(model), _quiet(), providers=[wanted] if provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
+                )
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise BackendError(
                 what=f"ONNX Runtime {onnxruntime.__version__} cannot load `{model}`.",
