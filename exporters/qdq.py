@@ -1,9 +1,9 @@
 """Float ONNX and a plan in, quantized ONNX out: the pass that writes explicit Q/DQ.
 
 Rules:
-1. Each quantized layer reads its input through QuantizeLinear -> DequantizeLinear. Layers that read one tensor with
-   the same numbers share the first of the two, not the second: a DequantizeLinear with two readers is fused into
-   neither by ONNX Runtime. Other readers of the tensor (a residual Add) keep the float one.
+1. Each quantized layer reads its input through a QuantizeLinear -> DequantizeLinear of its own, also where two layers
+   read one tensor: ONNX Runtime fuses neither of two layers that share a pair. Other readers of the tensor (a residual
+   Add) keep the float one.
 2. Its weight is stored as integers and read through one DequantizeLinear, per output channel.
 3. A convolution's output passes a pair of its own, since run-times fuse an INT8 convolution only then.
 4. The operands of an attention matmul are treated like inputs, both or neither.
@@ -26,7 +26,6 @@ class InsertQDQ(ir.passes.InPlacePass):
     def __init__(self, plan: QuantPlan) -> None:
         super().__init__()
         self._plan = plan
-        self._quantized: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:
         """Run the pass; a broken contract comes out as the ExportError that says which, not as onnx-ir wraps it."""
@@ -92,10 +91,7 @@ class InsertQDQ(ir.passes.InPlacePass):
     def _quantize_input(self, node: ir.Node, index: int, site: str, qparams: QParams) -> None:
         source = node.inputs[index]
         assert source is not None
-        key = (source, qparams.scale.tobytes() + qparams.zero_point.tobytes() + qparams.codes.name.encode())
-        if key not in self._quantized:
-            self._quantized[key] = _quantized(source, site, qparams, before=node)
-        node.replace_input_with(index, _dequantized(self._quantized[key], site, before=node))
+        node.replace_input_with(index, _pair(source, site, qparams, before=node))
 
     @staticmethod
     def _quantize_output(node: ir.Node, site: str, qparams: QParams) -> None:
@@ -107,8 +103,7 @@ class InsertQDQ(ir.passes.InPlacePass):
                 why="outputs leave the engine as float32.",
                 fix="spare the layer.",
             )
-        first = readers[0].node
-        dequantized = _dequantized(_quantized(source, site, qparams, before=first), site, before=first)
+        dequantized = _pair(source, site, qparams, before=readers[0].node)
         for reader in readers:
             reader.node.replace_input_with(reader.idx, dequantized)
 
@@ -137,25 +132,17 @@ class InsertQDQ(ir.passes.InPlacePass):
             del graph.initializers[str(weight.name)]
 
 
-def _quantized(source: ir.Value, site: str, qparams: QParams, *, before: ir.Node) -> ir.Value:
-    """`source` through a QuantizeLinear that is put into the graph before `before`."""
+def _pair(source: ir.Value, site: str, qparams: QParams, *, before: ir.Node) -> ir.Value:
+    """`source` through QuantizeLinear and DequantizeLinear, put into the graph before `before`."""
     graph = before.graph
     assert isinstance(graph, ir.Graph)
-    node = ir.node("QuantizeLinear", [source, *_constants(graph, site, qparams)], name=f"{site}.quantize")
-    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType[qparams.codes.name.upper()], source.shape
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _dequantized(codes: ir.Value, site: str, *, before: ir.Node) -> ir.Value:
-    """`codes` back in float, with the numbers of the QuantizeLinear that they come from."""
-    quantize = codes.producer()
-    assert quantize is not None
-    assert isinstance(before.graph, ir.Graph)
-    node = ir.node("DequantizeLinear", [codes, *quantize.inputs[1:]], name=f"{site}.dequantize")
-    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, codes.shape
-    before.graph.insert_before(before, node)
-    return node.outputs[0]
+    constants = _constants(graph, site, qparams)
+    quantized = ir.node("QuantizeLinear", [source, *constants], name=f"{site}.quantize")
+    dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *constants], name=f"{site}.dequantize")
+    graph.insert_before(before, [quantized, dequantized])
+    quantized.outputs[0].dtype, quantized.outputs[0].shape = ir.DataType[qparams.codes.name.upper()], source.shape
+    dequantized.outputs[0].dtype, dequantized.outputs[0].shape = ir.DataType.FLOAT, source.shape
+    return dequantized.outputs[0]
 
 
 def _constants(graph: ir.Graph, site: str, qparams: QParams) -> list[ir.Value]:

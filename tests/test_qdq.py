@@ -102,22 +102,13 @@ def test_the_bias_stays_float() -> None:
     assert add.inputs[1] is model.graph.initializers["b"]
 
 
-def test_layers_that_read_one_tensor_with_the_same_numbers_share_a_pair() -> None:
+def test_layers_that_read_one_tensor_get_a_pair_each() -> None:
     sites = {"one.input": _X, "one.weight": _W, "two.input": _X, "two.weight": _W}
     model = _quantized(_model(_SHARED, w=_values(4, 3), v=_values(4, 3)), sites)
-    assert _ops(model)["QuantizeLinear"] == 1
-    assert _node(model, "one").inputs[0] is _node(model, "two").inputs[0]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [QParams(np.float32(0.06), np.int8(0), _INT8, None), QParams(np.float32(0.05), np.uint8(0), _UINT8, None)],
-    ids=["scale", "codes"],
-)
-def test_layers_that_read_one_tensor_with_other_numbers_get_a_pair_each(other: QParams) -> None:
-    sites = {"one.input": _X, "one.weight": _W, "two.input": other, "two.weight": _W}
-    model = _quantized(_model(_SHARED, w=_values(4, 3), v=_values(4, 3)), sites)
-    assert _ops(model)["QuantizeLinear"] == 2
+    assert _ops(model) == {"QuantizeLinear": 2, "DequantizeLinear": 4, "MatMul": 2, "Add": 1}
+    assert [node.inputs[0] for node in model.graph if node.op_type == "QuantizeLinear"] == 2 * [model.graph.inputs[0]]
+    for layer in ("one", "two"):
+        assert _node(model, f"{layer}.input.dequantize").outputs[0].consumers() == (_node(model, layer),)
 
 
 def test_a_residual_reader_keeps_the_float_tensor() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calibrators.errors import ExportError
 from calibrators.plan import layer_of
-from calibrators.sites import Mode, QuantSite, SitedLinear, attach_sites, sites_of
+from calibrators.sites import Mode, attach_sites, sites_of
 from dfq_deploy.models.families import swin
 from dfq_deploy.models.loading import load_model
 from exporters.to_onnx import OPSET, export_float, save_model, torch_parity
@@ -167,9 +167,7 @@ def test_a_model_whose_path_depends_on_its_data_is_refused(tmp_path: Path) -> No
     assert {site.mode for site in sites_of(module).values()} == {Mode.OFF}
 
 
-class _Doubled(nn.Module):
-    """One layer whose site is passed twice: its second marker names a tensor that the first one named too."""
-
+class _RunsTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
@@ -177,3 +175,10 @@ class _Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.fc(self.fc(x.mean((2, 3))))
         return y
+
+
+def test_a_layer_that_runs_twice_is_refused_by_name(tmp_path: Path) -> None:
+    module = _RunsTwice().eval()
+    attach_sites(module)
+    with pytest.raises(ExportError, match="`fc` runs more than once"):
+        export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")

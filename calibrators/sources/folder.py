@@ -6,11 +6,12 @@ none.
 """
 
 import csv
+import io
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, sha256_of
@@ -61,17 +62,18 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
 def _listed(path: Path) -> tuple[list[Path], list[int]]:
     files: list[Path] = []
     labels: list[int] = []
-    with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                files.append(path / row["file"])
-                labels.append(int(row["label"]))
-            except (KeyError, TypeError, ValueError) as cause:
-                raise ImagesError(
-                    what=f"line {number} of `{path / 'labels.csv'}` is not `file,label`.",
-                    why=f"it reads {row}.",
-                    fix="give the file a header `file,label` and a whole number as each label.",
-                ) from cause
+    text = (path / "labels.csv").read_bytes().decode("utf-8", errors="replace")
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+        try:
+            files.append(path / row["file"])
+            files[-1].relative_to(path)
+            labels.append(int(np.int64(int(row["label"]))))
+        except (KeyError, OverflowError, TypeError, ValueError) as cause:
+            raise ImagesError(
+                what=f"line {number} of `{path / 'labels.csv'}` is not `file,label`.",
+                why=f"it reads {row}.",
+                fix="give the file a header `file,label` and a whole number as each label.",
+            ) from cause
     missing = [f for f in files if not f.is_file()]
     if missing:
         raise ImagesError(
@@ -98,10 +100,11 @@ class _FolderPixels:
     def _decoded(self, file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return self._preprocess(image)
-        except (UnidentifiedImageError, OSError) as cause:
+                image.load()
+        except Exception as cause:  # broken bytes raise whatever they lead Pillow's decoders to
             raise ImagesError(
                 what=f"`{file}` is not a whole image.",
                 why=str(cause),
                 fix="take it out of the folder, or put a whole copy in its place.",
             ) from cause
+        return self._preprocess(image)

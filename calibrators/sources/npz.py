@@ -1,6 +1,5 @@
 """Images in a NumPy archive: `images` uint8, (N, H, W) grey or (N, H, W, 3) RGB, and optional `labels` (N,)."""
 
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,12 +22,12 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
-            labels = archive["labels"].astype(np.int64) if "labels" in archive else None
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+            labels = archive["labels"] if "labels" in archive else None
+        if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)) or not images.size:
             raise ValueError(images.dtype, images.shape)
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise ValueError(labels.shape, images.shape)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as cause:
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+            raise ValueError(labels.dtype, labels.shape, images.shape)
+    except Exception as cause:  # bytes that are no archive raise whatever they lead NumPy to
         raise ImagesError(
             what=f"`{path}` is not an archive of images.",
             why=f"{type(cause).__name__}: {cause}.",
@@ -39,7 +38,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         preprocess=preprocess,
         source=f"npz:{path.name}",
         fingerprint=fingerprint_of([asdict(preprocess), sha256_of(path)]),
-        labels=labels,
+        labels=None if labels is None else labels.astype(np.int64),
     )
 
 

@@ -1,0 +1,143 @@
+"""The ONNX Runtime backend: what it computes in, what it refuses, and each layer against its reference."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+import dfq_deploy as dfq
+from calibrators.errors import BackendError, ExportError
+from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.reference import Reference
+from exporters.backends import ort
+from exporters.bundle import open_bundle
+from exporters.cut import LayerCutter
+
+_RECIPES = {
+    "w8a8": dfq.Recipe(model="demo", generator="noise", count=8),
+    "everything": dfq.Recipe(model="demo", generator="noise", count=8, attention=True, spare="none"),
+    "w8a8_asym": dfq.Recipe(model="demo", generator="noise", count=8, attention=True, scheme="w8a8_asym"),
+}
+
+
+@pytest.fixture(scope="module", params=list(_RECIPES))
+def bundle(request: pytest.FixtureRequest, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo, made from the finished stages of `demo_bundle`."""
+    folder = tmp_path_factory.mktemp("ort") / "bundle"
+    shutil.copytree(demo_bundle, folder)
+    assert dfq.export(_RECIPES[request.param], folder, limit=16).verdict == "pass"
+    return folder
+
+
+def _plan(folder: Path) -> QuantPlan:
+    return QuantPlan.load(folder / "plan.safetensors")
+
+
+def _images(folder: Path) -> np.ndarray:
+    (file,) = (folder / "work").glob("images-*.safetensors")
+    return ImageSet.load(file).pixels[:2]
+
+
+def test_every_planned_layer_is_computed_in_integers(bundle: Path) -> None:
+    plan = _plan(bundle)
+    census = ort.build(bundle / "model.onnx", plan)
+    assert {layer for layer, kind in census.precision.items() if kind == "int8"} == set(plan.layers)
+    assert census.reasons.keys() == census.precision.keys() - set(plan.layers), "each float layer has its reason"
+
+
+def test_the_manifest_tells_the_census(bundle: Path) -> None:
+    census = ort.build(bundle / "model.onnx", _plan(bundle))
+    assert open_bundle(bundle).precision == census.precision
+
+
+def test_every_layer_equals_its_reference_on_the_same_input(bundle: Path) -> None:
+    plan, cutter = _plan(bundle), LayerCutter(ir.load(bundle / "model.onnx"))
+    off: dict[str, float] = {}
+
+    def compare(layer: str, operands: list[np.ndarray], wanted: np.ndarray) -> None:
+        found = cutter.run(layer, operands).reshape(wanted.shape)
+        off[layer] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+    Reference(load_model("demo"), plan).watch_layers(_images(bundle), compare)
+    assert off.keys() == set(plan.layers)
+    assert max(off.values()) < 1e-5, max(off, key=lambda layer: off[layer])
+
+
+def test_with_everything_quantized_nothing_is_float(demo_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, folder)
+    assert dfq.export(_RECIPES["everything"], folder, limit=4).census.counts == {"int8": 26, "float": 0}
+
+
+def test_cutting_layers_prints_nothing(demo_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, folder)
+    dfq.export(_RECIPES["everything"], folder, limit=1)
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("layer", ["blocks.1.mlp.fc1", "blocks.3.attn.qkv"])
+def test_a_layer_that_fell_back_to_float_is_told(demo_bundle: Path, tmp_path: Path, layer: str) -> None:
+    model = ir.load(demo_bundle / "model.onnx")
+    (node,) = (node for node in model.graph if node.name == layer)
+    dequantize = node.inputs[0]
+    assert dequantize is not None
+    for _ in ("DequantizeLinear", "QuantizeLinear"):
+        producer = dequantize.producer()
+        assert producer is not None
+        dequantize = producer.inputs[0]
+        assert dequantize is not None
+    node.replace_input_with(0, dequantize)
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=rf"computes `{layer}` in float") as caught:
+        ort.build(tmp_path / "model.onnx", _plan(demo_bundle))
+    assert f"--spare {layer}" in caught.value.fix
+
+
+def test_every_layer_that_fell_back_is_in_the_advice(demo_bundle: Path) -> None:
+    (floats,) = (demo_bundle / "work").glob("float-*.onnx")
+    plan = _plan(demo_bundle)
+    with pytest.raises(ExportError) as caught:
+        ort.build(floats, plan)
+    assert f"--spare {','.join(plan.layers)}" in caught.value.fix
+
+
+def test_a_file_that_is_no_onnx_is_refused(demo_bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes((demo_bundle / "model.onnx").read_bytes()[:1000])
+    with pytest.raises(BackendError, match="cannot load"):
+        ort.load(broken)
+    with pytest.raises(BackendError, match="cannot load"):
+        ort.build(broken, _plan(demo_bundle))
+    with pytest.raises(BackendError, match="cannot load"):
+        ort.load(tmp_path / "missing.onnx")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed"
+)
+def test_cuda_is_refused_where_it_is_not_there(demo_bundle: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # ONNX Runtime's own warning would be a second voice
+        with pytest.raises(BackendError, match="does not run on `cuda` here"):
+            ort.load(demo_bundle / "model.onnx", provider="cuda")
+
+
+def test_a_provider_that_does_not_exist_is_refused(demo_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="no provider named `tpu`"):
+        ort.load(demo_bundle / "model.onnx", provider="tpu")
+
+
+def test_a_closed_engine_says_so(demo_bundle: Path) -> None:
+    engine = ort.load(demo_bundle / "model.onnx")
+    images = _images(demo_bundle)
+    assert engine(images).shape == (2, 10)
+    engine.close()
+    with pytest.raises(BackendError, match="engine is closed"):
+        engine(images)
