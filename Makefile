@@ -26,7 +26,9 @@ accuracy: .venv/test.stamp
 clean:
 	rm -rf .venv $(OUT)
 
-.venv/%.stamp: pyproject.toml
-	$(PYTHON) -m venv .venv
+.venv/%.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

@@ -8,11 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["fingerprint_of", "sha256_of", "written_whole"]
+__all__ = ["clear_unfinished", "fingerprint_of", "sha256_of", "written_whole"]
+
+_UNFINISHED = ".writing-"
 
 
 @contextlib.contextmanager
@@ -22,7 +25,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Files that the block writes beside it (ONNX's external data) are moved along, before it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as folder:
         temporary = Path(folder) / path.name
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave files private
@@ -32,6 +35,12 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             written.chmod(mode)
             written.replace(path.parent / written.name)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a killed run left half-written in `folder`; nobody else may be writing there."""
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left)
 
 
 def sha256_of(path: Path) -> str:

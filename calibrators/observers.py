@@ -103,7 +103,7 @@ class Percentile:
         half = self._BINS / 2
         # Scaling by a power of two is exact; histc alone rounds values that lie near the edge of a bin.
         bins = (values * (half * 2.0**-self._exponent)).floor()
-        for part in bins.flatten().split(2**24):  # it counts in float32, too
+        for part in torch.split(bins.flatten(), 2**24):  # it counts in float32, too
             self._counts += torch.histc(part, self._BINS, -half, half).cpu()
 
     def merge(self, other: Observer) -> None:

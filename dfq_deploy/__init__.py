@@ -7,6 +7,8 @@ process that only calls `load` never needs them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from calibrators.errors import RecipeError
+
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Runner", "calibrate", "check", "diagnose", "export", "generate", "load"]
 
@@ -32,4 +34,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as cause:
+        raise RecipeError(
+            what=f"`{name}` needs the package `{cause.name}`, which is not installed.",
+            why="making an engine takes more than running one.",
+            fix="pip install 'dfq-deploy[export]'.",
+        ) from cause
+    return getattr(home, name)

@@ -231,7 +231,7 @@ def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.asarray(first.mean(axis) / np.maximum(second.mean(axis), 1e-15))
 
-    if len(a) < 2:
+    if len(a) < 2 or np.isnan(a).any():
         return float(ratio(a, b)), 0.0, float("inf")
     interval = stats.bootstrap(
         (a, b), ratio, paired=True, method="percentile", batch=100, rng=np.random.default_rng(_SEED)

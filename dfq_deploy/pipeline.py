@@ -4,7 +4,9 @@ Each stage takes artefacts and gives an artefact. What is already done is the wo
 command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it.
 """
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +14,8 @@ from typing import Protocol
 import onnx_ir as ir
 
 from calibrators.collectors.pytorch import collect_ranges
-from calibrators.errors import BundleError, ImagesError, PlanError
-from calibrators.files import written_whole
+from calibrators.errors import BundleError, ImagesError, PlanError, RecipeError
+from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet, Preprocess
 from calibrators.observers import observer_named
 from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
@@ -32,19 +34,6 @@ from exporters.bundle import MANIFEST, Manifest, open_bundle
 from exporters.census import Census
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
-
-_MADE_WITH = (
-    "dfq-deploy",
-    "torch",
-    "timm",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxsim",
-    "onnxruntime",
-    "numpy",
-)
-_PARITY_LIMIT = 1e-3  # of the largest logit; a faithful float export is at 1e-5 or better
 
 
 class Watch(Protocol):
@@ -93,6 +82,7 @@ def export(
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out, watch.stage) as work:
+        clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
         ranges = _ranges(recipe, model, calibration, work, watch)
         plan = _plan(recipe, model, ranges)
@@ -109,22 +99,23 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = _SILENT)
     """Make synthetic images and write them to the file `out`.
 
     Raises:
-        DeployError: The model cannot be loaded, or the generator cannot work on it.
+        DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
     """
+    out = _writable(Path(out))
     watch.stage("model", False)
     model = _load(recipe)
     watch.stage("images", False)
-    _generate(recipe, model, Path(out), watch)
-    return ImageSet.load(Path(out))
+    _generate(recipe, model, out, watch)
+    return ImageSet.load(out)
 
 
 def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILENT) -> QuantPlan:
     """Make a plan and write it to the file `out`; finished stages are kept beside it, in `work/`.
 
     Raises:
-        DeployError: The model or the images cannot be had, or their ranges are unusable.
+        DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
-    out = Path(out)
+    out = _writable(Path(out))
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
@@ -184,6 +175,19 @@ def check(
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
+
+
+def _writable(out: Path) -> Path:
+    """`out`, which can become a file: found out before anyone waits for what goes into it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
+    except OSError as cause:
+        raise RecipeError(
+            what=f"`{out}` cannot be written.", why=f"{cause}.", fix="pass another file with --out."
+        ) from cause
+    return out
 
 
 def _load(recipe: ModelRecipe) -> Model:

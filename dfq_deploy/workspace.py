@@ -12,7 +12,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from calibrators.errors import RecipeError
-from calibrators.files import fingerprint_of
+from calibrators.files import clear_unfinished, fingerprint_of
 
 __all__ = ["Workspace"]
 
@@ -45,6 +45,7 @@ class Workspace:
                 why="two runs in one folder would overwrite each other.",
                 fix="wait for it, or pass another folder with --out.",
             ) from cause
+        clear_unfinished(self._folder)
         return self
 
     def __exit__(

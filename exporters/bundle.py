@@ -18,6 +18,7 @@ from exporters.census import Precision
 __all__ = ["MANIFEST", "Manifest", "ModelFacts", "open_bundle", "seal_bundle"]
 
 MANIFEST = "manifest.json"
+_ALWAYS = ("model.onnx", "plan.safetensors")
 _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # a name, never a path
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -98,6 +99,13 @@ def open_bundle(folder: Path) -> Manifest:
             why=reason,
             fix="export the model again; a manifest is not edited by hand.",
         ) from cause
+    unnamed = [name for name in _ALWAYS if name not in manifest.files]
+    if unnamed:
+        raise BundleError(
+            what=f"`{path}` does not name {unnamed[0]}.",
+            why="every bundle holds it, and what the manifest does not name is not verified.",
+            fix="export the model again; a manifest is not edited by hand.",
+        )
     for name, recorded in manifest.files.items():
         file = folder / name
         if not file.is_file() or sha256_of(file) != recorded:

@@ -203,16 +203,16 @@ def test_model_without_attention_is_refused(exact: bool):
 # The loop.
 
 
-def run_loop(model: Model, term: Term, *, steps: int, plateau: float | None = None, layers=None):
+def run_loop(model: Model, term: Term, *, steps: int, plateau: float | None = None, progress=quiet):
     return optimise(
         model,
         torch.zeros(2, *model.preprocess.shape),
-        layers=layers or {},
+        layers={},
         terms=[term],
         schedule=Schedule((Stage(steps, 3),), 0.1, 0.2, plateau),
         dtype=None,
         generator=torch.Generator().manual_seed(0),
-        progress=quiet,
+        progress=progress,
     )
 
 
@@ -277,7 +277,10 @@ def test_weights_of_the_network_get_no_gradient(demo: Model):
 
 def test_a_flat_loss_ends_the_stage_early(demo: Model):
     flat = Term("flat", 1.0, lambda view: view.pixels.sum() * 0)
-    assert run_loop(demo, flat, steps=100, plateau=0.001).steps == 60  # warm-up and two windows
+    told = []
+    made = run_loop(demo, flat, steps=100, plateau=0.001, progress=lambda *step: told.append(step[:2]))
+    assert made.steps == 60  # warm-up and two windows
+    assert told[-2:] == [(60, 100), (100, 100)]
     assert run_loop(demo, flat, steps=70).steps == 70
 
 

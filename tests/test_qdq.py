@@ -16,7 +16,7 @@ from exporters.qdq import InsertQDQ
 
 _INT8, _UINT8 = CODES["int8"], CODES["uint8"]
 _HEAD = '<ir_version: 10, opset_import: ["": 20]>'
-_X = QParams(np.float32(0.05), np.int8(0), _INT8, None)
+_X = QParams(np.array(0.05, np.float32), np.array(0, np.int8), _INT8, None)
 _W = QParams(np.array([0.01, 0.02, 0.03], np.float32), np.zeros(3, np.int8), _INT8, 0)
 
 _LINEAR = """agraph (float[N, 4] x) => (float[N, 3] y) {
@@ -177,7 +177,7 @@ def test_a_quantized_convolution_computes_what_the_formulas_say() -> None:
 def test_quantized_attention_matmuls_compute_what_the_formulas_say() -> None:
     q, k, v = _values(2, 5, 4), _values(2, 4, 5, seed=1), _values(2, 5, 4, seed=2)
     sites = {name: _covering(values, "int8") for name, values in {"qk.lhs": q, "qk.rhs": k, "av.rhs": v}.items()}
-    sites["av.lhs"] = QParams(np.float32(1 / 127), np.int8(0), _INT8, None)
+    sites["av.lhs"] = QParams(np.array(1 / 127, np.float32), np.array(0, np.int8), _INT8, None)
     scores = _rounded(q, sites["qk.lhs"]) @ _rounded(k, sites["qk.rhs"])
     shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     wanted = _rounded(shares, sites["av.lhs"]) @ _rounded(v, sites["av.rhs"])

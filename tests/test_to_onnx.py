@@ -123,7 +123,7 @@ def test_parity_sees_a_changed_weight(demo_float: Path) -> None:
     module = load_model("demo").module
     images = _images(demo_float, 3)
     assert torch_parity(module, demo_float, images) < 1e-5
-    module.get_submodule("blocks.1.mlp.fc1").weight.data.mul_(1.01)
+    module.get_parameter("blocks.1.mlp.fc1.weight").data.mul_(1.01)
     assert torch_parity(module, demo_float, images) > 1e-4
 
 

@@ -66,7 +66,7 @@ def _listed(path: Path) -> tuple[list[Path], list[int]]:
     for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
         try:
             files.append(path / row["file"])
-            files[-1].relative_to(path)
+            files[-1].relative_to(path)  # raises where it is an absolute path to somewhere else
             labels.append(int(np.int64(int(row["label"]))))
         except (KeyError, OverflowError, TypeError, ValueError) as cause:
             raise ImagesError(

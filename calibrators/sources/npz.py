@@ -22,7 +22,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
-            labels = archive["labels"] if "labels" in archive else None
+            labels = archive.get("labels")
         if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)) or not images.size:
             raise ValueError(images.dtype, images.shape)
         if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):

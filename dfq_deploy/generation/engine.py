@@ -95,9 +95,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Optimised:
-    """Images (B, C, H, W) float32 on the host, the steps they took, and each term in the first and the last one."""
+    """Images and how they came about.
+
+    Attributes:
+        pixels: The images (B, C, H, W), float32, on the host.
+        precision: What the network computed in, `bfloat16` or `float32`.
+        steps: How many steps it took.
+        first: Each term in the first step, without its weight.
+        last: Each term in the last step.
+    """
 
     pixels: np.ndarray
+    precision: str
     steps: int
     first: Mapping[str, float]
     last: Mapping[str, float]
@@ -137,36 +146,59 @@ def optimise(
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
     """
-    device = next(model.module.parameters()).device
-    pixels = start.to(device, torch.float32, copy=True)
-    low, high = (torch.from_numpy(bound).to(device) for bound in model.preprocess.bounds)
-    moves = _Moves.drawn(schedule, model.preprocess.size, generator, device)
-    weights = torch.tensor([term.weight for term in terms], device=device)
-    adam = torch.optim.Adam([pixels], betas=_BETAS)
-    trace = _Trace([term.name for term in terms], weights, schedule.steps)
+    loop = _Loop(model, start, terms, schedule, dtype, generator)
     begin = 0
     with captured(layers) as inputs:
         for stage in schedule.stages:
-            for step in range(begin, begin + stage.steps):
-                view = moves.moved(pixels, step).requires_grad_()
-                with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                    outputs = model.module(view)
-                seen = View(step, view, outputs.float(), inputs)
-                values = torch.stack([term.value(seen) for term in terms])
-                (gradient,) = torch.autograd.grad(values @ weights, view)
-                pixels.grad = moves.moved_back(gradient, step)
-                adam.param_groups[0]["lr"] = schedule.rate(stage, step - begin)
-                adam.step()
-                torch.clamp(pixels, low, high, out=pixels)
-                trace.keep(values.detach())
-                done = step + 1 - begin
+            for done in range(1, stage.steps + 1):
+                loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs)
                 if done % _LOOK_EVERY == 0 or done == stage.steps:
-                    progress(step + 1, schedule.steps, trace.look())
+                    progress(begin + done, schedule.steps, loop.trace.look())
                     cooling = done - round(stage.steps * schedule.warmup)
-                    if schedule.plateau is not None and trace.flat(cooling, schedule.plateau):
+                    if schedule.plateau is not None and loop.trace.flat(cooling, schedule.plateau):
                         break
             begin += stage.steps
-    return Optimised(pixels.cpu().numpy(), trace.steps, trace.terms(0), trace.terms(-1))
+    trace = loop.trace
+    if trace.steps < schedule.steps:
+        progress(schedule.steps, schedule.steps, trace.terms(-1))
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    return Optimised(loop.pixels.cpu().numpy(), precision, trace.steps, trace.terms(0), trace.terms(-1))
+
+
+class _Loop:
+    """What goes on from step to step: the images, Adam's state and the trace of the terms."""
+
+    def __init__(
+        self,
+        model: Model,
+        start: Tensor,
+        terms: Sequence[Term],
+        schedule: Schedule,
+        dtype: torch.dtype | None,
+        generator: torch.Generator,
+    ) -> None:
+        self._module, self._terms, self._dtype = model.module, terms, dtype
+        self._device = next(model.module.parameters()).device
+        self.pixels = start.to(self._device, torch.float32, copy=True)
+        self._low, self._high = (torch.from_numpy(bound).to(self._device) for bound in model.preprocess.bounds)
+        self._moves = _Moves.drawn(schedule, model.preprocess.size, generator, self._device)
+        self._weights = torch.tensor([term.weight for term in terms], device=self._device)
+        self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
+        self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
+
+    def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> None:
+        """Show the images to the model and move them by Adam at learning rate `rate`, within what pixels can be."""
+        shown = self._moves.moved(self.pixels, step).requires_grad_()
+        with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+            outputs = self._module(shown)
+        view = View(step, shown, outputs.float(), inputs)
+        values = torch.stack([term.value(view) for term in self._terms])
+        (gradient,) = torch.autograd.grad(values @ self._weights, shown)
+        self.pixels.grad = self._moves.moved_back(gradient, step)
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        torch.clamp(self.pixels, self._low, self._high, out=self.pixels)
+        self.trace.keep(values.detach())
 
 
 @dataclass(frozen=True)

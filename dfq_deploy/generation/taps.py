@@ -69,7 +69,8 @@ class AttentionTap:
 def attention_taps(model: Model) -> list[AttentionTap]:
     """The attentions of `model`, in its order: modules with `num_heads` whose `proj` is a Linear.
 
-    Class attentions (CaiT) and pooling heads see no two patches side by side and are left out.
+    Class attentions and pooling heads see no two patches side by side and are left out. In models that add the class
+    token after these attentions (CaiT, XCiT) `prefix` drops a patch in its place.
 
     Raises:
         ImagesError: There is none.

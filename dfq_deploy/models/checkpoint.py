@@ -70,10 +70,12 @@ def _load_npz(module: nn.Module, path: Path) -> None:
             classes = archive["head/bias"].shape[0] if "head/bias" in archive else 0
             held = sum(array.size for array in archive.values())
         if classes != getattr(module, "num_classes", 0):
-            raise ValueError(classes, "classes in its head")
+            misfit = f"it has {classes} classes in its head"
+            raise ValueError(misfit)
         wanted = sum(tensor.numel() for tensor in module.state_dict().values())
         if held != wanted:  # timm would skip what is left over, and resize or repeat what is of another shape
-            raise ValueError(held, "numbers in it, not", wanted)
+            misfit = f"it holds {held} numbers, the model {wanted}"
+            raise ValueError(misfit)
         module.load_pretrained(str(path))  # type: ignore[operator]
     except Exception as cause:  # bytes that are no archive, or of another model, raise whatever they lead timm to
         raise ModelError(

@@ -21,9 +21,9 @@ def check_hub(name: str) -> None:
     Raises:
         ModelError: There are none, or they cannot be had from here.
     """
-    config = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name.split(".")[0]) else None
+    config = timm.get_pretrained_cfg(name)
     if config is None:
-        return  # an unknown name; creating the model says so better
+        return  # one of timm's deprecated names; it says so and maps it
     if not config.has_weights:
         raise ModelError(
             what=f"timm knows no pretrained weights for `{name}`.",

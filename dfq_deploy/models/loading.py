@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import ImageNetInfo, resolve_model_data_config
+from timm.models import get_arch_pretrained_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -37,10 +38,12 @@ def load_model(name: str, *, checkpoint: Path | None = None, random_weights: boo
         ModelError: The name is unknown, the weights can't be had, or they do not fit.
     """
     name = ALIASES.get(name, name)
+    hub = checkpoint is None and not random_weights
     if name == "demo":
-        module, preprocess, labelled = _demo(), _DEMO_PREPROCESS, _DEMO / "held_back.npz"
+        module, preprocess, labelled = _demo(seed), _DEMO_PREPROCESS, _DEMO / "held_back.npz"
+        checkpoint = _DEMO / "weights.safetensors" if hub else checkpoint
     else:
-        hub = checkpoint is None and not random_weights
+        _check_name(name)
         if hub:
             check_hub(name)
         module = _create(name, pretrained=hub, seed=seed)
@@ -67,14 +70,25 @@ def load_model(name: str, *, checkpoint: Path | None = None, random_weights: boo
     )
 
 
-def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name.partition(".")[0], [*ALIASES, *timm.list_models()], n=5)
+def _check_name(name: str) -> None:
+    architecture, dot, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, [*ALIASES, "demo", *timm.list_models()], n=5)
         raise ModelError(
             what=f"timm has no model named `{name}`.",
             why=f"names like it: {', '.join(close)}." if close else "no name is like it.",
             fix=f"pass a name from timm.list_models(), or one of {', '.join([*ALIASES, 'demo'])}.",
         )
+    known = get_arch_pretrained_cfgs(architecture)
+    if dot and name not in known:
+        raise ModelError(
+            what=f"timm's `{architecture}` has no pretrained tag `{tag}`.",
+            why=f"timm has {', '.join(known)}.",
+            fix="pass one of those.",
+        )
+
+
+def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     try:
         module: nn.Module = timm.create_model(name, pretrained=pretrained)
@@ -90,11 +104,10 @@ def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
 _DEMO_PREPROCESS = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
-def _demo() -> nn.Module:
+def _demo(seed: int) -> nn.Module:
     """The digits demo: a ViT of 0.2 M parameters, see examples/train_demo.py."""
-    module = VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
-    load_checkpoint(module, _DEMO / "weights.safetensors")
-    return module
+    torch.manual_seed(seed)
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
 
 
 def _preprocess(module: nn.Module) -> Preprocess:

@@ -55,7 +55,11 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     taps = attention_taps(model)
     one_batch = functools.partial(_one_batch, model, taps, options.exact)
     made = in_batches(options, one_batch, progress)
-    facts = {"steps": [batch.steps for batch in made], "loss": [[batch.first, batch.last] for batch in made]}
+    facts = {
+        "precision": made[0].precision,
+        "steps": [batch.steps for batch in made],
+        "loss": [[batch.first, batch.last] for batch in made],
+    }
     pixels = np.concatenate([batch.pixels for batch in made])
     made_by = provenance("psaq_v1", model, options) | facts
     return ImageSet.of(pixels, model.preprocess, source="synthetic:psaq_v1", made_by=made_by)

@@ -1,0 +1,277 @@
+"""The command line: each command runs, each mistake is told in three lines, and nobody waits for `--help`."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from syrupy.assertion import SnapshotAssertion
+
+import dfq_deploy as dfq
+from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan
+from dfq_deploy import cli, pipeline
+from dfq_deploy.evaluate import Check
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+
+_NOISE = ["--model", "demo", "--generator", "noise"]
+_RECIPES = {
+    "good.toml": b'model = "demo"\ngenerator = "noise"\ncount = 4\nseed = 3\n',
+    "misspelt.toml": b'modle = "demo"\n',
+    "malformed.toml": b"model = \n",
+    "typed.toml": b'model = "demo"\ncount = "many"\n',
+    "table.toml": b'model = "demo"\n[export]\ncount = 8\n',
+    "no_text.toml": b"\xff\xfe",
+}
+
+
+@pytest.fixture
+def desk(demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a bundle, a digit, and recipes good and bad."""
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)).save(tmp_path / "digit.png")
+    (tmp_path / "file").write_text("no folder, no image, no weights")
+    for name, content in _RECIPES.items():
+        (tmp_path / name).write_bytes(content)
+    for variable in ("FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+_MISTAKES = {
+    "a misspelt command": ["exprot"],
+    "a misspelt flag": ["export", *_NOISE, "--out", "o", "--cuont", "3"],
+    "a misspelt required flag": ["export", "--modle", "demo", "--out", "o"],
+    "a flag too few": ["export", "--model", "demo"],
+    "a flag without its value": ["export", "--out", "o", "--model"],
+    "a word too many": ["export", *_NOISE, "--out", "o", "extra"],
+    "no number": ["export", *_NOISE, "--out", "o", "--count", "many"],
+    "no images": ["export", *_NOISE, "--out", "o", "--count", "0"],
+    "a seed out of range": ["export", *_NOISE, "--out", "o", "--seed", "-1"],
+    "a percentile out of range": ["export", *_NOISE, "--out", "o", "--percentile", "40"],
+    "two sources of weights": ["export", *_NOISE, "--out", "o", "--checkpoint", "file", "--random-weights"],
+    "an unknown generator": ["export", "--model", "demo", "--out", "o", "--generator", "noize"],
+    "an unknown layer": ["calibrate", *_NOISE, "--count", "2", "--out", "o/plan.safetensors", "--spare", "block.1"],
+    "no such checkpoint": ["export", *_NOISE, "--out", "o", "--checkpoint", "nothing.safetensors"],
+    "no such images": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--calib", "nothing"],
+    "no such folder of images": ["check", "bundle", "--images", "folder:nothing"],
+    "a limit of nothing": ["check", "bundle", "--limit", "0"],
+    "a file for a folder": ["export", *_NOISE, "--out", "file"],
+    "a folder for a file": ["generate", *_NOISE, "--count", "2", "--out", "bundle"],
+    "a folder that cannot be": ["generate", *_NOISE, "--count", "2", "--out", "file/images.safetensors"],
+    "no bundle": ["check", "nothing"],
+    "no image": ["infer", "bundle", "file"],
+    "no provider": ["infer", "bundle", "digit.png", "--provider", "tpu"],
+    "a misspelt field": ["--recipe", "misspelt.toml", "export", "--out", "o"],
+    "a recipe that is not there": ["--recipe", "nothing.toml", "export", "--out", "o"],
+    "a recipe that is a folder": ["--recipe", "bundle", "export", "--out", "o"],
+    "a malformed recipe": ["--recipe", "malformed.toml", "export", "--out", "o"],
+    "a recipe that is no text": ["--recipe", "no_text.toml", "export", "--out", "o"],
+    "a wrong value in a recipe": ["--recipe", "typed.toml", "export", "--out", "o"],
+    "a recipe with a table": ["--recipe", "table.toml", "export", "--out", "o"],
+}
+
+
+@pytest.mark.parametrize("mistake", _MISTAKES)
+def test_a_mistake_is_told_in_three_lines(
+    desk: Path, mistake: str, snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(_MISTAKES[mistake]) == 3
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    message = said.err[said.err.index("error:") :]
+    assert [line.partition(":")[0] for line in message.splitlines()] == ["error", "  why", "  fix"]
+    assert message == snapshot
+
+
+@pytest.mark.parametrize("path", ["file", "nothing", "digit.png"])
+def test_what_cannot_be_shown_is_told(desk: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["show", path]) == 3
+    assert f"error: `{path}` is not a whole plan" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "_generate", full)
+    assert cli.run(["generate", *_NOISE, "--count", "2", "--out", "images.safetensors"]) == 3
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_told_with_names_like_it(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", "--model", "vit_large_patch16_225", "--out", "o"]) == 3
+    said = capsys.readouterr().err
+    assert "timm has no model named `vit_large_patch16_225`" in said
+    assert "vit_large_patch16_224" in said
+
+
+def test_a_message_shows_brackets_as_they_are(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", "[bold]nothing[/bold]"]) == 3
+    assert "`[bold]nothing[/bold]` is not a bundle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("pass", 0), ("fail", 1), ("undecided", 2)])
+def test_the_exit_code_is_the_verdict(
+    demo_run: tuple[Path, Check], monkeypatch: pytest.MonkeyPatch, verdict: str, code: int
+) -> None:
+    folder, found = demo_run
+    changed = dataclasses.replace(found, verdict=verdict)  # type: ignore[arg-type]
+    monkeypatch.setattr(pipeline, "check", lambda *_, **__: changed)
+    assert cli.run(["check", str(folder)]) == code
+    assert cli.run(["export", *_NOISE, "--count", "8", "--out", str(folder)]) == code
+
+
+def test_export_goes_on_in_a_finished_folder(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", *_NOISE, "--count", "8", "--out", "bundle", "--limit", "4"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("already done") == 3
+    assert "4 of npz:held_back.npz" in said.out
+    assert "bundle/report.json" in said.out
+
+
+def test_generate_writes_images(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", *_NOISE, "--count", "3", "--out", "images.safetensors"]) == 0
+    assert len(ImageSet.load(Path("images.safetensors"))) == 3
+    assert "3 images" in capsys.readouterr().out
+
+
+def test_calibrate_writes_a_plan_from_generated_images(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", *_NOISE, "--count", "3", "--out", "images.safetensors"]) == 0
+    command = ["calibrate", "--model", "demo", "--calib", "images.safetensors", "--out", "o/plan.safetensors"]
+    assert cli.run([*command, "--scheme", "w8a8_asym"]) == 0
+    plan = QuantPlan.load(Path("o/plan.safetensors"))
+    assert plan.scheme == "w8a8_asym"
+    assert plan.images == ImageSet.load(Path("images.safetensors")).fingerprint
+    assert "blocks.0.attn.qkv.input" in capsys.readouterr().out
+
+
+def test_check_says_what_it_found(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", "bundle", "--limit", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "5 of npz:held_back.npz" in said
+    assert "16 layers in int8, 10 in float" in said
+    assert "pass: every layer agrees" in said
+
+
+def test_infer_shows_the_asked_number_of_classes(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["infer", "bundle", "digit.png", "digit.png", "--top", "2"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row for row in rows if "%" not in row] == ["digit.png", "digit.png"]
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [("bundle", "demo, w8a8, for ort"), ("bundle/plan.safetensors", "w8a8: 32 sites"), ("images", "synthetic:noise")],
+)
+def test_show_knows_each_kind_of_file(desk: Path, capsys: pytest.CaptureFixture[str], path: str, wanted: str) -> None:
+    (images,) = Path("bundle/work").glob("images-*")
+    assert cli.run(["show", str(images) if path == "images" else path]) == 0
+    assert wanted in capsys.readouterr().out.replace("\n", "")
+
+
+def test_doctor_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.run(["doctor"])
+    said = capsys.readouterr().out
+    findings = dfq.diagnose()
+    assert code == any(finding.state == "problem" for finding in findings)
+    assert all(finding.subject in said for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "count", "seed"), [([], 4, 3), (["--count", "2"], 2, 3), (["--count", "2", "--seed", "5"], 2, 5)]
+)
+def test_a_recipe_file_sets_fields_and_flags_win(desk: Path, flags: list[str], count: int, seed: int) -> None:
+    assert cli.run(["--recipe", "good.toml", "generate", *flags, "--out", "images.safetensors"]) == 0
+    images = ImageSet.load(Path("images.safetensors"))
+    assert (len(images), images.made_by["seed"]) == (count, seed)
+
+
+def test_a_recipe_file_may_stand_after_the_command(desk: Path) -> None:
+    assert cli.run(["generate", "--recipe", "good.toml", "--out", "images.safetensors"]) == 0
+    assert len(ImageSet.load(Path("images.safetensors"))) == 4
+
+
+def test_a_recipe_file_counts_for_its_own_run_only(desk: Path) -> None:
+    assert cli.run(["--recipe", "good.toml", "generate", "--out", "images.safetensors"]) == 0
+    assert cli.run(["generate", "--out", "images.safetensors"]) == 3, "it needs a --model again"
+
+
+def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
+    before = Path("bundle/model.onnx").stat().st_mtime_ns
+    assert cli.run(["--recipe", "bundle/recipe.toml", "export", "--out", "bundle", "--limit", "2"]) == 0
+    assert Path("bundle/model.onnx").stat().st_mtime_ns == before, "it is another recipe: the engine was made again"
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe"), [("export", Recipe), ("calibrate", CalibrateRecipe), ("generate", GenerateRecipe)]
+)
+def test_the_help_of_a_command_lists_every_field(
+    command: str, recipe: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    for field in dataclasses.fields(recipe):
+        assert f"--{field.name.replace('_', '-')} " in said, field.name
+
+
+def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    said = capsys.readouterr().out
+    for command in ("export", "generate", "calibrate", "check", "infer", "show", "doctor"):
+        assert f" {command} " in said
+
+
+def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dfq_deploy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, dfq.__version__),
+        (["infer", "bundle", "digit.png", "--top", "1"], 0, "%"),
+        (["exprot"], 3, 'Did you mean "export"?'),
+        (["infer", "bundle", "file"], 3, "is not a whole image"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_process_exits_with_the_code(desk: Path, arguments: list[str], code: int, said: str) -> None:
+    done = _process(*arguments)
+    assert done.returncode == code
+    assert said in (done.stderr if code else done.stdout)
+    assert "Traceback" not in done.stderr
+    assert bool(done.stderr) == bool(code), "a result belongs on stdout, a message on stderr"
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    (found,) = (script for script in entry_points(group="console_scripts") if script.name == "dfq-deploy")
+    main: Callable[[], None] = found.load()
+    assert main is cli.main
+
+
+def _cpu_seconds(*arguments: str) -> float:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+    return spent() - before
+
+
+def test_help_costs_less_than_half_a_second_more_than_python_itself() -> None:
+    bare = min(_cpu_seconds("-c", "pass") for _ in range(3))
+    assert min(_cpu_seconds("-m", "dfq_deploy", "--help") for _ in range(3)) - bare < 0.5

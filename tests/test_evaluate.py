@@ -1,0 +1,182 @@
+"""A good engine passes, each kind of bad one is caught, and the report is what it says it is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from scipy import stats
+
+import dfq_deploy as dfq
+from calibrators.files import sha256_of
+from calibrators.plan import QuantPlan
+from dfq_deploy.evaluate import Check, Share
+from exporters.bundle import MANIFEST
+
+
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo bundle that may be damaged."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, folder)
+    return folder
+
+
+def _reseal(bundle: Path) -> None:
+    """Give the manifest the hashes of the files as they are now: what is tested here is the check, not the seal."""
+    facts = json.loads((bundle / MANIFEST).read_text())
+    facts["files"] = {name: sha256_of(bundle / name) for name in facts["files"]}
+    (bundle / MANIFEST).write_text(json.dumps(facts))
+
+
+def _change(bundle: Path, names: list[str], change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Rewrite constants of the bundle's engine."""
+    model = ir.load(bundle / "model.onnx")
+    for name in names:
+        constant = model.graph.initializers[name]
+        assert constant.const_value is not None
+        values = constant.const_value.numpy()
+        constant.const_value = ir.tensor(change(values).astype(values.dtype), name=name)
+    ir.save(model, bundle / "model.onnx")
+    _reseal(bundle)
+
+
+def _report(bundle: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report: dict[str, Any] = json.loads((bundle / "report.json").read_text(), parse_constant=refuse)
+    return report
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 20), (319, 360), (1299, 1300)])
+def test_a_share_has_scipys_wilson_interval(hits: int, n: int) -> None:
+    found = Share.of(np.arange(n) < hits)
+    wanted = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert found.n == n
+    assert found.percent == pytest.approx(100 * hits / n, abs=1e-3)
+    assert found.low == pytest.approx(100 * wanted.low, abs=1e-3)
+    assert found.high == pytest.approx(100 * wanted.high, abs=1e-3)
+    assert 0 <= found.low <= found.percent <= found.high <= 100
+
+
+def test_a_good_bundle_passes(demo_run: tuple[Path, Check]) -> None:
+    _, found = demo_run
+    assert found.verdict == "pass", found.reason
+    assert found.n == 360
+    assert found.top1 is not None
+    assert found.drop is not None
+    assert found.drop[1] <= found.drop[0] <= found.drop[2]
+    assert found.top1["float"].percent > 98
+    assert found.agreement["engine_reference"].percent > 99
+    assert max(found.layer_error.values()) < 1e-5
+    assert found.layer_error.keys() == {layer for layer, kind in found.census.precision.items() if kind == "int8"}
+
+
+def test_the_drop_is_the_paired_difference_with_its_interval(demo_run: tuple[Path, Check]) -> None:
+    _, found = demo_run
+    assert found.top1 is not None
+    assert found.drop is not None
+    difference = found.top1["float"].percent - found.top1["engine"].percent
+    assert found.drop[0] == pytest.approx(difference, abs=2e-3)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.3.attn.proj"])
+@pytest.mark.parametrize("site", ["input", "weight"])
+def test_a_scale_that_is_off_by_two_percent_is_caught(bundle: Path, layer: str, site: str) -> None:
+    _change(bundle, [f"{layer}.{site}.scale"], lambda scale: scale * np.float32(1.02))
+    found = dfq.check(bundle, limit=8)
+    assert found.verdict == "fail"
+    assert f"layer {layer} is off" in found.reason
+
+
+def test_one_channels_scale_that_is_off_is_caught(bundle: Path) -> None:
+    _change(bundle, ["blocks.2.mlp.fc1.weight.scale"], lambda scale: np.r_[scale[:5], scale[5] * 1.1, scale[6:]])
+    assert dfq.check(bundle, limit=8).verdict == "fail"
+
+
+def test_swapped_weights_of_two_layers_are_caught(bundle: Path) -> None:
+    names = ["blocks.0.mlp.fc1.weight.int8", "blocks.2.mlp.fc1.weight.int8"]
+    constants = ir.load(bundle / "model.onnx").graph.initializers
+    stored = [value.numpy() for name in reversed(names) if (value := constants[name].const_value) is not None]
+    _change(bundle, names, lambda _: stored.pop(0))
+    found = dfq.check(bundle, limit=8)
+    assert found.verdict == "fail"
+    assert "layer blocks." in found.reason
+
+
+def test_a_reference_under_a_plan_of_another_seed_is_caught(bundle: Path) -> None:
+    dfq.calibrate(dfq.Recipe(model="demo", generator="noise", count=8, seed=1), bundle / "plan.safetensors")
+    _reseal(bundle)
+    assert dfq.check(bundle, limit=8).verdict == "fail"
+
+
+def test_a_float_part_that_is_off_is_caught_although_every_layer_agrees(bundle: Path) -> None:
+    _change(bundle, ["norm.weight"], lambda values: values * np.linspace(0.8, 1.2, values.size))
+    found = dfq.check(bundle, limit=64)
+    assert max(found.layer_error.values()) < 1e-5
+    assert (found.verdict, found.reason[:20]) == ("fail", "every layer agrees, ")
+
+
+def test_an_engine_that_puts_out_nan_is_caught_and_its_report_is_json(bundle: Path) -> None:
+    _change(bundle, ["norm.weight"], lambda values: values * np.nan)
+    found = dfq.check(bundle, limit=8)
+    assert (found.verdict, found.reason) == ("fail", "the engine puts out NaN or Inf")
+    assert _report(bundle)["distance"]["engine_reference"] is None
+
+
+def test_a_layer_that_puts_out_nan_is_caught(bundle: Path) -> None:
+    _change(bundle, ["blocks.2.mlp.fc1.bias"], lambda values: values * np.nan)
+    found = dfq.check(bundle, limit=8)
+    assert found.verdict == "fail"
+    assert found.layer_error["blocks.2.mlp.fc1"] == np.inf
+
+
+def test_too_few_images_are_undecided_and_the_interval_says_why(bundle: Path) -> None:
+    _change(bundle, ["norm.weight"], lambda values: values * np.linspace(0.8, 1.2, values.size))
+    found = dfq.check(bundle, limit=1)
+    assert found.verdict == "undecided"
+    assert found.reason.endswith("95 % interval 0.00 to inf): use more images")
+
+
+def test_a_check_repeats_to_the_last_bit(bundle: Path) -> None:
+    one, two = (dfq.check(bundle, limit=16).report() for _ in range(2))
+    assert one == two
+
+
+_SHARES = {
+    "top1": ("float", "reference", "engine"),
+    "agreement": ("engine_reference", "engine_float", "noise_floor"),
+}
+
+
+@pytest.mark.parametrize("limit", [1, 3, 360])
+def test_the_report_keeps_its_contract(bundle: Path, limit: int) -> None:
+    if limit < 360:  # the fixture wrote the other one
+        dfq.check(bundle, limit=limit)
+    report = _report(bundle)
+    assert report["n"] == limit
+    for part, names in _SHARES.items():
+        assert report[part].keys() == set(names)
+        assert all(isinstance(value, float) and 0 <= value <= 100 for value in report[part].values())
+    assert {kind: report["census"][kind] for kind in ("int8", "float")} == {"int8": 16, "float": 10}
+    assert report["verdict"] == "pass"
+    for name, (low, high) in report["intervals_95"].items():
+        part, key = ("top1", name[5:]) if name.startswith("top1_") else ("agreement", name)
+        assert low <= report[part][key] <= high
+
+
+def test_without_labels_there_is_no_accuracy(bundle: Path) -> None:
+    (images,) = (bundle / "work").glob("images-*.safetensors")
+    found = dfq.check(bundle, images=str(images))
+    assert (found.n, found.top1, found.drop) == (8, None, None)
+    assert _report(bundle)["top1"] is None
+
+
+def test_the_plan_that_a_bundle_holds_is_the_one_that_is_checked(bundle: Path) -> None:
+    plan = QuantPlan.load(bundle / "plan.safetensors")
+    assert dfq.check(bundle, limit=1).layer_error.keys() == set(plan.layers)

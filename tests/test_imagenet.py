@@ -1,0 +1,33 @@
+"""The bars on real weights and images: W8A8 from 32 synthetic images and nothing else, by the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dfq_deploy.cli import run
+
+pytestmark = pytest.mark.imagenet
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "most_points_lost"),
+    [
+        ("vit_t", "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors", 3.5),
+        ("deit_t", "deit_tiny_patch16_224.fb_in1k_LNfixedpoint.safetensors", 1.0),
+    ],
+)
+def test_synthetic_images_alone_keep_the_accuracy(
+    model: str, weights: str, most_points_lost: float, imagenet: Path, tmp_path: Path
+) -> None:
+    checkpoint = str(imagenet / "weights" / weights)
+    images = f"folder:{imagenet / 'imagenet_val'}"
+    code = run(
+        ["export", "--model", model, "--checkpoint", checkpoint, "--out", str(tmp_path / "run"), "--images", images]
+    )
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert code == 0, found["reason"]
+    assert found["n"] == 921
+    assert found["top1"]["float"] - found["top1"]["engine"] <= most_points_lost
+    assert found["agreement"]["engine_reference"] >= found["agreement"]["noise_floor"] - 1.0
+    assert found["census"]["int8"] >= 47

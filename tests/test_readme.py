@@ -1,0 +1,72 @@
+"""README's commands and examples run as they stand there; only what needs a download is put on the demo model.
+
+`make demo` and `make test` themselves are what `.ci/run` calls.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dfq_deploy.cli import app, run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_make_target_that_readme_names_exists() -> None:
+    targets = sorted(set(re.findall(r"`make (\w+)`|^make (\w+)$", README, re.MULTILINE)))
+    names = {"".join(target) for target in targets}
+    assert {"demo", "test", "bench", "accuracy"} <= names
+    for name in names:
+        subprocess.run(["make", "--dry-run", name], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_first_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"^    dfq-deploy (export .*)$", README, re.MULTILINE)
+    assert command is not None
+    arguments = command[1].replace("vit_b", "demo").split()
+    assert run(arguments) == 0
+    assert (tmp_path / "runs" / "demo" / "manifest.json").is_file()
+
+
+def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = set(re.findall(r"`dfq-deploy (\w+)", README))
+    assert {"export", "generate", "calibrate", "check", "infer", "show", "doctor"} <= commands
+    for command in commands:
+        assert app[command] is not None
+    for command in commands:
+        run([command, "--help"])
+    helped = capsys.readouterr().out
+    flags = set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"}
+    assert len(flags) > 5
+    assert {flag for flag in flags if flag not in helped} == set()
+
+
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(demo_bundle)
+    export, production = blocks("python")
+    assert "dfq.export(" in export
+    exec(export.replace('out="runs/demo"', 'out="runs/again"'), {})
+    names = {"pil_images": [Image.new("RGB", (40, 50)), Image.new("L", (8, 8))]}
+    exec(production, names)
+    assert names["logits"].shape == (2, 10)
+
+
+def test_the_plan_file_is_specified_as_it_is_written(demo_bundle: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(demo_bundle / "plan.safetensors", "numpy") as file:
+        assert list(file.metadata()) == ["dfq_plan"]
+        assert {name.rpartition(".")[2] for name in file.keys()} == {"scale", "zero_point"}  # noqa: SIM118
+    for field in ("format", "sites", "spared", "scheme", "model", "images"):
+        assert f"`{field}`" in README
