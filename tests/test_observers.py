@@ -63,6 +63,7 @@ def test_merging_an_observer_that_saw_nothing_changes_nothing(make: Callable[[],
 
 @unhurried
 @given(batches=BATCHES, percentile=st.sampled_from([75.0, 87.5, 99.8046875, 100.0]))  # exact as binary fractions
+@example(batches=[np.float32([0]), np.float32([1e-6, -2e-6, 3e-6, 4e-6])], percentile=75.0)
 def test_percentile_is_numpys_to_one_bin_and_within_the_extremes(batches: list[np.ndarray], percentile: float) -> None:
     values = _together(batches)
     low, high = _seen(Percentile(percentile), *batches).range()

@@ -23,7 +23,7 @@ GOLDEN = "685af634c1253eeb989971832a0c6ff423d62fee027e15b5e1f65c3524e61133"  # s
 
 
 def _range(role: str, low: Any, high: Any, axis: int | None = None) -> SiteRange:
-    return SiteRange(np.array(low, np.float32), np.array(high, np.float32), role, axis, (2, 3))
+    return SiteRange(np.float32(low), np.float32(high), role, axis, (2, 3))
 
 
 def small_ranges() -> Ranges:
@@ -127,6 +127,9 @@ def test_attention_operands_are_spared_unless_asked_for() -> None:
 def test_spared_layers_keep_the_reason_that_was_given() -> None:
     plan = make_plan(small_ranges(), SCHEMES["w8a8"], attention=True, spare={"head": "logits", "attn.qk": "asked for"})
     assert plan.spared == {"attn.qk.lhs": "asked for", "head.input": "logits", "head.weight": "logits"}
+    assert (
+        make_plan(small_ranges(), SCHEMES["w8a8"], spare={"attn.qk": "asked for"}).spared["attn.qk.lhs"] == "asked for"
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

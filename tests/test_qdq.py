@@ -14,7 +14,7 @@ from calibrators.errors import ExportError
 from calibrators.plan import QParams, QuantPlan, along
 from exporters.qdq import InsertQDQ
 
-_INT8, _UINT8 = CODES["int8"], CODES["uint8"]
+_INT8 = CODES["int8"]
 _HEAD = '<ir_version: 10, opset_import: ["": 20]>'
 _X = QParams(np.array(0.05, np.float32), np.array(0, np.int8), _INT8, None)
 _W = QParams(np.array([0.01, 0.02, 0.03], np.float32), np.zeros(3, np.int8), _INT8, 0)
