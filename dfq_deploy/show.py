@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, is_image_set
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only 
 
 __all__ = ["print_check", "print_classes", "print_findings", "print_images", "print_path", "print_plan"]
 
-_console = Console(highlight=False)
+_console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _COLOURS = {
     "pass": "green",
     "fail": "red",
@@ -49,7 +50,7 @@ def print_check(found: "Check", folder: Path) -> None:
     print_census(found.census)
     if found.drop is not None:
         _console.print("engine loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
-    _console.print(f"[{_COLOURS[found.verdict]}]{found.verdict}[/]: {found.reason}")
+    _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
     _console.print(f"report: {folder / 'report.json'}")
 
 
@@ -59,7 +60,7 @@ def print_census(census: Census) -> None:
     for reason in dict.fromkeys(census.reasons.values()):
         layers = [layer for layer, why in census.reasons.items() if why == reason]
         named = layers[0] if len(layers) == 1 else f"{len(layers)} like {layers[0]}"
-        _console.print(f"  {named}: {reason}", soft_wrap=True)
+        _console.print(f"  {named}: {reason}")
 
 
 def print_images(images: ImageSet, path: Path) -> None:
@@ -127,5 +128,6 @@ def print_path(path: Path) -> None:
 def print_findings(findings: list[Finding]) -> int:
     """What the doctor found; returns 1 if there is a problem."""
     for finding in findings:
-        _console.print(f"[{_COLOURS[finding.state]}]{finding.state:>8}[/]  {finding.subject}: {finding.text}")
+        state = (f"{finding.state:>8}", _COLOURS[finding.state])
+        _console.print(Text.assemble(state, f"  {finding.subject}: {finding.text}"))
     return int(any(finding.state == "problem" for finding in findings))

@@ -8,8 +8,6 @@ knows models and images; it knows nothing of plans, ONNX or run-times, and this 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from calibrators.errors import RecipeError
-
 __all__ = ["GenerateOptions", "Progress", "quiet"]
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -22,23 +20,14 @@ def quiet(_step: int, _steps: int, _terms: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What is asked of a generator.
+    """What is asked of a generator; the recipe of the run has checked it.
 
     Attributes:
-        count: Number of images.
-        seed: Seed of everything random; the same seed gives the same bytes on the same machine.
+        count: Number of images, at least 1.
+        seed: Seed of everything random, at least 0; the same seed gives the same bytes on the same machine.
         exact: Compute as the paper's authors do, instead of the fast form of the same recipe.
     """
 
     count: int = 32
     seed: int = 0
     exact: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, least in (("count", self.count, 1), ("seed", self.seed, 0)):
-            if value < least:
-                raise RecipeError(
-                    what=f"a {name} of {value} makes no images.",
-                    why=f"it is a whole number from {least} up.",
-                    fix=f"pass a {name} of {least} or more.",
-                )
