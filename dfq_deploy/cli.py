@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import cyclopts
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -108,18 +108,26 @@ def check(
 
 
 @app.command
-def infer(folder: Path, /, *images: Path, top: int = 5, provider: Literal["cpu", "cuda"] = "cpu") -> int:
+def infer(
+    folder: Path,
+    image: Path,
+    /,
+    *more: Path,
+    top: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
+    provider: Literal["cpu", "cuda"] = "cpu",
+) -> int:
     """Classify images with a bundle's engine; needs no torch.
 
     Args:
         folder: A bundle.
-        images: Image files.
+        image: An image file.
+        more: Further image files.
         top: How many classes to show.
         provider: What runs the engine.
     """
     with dfq.load(folder, provider=provider) as runner:
-        for image in images:
-            shown.print_classes(runner, image, top)
+        for path in (image, *more):
+            shown.print_classes(runner, path, top)
     return 0
 
 

@@ -60,7 +60,8 @@ class Check:
         top1: Label accuracy of float, reference and engine; None without labels.
         drop: Points that the engine loses against float, paired per image, (value, low, high); None without labels.
         agreement: Top-1 agreement: engine_reference, engine_float, and noise_floor (reference with itself moved).
-        distance: Mean 1 - cosine of logits for the same three pairs.
+        distance: Mean of |a - b|² / |b|² over the logits of an image, for the same three pairs.
+        cosine: Mean cosine of the logits, for the same three pairs.
         floor_ratio: Engine's distance over the noise floor's, (value, low, high).
         sqnr_db: Signal to quantization noise of the logits, for engine_reference and engine_float.
         census: What each layer of the engine is computed in.
@@ -76,6 +77,7 @@ class Check:
     drop: tuple[float, float, float] | None
     agreement: Mapping[str, Share]
     distance: Mapping[str, float]
+    cosine: Mapping[str, float]
     floor_ratio: tuple[float, float, float]
     sqnr_db: Mapping[str, float]
     census: Census
@@ -158,6 +160,7 @@ def _judged(
         drop=drop,
         agreement={name: Share.of(best[a] == best[b]) for name, (a, b) in pairs.items()},
         distance={name: float(d.mean()) for name, d in distances.items()},
+        cosine={name: float(_cosine(logits[a], logits[b]).mean()) for name, (a, b) in pairs.items()},
         floor_ratio=ratio,
         sqnr_db={name: _sqnr_db(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
         census=census,
@@ -215,9 +218,14 @@ def _without_nan(value: Any) -> Any:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 - cosine, per image."""
-    cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-    return np.asarray(np.maximum(1 - cosine, 0))
+    """|a - b|² / |b|², per image; unlike a cosine it sees a wrong scale."""
+    return np.asarray(np.square(a - b).sum(1) / np.maximum(np.square(b).sum(1), 1e-30))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine, per image."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(1) / np.maximum(lengths, 1e-30))
 
 
 def _sqnr_db(wanted: np.ndarray, found: np.ndarray) -> float:

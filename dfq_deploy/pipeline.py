@@ -81,6 +81,8 @@ def export(
     backend = pick("exporters.backends", recipe.backend)
     watch.stage("model", False)
     model = _load(recipe)
+    if images is not None:
+        _labelled_for(model, _open_images(images, model.preprocess))  # told now if it is wrong, not at the end
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
@@ -158,7 +160,7 @@ def check(
             why="the fingerprint of the model differs from the manifest's.",
             fix="pass the right file with --checkpoint.",
         )
-    picked = _check_images(folder, model, images)
+    picked = _labelled_for(model, _check_images(folder, model, images))
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
@@ -260,6 +262,17 @@ def _check_images(folder: Path, model: Model, place: str | None) -> ImageSet:
             fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
         )
     return _open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
+
+
+def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
+    """`images`, whose labels, if there are any, are classes of `model`."""
+    if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
+        raise ImagesError(
+            what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",
+            why=f"`{model.name}` has {model.classes} classes, counted from 0.",
+            fix="use images of the classes that the model was trained on, or drop their labels.",
+        )
+    return images
 
 
 def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:

@@ -37,9 +37,7 @@ BACKGROUND = (0.0 - MEAN) / STD  # what a black pixel becomes
 
 def build_model() -> VisionTransformer:
     """Return the untrained demo model."""
-    return VisionTransformer(
-        img_size=IMAGE_SIZE, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10
-    )
+    return VisionTransformer(img_size=IMAGE_SIZE, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
 
 
 def preprocess(images: np.ndarray) -> Tensor:
@@ -52,9 +50,7 @@ def preprocess(images: np.ndarray) -> Tensor:
         Normalised RGB batch, float32, shape (N, 3, 32, 32).
     """
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    resized = [
-        Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images
-    ]
+    resized = [Image.fromarray(image).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
     batch = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
     return (batch.permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin starve child processes
+
 import pytest
 
 import dfq_deploy as dfq

@@ -47,6 +47,8 @@ def test_numpy_torch_and_onnx_runtime_agree_to_the_bit(
     codes: IntCodes, per_channel: bool, data: st.DataObject, values: np.ndarray
 ) -> None:
     scale, zero = _qparams(data, values.shape[1:] if per_channel else (), codes)
+    halves = np.arange(-256.5, 257, dtype=np.float32)[:, None]  # of steps: where rounding decides
+    values = np.concatenate([values, halves * np.broadcast_to(scale, values.shape[1:])])
     session = _onnx_runtime(codes, per_channel)
     ort_codes, ort_values = session.run(None, {"x": values, "scale": scale, "zero": zero})
     in_numpy = quantize(values, scale, zero, codes)

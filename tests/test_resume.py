@@ -19,10 +19,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import dfq_deploy as dfq
-from calibrators.errors import RecipeError
+from calibrators.errors import BundleError, RecipeError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
-from dfq_deploy import cli, pipeline
+from dfq_deploy import building, cli, pipeline
 from dfq_deploy.generation.generators import noise
 from dfq_deploy.workspace import Workspace
 from exporters.bundle import MANIFEST, open_bundle
@@ -115,6 +115,17 @@ def test_a_failed_stage_keeps_the_ones_before_it(tmp_path: Path, monkeypatch: py
         dfq.export(_DEMO, tmp_path / "run")
     kept = sorted(file.name.partition("-")[0] for file in (tmp_path / "run" / "work").iterdir())
     assert kept == [".lock", "images", "ranges"]
+
+
+def test_a_rebuild_that_fails_leaves_no_bundle_of_two_halves(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(building, "save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, scheme="w8a8_asym"), run)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        open_bundle(run)
 
 
 def test_a_second_run_in_the_same_folder_is_told(run: Path) -> None:

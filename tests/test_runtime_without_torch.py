@@ -68,9 +68,8 @@ def test_infer_runs_without_torch(demo_bundle: Path, digit: Path) -> None:
     check = "assert not BLOCKED & set(sys.modules); sys.exit(code)"
     done = _python(_BLOCK + script + check, demo_bundle, digit)
     assert (done.returncode, done.stderr) == (0, "")
-    heading, *rows = done.stdout.splitlines()
-    assert heading.endswith("digit.png") or str(digit) in done.stdout.replace("\n", "")
-    assert len([row for row in rows if "%" in row]) == 3
+    assert done.stdout.replace("\n", "").startswith(str(digit))
+    assert done.stdout.count(" % ") == 3
 
 
 @pytest.mark.parametrize("path", [".", "plan.safetensors"])
