@@ -22,6 +22,7 @@ def main() -> None:
     """Make, check and tabulate all combinations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of table.md")
+    parser.add_argument("--models", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--observer", default="percentile")
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--spare", default="auto")
@@ -32,11 +33,11 @@ def main() -> None:
         "| model | images | float | reference | engine | drop | engine = float | engine = reference | noise floor |"
     ]
     rows.append("|---|---|---|---|---|---|---|---|---|")
-    for model, weights in WEIGHTS.items():
+    for model in args.models:
         for images, generator in IMAGES.items():
             recipe = dfq.Recipe(
                 model=model,
-                checkpoint=data / "weights" / weights,
+                checkpoint=data / "weights" / WEIGHTS[model],
                 calib="synthetic" if generator else f"folder:{data / 'imagenet_calib'}",
                 generator=generator or "noise",
                 seed=args.seed,

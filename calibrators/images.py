@@ -111,7 +111,7 @@ class ImageSet:
         pixels: The images, (N, C, H, W) float32 by slices.
         preprocess: What made them model-ready; they fit models with the same preprocessing only.
         source: Where they come from, for people: `folder:…`, `synthetic:psaq_v1`.
-        fingerprint: SHA-256 that changes when any image does.
+        fingerprint: SHA-256 that changes when any image or label does.
         labels: Class indices (N,) int64, or None.
         made_by: Facts that repeat a synthetic set: generator, seed, settings, model.
     """
@@ -159,7 +159,8 @@ class ImageSet:
             raise ImagesError(
                 what=f"{source} holds no images.", why="at least one is needed.", fix="make or pick some."
             )
-        fingerprint = fingerprint_of([asdict(preprocess), digest.hexdigest()])
+        facts = [asdict(preprocess), digest.hexdigest(), None if labels is None else labels.tolist()]
+        fingerprint = fingerprint_of(facts)
         return cls(pixels, preprocess, source, fingerprint, labels, made_by or {})
 
     def __len__(self) -> int:
@@ -230,7 +231,7 @@ class ImageSet:
         if images.fingerprint != fingerprint:
             raise ImagesError(
                 what=f"`{path}` holds other images than its header says.",
-                why="the fingerprint of its pixels differs from the recorded one.",
+                why="the fingerprint of its pixels and labels differs from the recorded one.",
                 fix="make it again with `dfq-deploy generate`.",
             )
         return images

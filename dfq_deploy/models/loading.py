@@ -1,7 +1,9 @@
 """Loading: the one way from a name and its weights to a `Model`."""
 
+import contextlib
 import difflib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -89,9 +91,9 @@ def _check_name(name: str) -> None:
 
 
 def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
     try:
-        module: nn.Module = timm.create_model(name, pretrained=pretrained)
+        with _seeded(seed):
+            module: nn.Module = timm.create_model(name, pretrained=pretrained)
     except (OSError, RuntimeError) as cause:
         raise ModelError(
             what=f"`{name}` could not be created.",
@@ -106,8 +108,16 @@ _DEMO_PREPROCESS = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0
 
 def _demo(seed: int) -> nn.Module:
     """The digits demo: a ViT of 0.2 M parameters, see examples/train_demo.py."""
-    torch.manual_seed(seed)
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+    with _seeded(seed):
+        return VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial weights come from torch's global generator: give it a seed, and leave it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _preprocess(module: nn.Module) -> Preprocess:
