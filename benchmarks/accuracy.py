@@ -29,10 +29,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     data = Path(os.environ["DFQ_DATA"]).resolve()
-    rows = [
-        "| model | images | float | reference | engine | drop | engine = float | engine = reference | noise floor |"
-    ]
-    rows.append("|---|---|---|---|---|---|---|---|---|")
+    titles = ["model", "images", "float", "reference", "engine", "drop"]
+    titles += ["SQNR to float, dB", "engine = float", "engine = reference", "noise floor"]
+    rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for model in args.models:
         for images, generator in IMAGES.items():
             recipe = dfq.Recipe(
@@ -50,7 +49,12 @@ def main() -> None:
             found = json.loads((folder / "report.json").read_text())
             top1, agree = found["top1"], found["agreement"]
             cells = [top1["float"], top1["reference"], top1["engine"], found["drop"][0]]
-            cells += [agree["engine_float"], agree["engine_reference"], agree["noise_floor"]]
+            cells += [
+                found["sqnr_db"]["engine_float"],
+                agree["engine_float"],
+                agree["engine_reference"],
+                agree["noise_floor"],
+            ]
             rows.append(f"| {model} | {images} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
             print(rows[-1], flush=True)
     (args.out / "table.md").write_text("\n".join(rows) + "\n")

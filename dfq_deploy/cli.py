@@ -16,6 +16,7 @@ from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError, RecipeError
@@ -204,12 +205,12 @@ class _Bar:
 def _progress() -> Iterator[_Bar]:
     columns = (
         TextColumn("{task.description:>8}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}"),
+        TextColumn("{task.fields[terms]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
         yield _Bar(progress)
 
 
