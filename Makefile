@@ -19,6 +19,7 @@ lint: .venv/test.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/speed.py --out $(OUT)/speed.json
+	$(BIN)/python benchmarks/memory.py --out $(OUT)/memory.json
 
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy

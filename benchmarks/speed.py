@@ -1,10 +1,9 @@
-"""How fast and how large: `make bench`. Ratios within one run, as JSON; needs no download.
+"""How fast: `make bench`. Ratios within one run, as JSON; needs no download.
 
 1. One PSAQ step for DeiT-T at batch 32, fast form against exact form.
 2. ONNX Runtime INT8 against float, same process, calls taken in turn, median of the ratios pair by pair.
-3. Peak memory of each stage as a process of its own, and of calibration with 32 and with 512 images.
 
-Weights are random: speed and memory do not depend on their values.
+Weights are random: speed does not depend on their values.
 """
 
 import argparse
@@ -12,8 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -79,36 +76,6 @@ def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]
     return {"float_ms": float(medians[0]), "int8_ms": float(medians[1]), "float_over_int8": ratio}
 
 
-def peak_mib(*arguments: str) -> float:
-    """Peak resident memory of one `dfq-deploy` process, MiB."""
-    command = [sys.executable, "-m", "dfq_deploy", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) not in (0, 2):
-        message = f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}"
-        raise RuntimeError(message)
-    peak = usage.ru_maxrss / 1024
-    print(f"{arguments[0]}: {peak:.0f} MiB", flush=True)
-    return peak
-
-
-def stage_memory(folder: Path) -> dict[str, float]:
-    """Peak memory, MiB, of DeiT-T's stages, the images kept in files between them."""
-    model = ("--model", "deit_t", "--random-weights")
-    noise = {count: folder / f"noise-{count}.safetensors" for count in (32, 512)}
-    peaks = {
-        "generate_psaq_32": peak_mib("generate", *model, "--out", str(folder / "psaq.safetensors")),
-        "generate_noise_32": peak_mib("generate", *model, "--generator", "noise", "--out", str(noise[32])),
-    }
-    peak_mib("generate", *model, "--generator", "noise", "--count", "512", "--out", str(noise[512]))
-    for count, path in noise.items():
-        out = folder / f"calibrate-{count}" / "plan.safetensors"
-        peaks[f"calibrate_{count}"] = peak_mib("calibrate", *model, "--calib", str(path), "--out", str(out))
-    peaks["export"] = peak_mib("export", *model, "--calib", str(noise[32]), "--out", str(folder / "bundle"))
-    peaks["check"] = peak_mib("check", str(folder / "bundle"))
-    return peaks
-
-
 def machine() -> dict[str, str]:
     """What the figures were taken on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -141,7 +108,6 @@ def main() -> None:
             dfq.export(recipe, bundle, limit=1)
             sizes = {name: (bundle / f"{name}.onnx").stat().st_size / 2**20 for name in ("float", "model")}
             result[model] = {f"batch_{n}": int8_against_float(model, bundle, n) for n in (1, 8)} | {"MiB": sizes}
-        result["peak_mib"] = stage_memory(Path(folder))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     print(f"written to {out}")

@@ -216,7 +216,7 @@ class ImageSet:
         """
         pixels = _SavedPixels(path)
         try:
-            header = json.loads((pixels.file.metadata() or {})[_HEADER])
+            header = json.loads(pixels.metadata[_HEADER])
             if header["format"] != _FORMAT:
                 raise ValueError(header["format"])
             preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
@@ -247,13 +247,18 @@ def is_image_set(path: Path) -> bool:
 
 
 class _SavedPixels:
-    """Pixels read slice by slice from an ImageSet file."""
+    """Pixels read slice by slice from an ImageSet file.
+
+    The file is opened for each slice: while it is open, what was read of it counts as this process's memory.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self.file = safe_open(path, "numpy")
-            self._slice = self.file.get_slice("pixels")
-            self.labels = self.file.get_tensor("labels") if "labels" in list(self.file.keys()) else None
+            with safe_open(path, "numpy") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                self._count = int(file.get_slice("pixels").get_shape()[0])
+                self.labels = file.get_tensor("labels") if "labels" in list(file.keys()) else None
         except (OSError, SafetensorError) as cause:
             raise ImagesError(
                 what=f"`{path}` cannot be read as an ImageSet.",
@@ -262,8 +267,9 @@ class _SavedPixels:
             ) from cause
 
     def __len__(self) -> int:
-        return int(self._slice.get_shape()[0])
+        return self._count
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        start, stop, _ = index.indices(len(self))  # safetensors, unlike NumPy, refuses a slice past the end
-        return np.asarray(self._slice[start:stop])
+        start, stop, _ = index.indices(self._count)  # safetensors, unlike NumPy, refuses a slice past the end
+        with safe_open(self._path, "numpy") as file:
+            return np.asarray(file.get_slice("pixels")[start:stop])

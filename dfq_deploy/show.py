@@ -50,6 +50,8 @@ def print_check(found: "Check", folder: Path) -> None:
     print_census(found.census)
     if found.drop is not None:
         _console.print("engine loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
+    if found.top1 is None:
+        _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
     _console.print(f"report: {folder / 'report.json'}")
 
