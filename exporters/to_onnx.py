@@ -58,15 +58,26 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
             fix="spare the layer, or report this model.",
         )
     save_model(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int = _EXTERNAL_DATA_FROM_BYTES) -> None:
-    """Write `model` to `path`; from `external_data_from_bytes` on, weights go to `<path>.data` beside it."""
+    """Write `model` to `path`; from `external_data_from_bytes` on, weights go to `<path>.data` beside it.
+
+    Raises:
+        ExportError: It is no valid ONNX; nothing is written then.
+    """
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = f"{path.name}.data" if size >= external_data_from_bytes else None
     with written_whole(path) as temporary:
         ir.save(model, temporary, external_data=external)
+        try:
+            onnx.checker.check_model(str(temporary), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
+            raise ExportError(
+                what="the exported model is not valid ONNX.",
+                why=str(cause).strip().split("\n")[0],
+                fix="report this model.",
+            ) from cause
 
 
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
