@@ -30,7 +30,7 @@ from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Reci
 from dfq_deploy.reference import Reference
 from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
-from exporters.bundle import MANIFEST, Manifest, open_bundle
+from exporters.bundle import Manifest, open_bundle
 from exporters.census import Census
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
@@ -160,7 +160,7 @@ def check(
             why="the fingerprint of the model differs from the manifest's.",
             fix="pass the right file with --checkpoint.",
         )
-    picked = _labelled_for(model, _check_images(folder, model, images))
+    picked = _labelled_for(model, _check_images(folder, manifest, model, images))
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
@@ -248,12 +248,12 @@ def _open_images(place: str, preprocess: Preprocess) -> ImageSet:
     return images
 
 
-def _check_images(folder: Path, model: Model, place: str | None) -> ImageSet:
+def _check_images(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
     if place is not None:
         return _open_images(place, model.preprocess)
     if model.labelled is not None:
         return _open_images(f"npz:{model.labelled}", model.preprocess)
-    calib = json.loads((folder / MANIFEST).read_bytes())["recipe"]["calib"]
+    calib = str(manifest.recipe["calib"])
     kept = sorted((folder / "work").glob("images-*.safetensors"))
     if calib == "synthetic" and not kept:
         raise ImagesError(

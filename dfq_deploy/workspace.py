@@ -70,7 +70,3 @@ class Workspace:
                 if not stale.name.startswith(path.name):
                     stale.unlink()
         return path
-
-    def found(self, name: str) -> Path | None:
-        """The result of stage `name` that lies in the folder, or None."""
-        return next(iter(sorted(self._folder.glob(f"{name}-*"))), None)
