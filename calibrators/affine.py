@@ -1,66 +1,96 @@
-"""The affine quantization formulas, for NumPy arrays and torch tensors alike.
+"""The quantization formulas, for NumPy arrays and torch tensors alike.
 
 The only place that chooses a scale, rounds or saturates. Rounding is to the nearest code, ties to the even
 one, after a true division by the scale: what ONNX's QuantizeLinear does, so that a plan means the same in
-torch, in NumPy and in an engine. Everything is float32.
+torch, in NumPy and in an engine. Values are float32.
 
-Source: ONNX operators QuantizeLinear and DequantizeLinear, version 19.
+Source: ONNX operators QuantizeLinear and DequantizeLinear, version 21; E4M3: Micikevicius et al., "FP8 Formats for
+Deep Learning", arXiv 2209.05433.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes NumPy know int4 and float8_e4m3fn by name)
 import numpy as np
 from array_api_compat import array_namespace
 
-__all__ = ["CODES", "IntCodes", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["CODES", "Codes", "choose_qparams", "dequantize", "fake_quantize", "quantize"]
 
 
 @dataclass(frozen=True)
-class IntCodes:
-    """An integer format: its ONNX name and its smallest and largest code."""
+class Codes:
+    """A number format.
+
+    Attributes:
+        name: The name of its NumPy dtype.
+        low: Its smallest code.
+        high: Its largest code.
+        mantissa: Bits after the binary point where codes are floating-point numbers; None for integers.
+    """
 
     name: str
     low: int
     high: int
+    mantissa: int | None = None
 
     @property
     def signed(self) -> bool:
         """Whether codes below zero exist; signed formats are used symmetrically, with zero-point 0."""
         return self.low < 0
 
+    @property
+    def zero_dtype(self) -> str:
+        """NumPy dtype of zero-points, as plans hold them."""
+        return "int8" if self.signed else self.name
 
-CODES = {codes.name: codes for codes in (IntCodes("int8", -128, 127), IntCodes("uint8", 0, 255))}
+
+CODES = {
+    codes.name: codes
+    for codes in (
+        Codes("int8", -128, 127),
+        Codes("uint8", 0, 255),
+        Codes("int4", -8, 7),
+        Codes("float8_e4m3fn", -448, 448, mantissa=3),
+    )
+}
+_SMALLEST_NORMAL = 2.0**-6  # of E4M3; below it the grid is even
 
 
-def choose_qparams(low: np.ndarray, high: np.ndarray, codes: IntCodes) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (float32) and zero-point (the codes' dtype) that cover the range from `low` to `high`.
+def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) and zero-point (`codes.zero_dtype`) that cover the range from `low` to `high`.
 
     Signed: symmetric, scale = max(|low|, |high|) / high code, zero-point 0. Unsigned: asymmetric; the range is
     widened to hold 0, so that zero (padding, a ReLU's floor) is exact. A range that holds only 0 gets scale 1.
-    Both results have the shape of `low`.
+    Both results have the shape of `low`. The scale is rounded to float32 once.
     """
-    low = np.minimum(np.asarray(low, np.float32), np.float32(0))
-    high = np.maximum(np.asarray(high, np.float32), np.float32(0))
+    low = np.minimum(np.asarray(low, np.float64), 0)
+    high = np.maximum(np.asarray(high, np.float64), 0)
     if codes.signed:
         span, steps = np.maximum(-low, high), codes.high
     else:
         span, steps = high - low, codes.high - codes.low
-    scale = span / np.float32(steps)
+    scale = np.asarray(span / steps, np.float32)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
     if codes.signed:
-        return scale, np.zeros(scale.shape, codes.name)
+        return scale, np.zeros(scale.shape, codes.zero_dtype)
     zero_point = np.clip(np.rint(codes.low - low / scale), codes.low, codes.high)
-    return scale, np.asarray(zero_point, codes.name)
+    return scale, np.asarray(zero_point, codes.zero_dtype)
 
 
-def quantize(values: Any, scale: Any, zero_point: Any, codes: IntCodes) -> Any:
+def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     """Codes of `values` as floats of the same shape: clip(round(values / scale) + zero_point, low, high).
 
-    `scale` and `zero_point` must broadcast against `values`; see `along` in `calibrators.plan`.
+    `scale` and `zero_point` must broadcast against `values`; see `QParams.along` in `calibrators.plan`.
     """
     xp = array_namespace(values)
-    return xp.clip(xp.round(values / scale) + zero_point, codes.low, codes.high)
+    steps = values / scale
+    if codes.mantissa is not None:
+        steps = xp.clip(steps, codes.low, codes.high)
+        binade = xp.floor(xp.log2(xp.clip(xp.abs(steps), _SMALLEST_NORMAL, None)))
+        spacing = 2.0 ** (binade - codes.mantissa)
+        return xp.round(steps / spacing) * spacing
+    return xp.clip(xp.round(steps) + zero_point, codes.low, codes.high)
 
 
 def dequantize(quantized: Any, scale: Any, zero_point: Any) -> Any:
@@ -68,6 +98,6 @@ def dequantize(quantized: Any, scale: Any, zero_point: Any) -> Any:
     return (quantized - zero_point) * scale
 
 
-def fake_quantize(values: Any, scale: Any, zero_point: Any, codes: IntCodes) -> Any:
+def fake_quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     """`values` as they come back from a round trip through `codes`, same shape and dtype."""
     return dequantize(quantize(values, scale, zero_point, codes), scale, zero_point)

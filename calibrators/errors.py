@@ -10,6 +10,7 @@ __all__ = [
     "ExportError",
     "ImagesError",
     "ModelError",
+    "NotHereError",
     "PlanError",
     "RecipeError",
 ]
@@ -56,6 +57,10 @@ class ExportError(DeployError):
 
 class BackendError(DeployError):
     """A run-time is missing, or cannot run this plan."""
+
+
+class NotHereError(BackendError):
+    """What would run this is not on this machine: a GPU, a driver, a run-time."""
 
 
 class BundleError(DeployError):

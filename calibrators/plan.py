@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from calibrators.affine import CODES, IntCodes, choose_qparams
+from calibrators.affine import CODES, Codes, choose_qparams
 from calibrators.errors import PlanError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.scheme import QuantScheme
 
-__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "along", "layer_of", "make_plan"]
+__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan"]
 
 _FORMAT = 1
 
@@ -29,24 +29,25 @@ def layer_of(site: str) -> str:
     return site.rpartition(".")[0]
 
 
-def along(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
-    """`values` shaped to broadcast against an `ndim`-dimensional tensor: (n,) along `axis`, or a scalar."""
-    if axis is None:
-        return values
-    shape = [1] * ndim
-    shape[axis] = -1
-    return values.reshape(shape)
-
-
 @dataclass(frozen=True)
 class SiteRange:
-    """What one site saw: bounds (scalars, or (n,) along `axis`, float32), its role, and a sample's shape."""
+    """What one site saw.
+
+    Attributes:
+        low: Lower bound: a scalar, (n,) along `axis`, or (n, K / block) for blocks of a matrix's K columns.
+        high: Upper bound, of the same shape.
+        role: What passes: `input`, `weight`, `output` or `operand`.
+        axis: The axis with a range per index, or None.
+        shape: A sample's shape, without the batch; a weight's whole shape.
+        block: Columns per block, or None.
+    """
 
     low: np.ndarray
     high: np.ndarray
     role: str
     axis: int | None
     shape: tuple[int, ...]
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Ranges:
     def save(self, path: Path) -> None:
         """Write `<site>.low` and `<site>.high` tensors and a JSON header."""
         tensors = {f"{name}.{end}": getattr(r, end) for name, r in self.sites.items() for end in ("low", "high")}
-        sites = {n: {"role": r.role, "axis": r.axis, "shape": list(r.shape)} for n, r in self.sites.items()}
+        sites = {
+            n: {"role": r.role, "axis": r.axis, "shape": list(r.shape), **_block(r.block)}
+            for n, r in self.sites.items()
+        }
         facts = {"model": self.model, "images": self.images, "observer": self.observer}
         _save(path, "dfq_ranges", tensors, {**facts, "sites": sites})
 
@@ -83,7 +87,12 @@ class Ranges:
         try:
             sites = {
                 name: SiteRange(
-                    tensors[f"{name}.low"], tensors[f"{name}.high"], s["role"], s["axis"], tuple(s["shape"])
+                    tensors[f"{name}.low"],
+                    tensors[f"{name}.high"],
+                    s["role"],
+                    s["axis"],
+                    tuple(s["shape"]),
+                    s.get("block"),
                 )
                 for name, s in header["sites"].items()
             }
@@ -97,16 +106,29 @@ class QParams:
     """How one site is quantized.
 
     Attributes:
-        scale: float32, a scalar or (n,) along `axis`; positive.
-        zero_point: The code that stands for 0, same shape as `scale`, of the codes' dtype.
-        codes: The integer format.
+        scale: float32, positive: a scalar, (n,) along `axis`, or (n, K / block) for blocks of a matrix's K columns.
+        zero_point: The code that stands for 0, same shape as `scale`, of dtype `codes.zero_dtype`.
+        codes: The number format.
         axis: The axis with one scale per index, in torch's layout of the tensor, or None.
+        block: Columns that share a scale, or None.
     """
 
     scale: np.ndarray
     zero_point: np.ndarray
-    codes: IntCodes
+    codes: Codes
     axis: int | None
+    block: int | None = None
+
+    def along(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero-point (float32 both), shaped to broadcast against the `ndim`-dimensional tensor."""
+        scale, zero = self.scale, self.zero_point.astype(np.float32)
+        if self.block is not None:
+            return np.repeat(scale, self.block, axis=1), np.repeat(zero, self.block, axis=1)
+        if self.axis is None:
+            return scale, zero
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return scale.reshape(shape), zero.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -129,21 +151,27 @@ class QuantPlan:
 
     @property
     def layers(self) -> list[str]:
-        """The layers and matmuls that are computed in integers, in the model's order."""
+        """The layers and matmuls that are quantized, in the model's order."""
         return list(dict.fromkeys(layer_of(site) for site in self.sites))
+
+    def codes_of(self, layer: str) -> Codes:
+        """The format that `layer` is quantized to: its weight's, or that of an attention matmul's operands."""
+        site = f"{layer}.weight" if f"{layer}.weight" in self.sites else f"{layer}.lhs"
+        return self.sites[site].codes
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that the plan says."""
         values = {
-            name: [q.codes.name, q.axis, q.scale.tolist(), q.zero_point.tolist()] for name, q in self.sites.items()
+            name: [q.codes.name, q.axis, q.block, q.scale.tolist(), q.zero_point.tolist()]
+            for name, q in self.sites.items()
         }
         return fingerprint_of([values, dict(self.spared), self.scheme, self.model, self.images])
 
     def save(self, path: Path) -> None:
         """Write `<site>.scale` and `<site>.zero_point` tensors and a JSON header; the same plan, the same bytes."""
         tensors = {f"{n}.{part}": getattr(q, part) for n, q in self.sites.items() for part in ("scale", "zero_point")}
-        sites = {name: {"codes": q.codes.name, "axis": q.axis} for name, q in self.sites.items()}
+        sites = {name: {"codes": q.codes.name, "axis": q.axis, **_block(q.block)} for name, q in self.sites.items()}
         facts = {
             "scheme": self.scheme,
             "model": self.model,
@@ -162,14 +190,20 @@ class QuantPlan:
         tensors, header = _load(path, "dfq_plan")
         try:
             sites = {
-                name: QParams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"], CODES[s["codes"]], s["axis"])
+                name: QParams(
+                    tensors[f"{name}.scale"],
+                    tensors[f"{name}.zero_point"],
+                    CODES[s["codes"]],
+                    s["axis"],
+                    s.get("block"),
+                )
                 for name, s in header["sites"].items()
             }
             plan = cls(sites, header["spared"], header["scheme"], header["model"], header["images"])
         except (AttributeError, KeyError, TypeError) as cause:
             raise _malformed(path, cause) from cause
         for name, q in plan.sites.items():
-            whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.name
+            whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.zero_dtype
             if not whole or q.scale.shape != q.zero_point.shape or not (np.isfinite(q.scale) & (q.scale > 0)).all():
                 raise PlanError(
                     what=f"`{path}` has an unusable scale at `{name}`.",
@@ -180,7 +214,12 @@ class QuantPlan:
 
 
 def make_plan(
-    ranges: Ranges, scheme: QuantScheme, *, attention: bool = False, spare: Mapping[str, str] | None = None
+    ranges: Ranges,
+    scheme: QuantScheme,
+    *,
+    attention: bool = False,
+    outputs: bool = True,
+    spare: Mapping[str, str] | None = None,
 ) -> QuantPlan:
     """The plan that represents `ranges` in the formats of `scheme`.
 
@@ -188,6 +227,7 @@ def make_plan(
         ranges: What each site saw.
         scheme: The wanted formats.
         attention: Quantize the operands of the attention matmuls too.
+        outputs: Quantize the outputs of convolutions too: ONNX Runtime fuses an INT8 convolution only then.
         spare: Layers that stay float, with the reason.
 
     Raises:
@@ -197,11 +237,15 @@ def make_plan(
     sites: dict[str, QParams] = {}
     spared: dict[str, str] = {}
     for name, seen in ranges.sites.items():
-        reason = spare.get(layer_of(name))
+        codes = scheme.weight if seen.role == "weight" else scheme.activation
+        reason = spare.get(layer_of(name)) or _unfit(ranges, layer_of(name), scheme)
         if seen.role == "operand" and not attention:
             reason = reason or "attention matmuls stay float unless --attention asks for them"
+        if seen.role == "output" and not outputs:
+            continue
         if reason:
             spared[name] = reason
+        if reason or codes is None:
             continue
         if not (np.isfinite(seen.low) & np.isfinite(seen.high)).all():
             raise PlanError(
@@ -209,15 +253,33 @@ def make_plan(
                 why="NaN or Inf passed there.",
                 fix="check the checkpoint and the calibration images.",
             )
-        codes = scheme.weight if seen.role == "weight" else scheme.activation
-        sites[name] = QParams(*choose_qparams(seen.low, seen.high, codes), codes, seen.axis)
-    if not sites:
+        sites[name] = QParams(*choose_qparams(seen.low, seen.high, codes), codes, seen.axis, seen.block)
+    if scheme.weight and not sites:
         raise PlanError(
             what="the plan quantizes nothing.",
-            why="the model has no plain Linear or Conv2d, or all of them are spared.",
-            fix="pick another model, or spare fewer layers.",
+            why=next(iter(spared.values()), "the model has no plain Linear or Conv2d."),
+            fix="pick another model or --scheme, or spare fewer layers.",
         )
     return QuantPlan(sites, spared, scheme.name, ranges.model, ranges.images)
+
+
+def _unfit(ranges: Ranges, layer: str, scheme: QuantScheme) -> str | None:
+    """Why `layer` cannot have the formats of `scheme`, or None."""
+    if scheme.weight is None:
+        return "the scheme leaves everything in float"
+    weight = ranges.sites.get(f"{layer}.weight")
+    if weight is None:
+        return "an attention matmul has no weight" if scheme.activation is None else None
+    if len(weight.shape) != 2 and scheme.weight.name not in ("int8", "uint8"):
+        return f"{scheme.name} is for matrices: run-times have no such convolution"
+    if scheme.blocked and weight.block is None:
+        return f"its {weight.shape[1]} input channels are not two or more whole blocks"
+    return None
+
+
+def _block(size: int | None) -> dict[str, int]:
+    """The entry `block` of a site that has blocks, and none of any other."""
+    return {} if size is None else {"block": size}
 
 
 def _save(path: Path, kind: str, tensors: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:

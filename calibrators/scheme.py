@@ -1,11 +1,11 @@
 """What we want of a quantized model: number formats, as a value.
 
-A `QuantScheme` says which integer formats weights and activations get. It knows no model and no run-time.
+A `QuantScheme` says which formats weights and activations get. It knows no model and no run-time.
 """
 
 from dataclasses import dataclass
 
-from calibrators.affine import CODES, IntCodes
+from calibrators.affine import CODES, Codes
 from calibrators.errors import RecipeError
 
 __all__ = ["SCHEMES", "QuantScheme", "scheme_named"]
@@ -15,20 +15,36 @@ __all__ = ["SCHEMES", "QuantScheme", "scheme_named"]
 class QuantScheme:
     """Number formats of one quantized model.
 
-    Weights are symmetric per output channel; activations have one scale per tensor.
+    Weights are symmetric, with a scale per output channel, or per block of input channels within one; activations
+    have one scale per tensor.
+
+    Attributes:
+        name: What `--scheme` calls it.
+        weight: Format of weights; None leaves the whole model in float.
+        activation: Format of activations; None leaves them in float.
+        blocked: Weights have a scale per block (`--block`). Only matrices can: convolutions stay in float.
+        observer: The observer that `--observer auto` stands for.
+        note: For people.
     """
 
     name: str
-    weight: IntCodes
-    activation: IntCodes
+    weight: Codes | None
+    activation: Codes | None
+    blocked: bool
+    observer: str
     note: str
 
+
+_INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("w8a8", CODES["int8"], CODES["int8"], "symmetric INT8, portable to TensorRT and ONNX Runtime"),
-        QuantScheme("w8a8_asym", CODES["int8"], CODES["uint8"], "INT8 weights, asymmetric UINT8 activations, ORT only"),
+        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", "symmetric INT8, portable"),
+        QuantScheme("w8a8_asym", _INT8, _UINT8, False, "percentile", "INT8 weights, asymmetric UINT8 activations, ORT"),
+        QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", "FP8 (E4M3), for GPUs from SM89 on"),
+        QuantScheme("w4a16", _INT4, None, True, "minmax", "blocks of INT4 weights, float activations"),
+        QuantScheme("float", None, None, False, "minmax", "nothing quantized: what the others are compared with"),
     )
 }
 

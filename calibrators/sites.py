@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from calibrators.affine import fake_quantize
 from calibrators.observers import MinMax, Observer
-from calibrators.plan import QParams, along
+from calibrators.plan import QParams, SiteRange
 
 __all__ = [
     "MARKER",
@@ -28,6 +28,7 @@ __all__ = [
     "SitedConv2d",
     "SitedLinear",
     "attach_sites",
+    "block_ranges",
     "set_mode",
     "sites_of",
 ]
@@ -97,9 +98,8 @@ class QuantSite(nn.Module):
         codes = qparams.codes
 
         def fake(values: Tensor) -> Tensor:
-            scale = torch.from_numpy(along(qparams.scale, values.ndim, qparams.axis)).to(values.device)
-            zero = torch.from_numpy(along(qparams.zero_point, values.ndim, qparams.axis)).to(values.device)
-            rounded: Tensor = fake_quantize(values.float(), scale, zero.float(), codes)
+            scale, zero = (torch.from_numpy(part).to(values.device) for part in qparams.along(values.ndim))
+            rounded: Tensor = fake_quantize(values.float(), scale, zero, codes)
             return rounded.to(values.dtype)
 
         self._fake = fake
@@ -165,6 +165,17 @@ def attach_sites(module: nn.Module) -> None:
 def sites_of(module: nn.Module) -> dict[str, QuantSite]:
     """All sites of `module` by name, in the order of its layers."""
     return {site.name: site for site in module.modules() if isinstance(site, QuantSite)}
+
+
+def block_ranges(module: nn.Module, block: int) -> dict[str, SiteRange]:
+    """Ranges of the weight sites of `module` by blocks of `block` input channels, where two or more whole ones fit."""
+    found = {}
+    for layer in module.modules():
+        if isinstance(layer, SitedLinear) and layer.in_features % block == 0 and layer.in_features > block:
+            blocks = layer.weight.detach().float().cpu().reshape(layer.out_features, -1, block)
+            low, high = (bound.numpy() for bound in (blocks.amin(2), blocks.amax(2)))
+            found[layer.weight_site.name] = SiteRange(low, high, "weight", 0, tuple(layer.weight.shape), block)
+    return found
 
 
 def set_mode(

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from calibrators.errors import RecipeError
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Runner", "calibrate", "check", "diagnose", "export", "generate", "load"]
+__all__ = ["Recipe", "Runner", "build", "calibrate", "check", "diagnose", "export", "generate", "load"]
 
 if TYPE_CHECKING:
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.pipeline import calibrate, check, export, generate
     from dfq_deploy.recipe import Recipe
     from dfq_deploy.runtime import Runner, load
+    from dfq_deploy.target import build
 
 _HOMES = {
     "Recipe": "recipe",
     "Runner": "runtime",
+    "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",
     "diagnose": "doctor",

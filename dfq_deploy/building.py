@@ -18,8 +18,9 @@ from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
-from exporters.bundle import MANIFEST, Manifest, ModelFacts, open_bundle, seal_bundle
-from exporters.census import Census
+from exporters.backends import Built
+from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, open_bundle, seal_bundle
+from exporters.cast import CastBody
 from exporters.qdq import InsertQDQ
 from exporters.to_onnx import export_float, save_model, torch_parity
 
@@ -65,9 +66,15 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
     plan.save(out / "plan.safetensors")
     recipe.save(out / "recipe.toml")
     parity = _parity(model, floats)
-    save_model(InsertQDQ(plan)(ir.load(floats)).model, out / "model.onnx")
-    census: Census = pick("exporters.backends", recipe.backend).build(out / "model.onnx", plan)
-    files = ["plan.safetensors", "model.onnx"]
+    backend = pick("exporters.backends", recipe.backend)
+    quantized = InsertQDQ(plan)(ir.load(floats)).model
+    options = recipe.options
+    if options.body != "fp32":
+        quantized = CastBody(options.body)(quantized).model
+    backend.prepare(quantized, plan, options)
+    save_model(quantized, out / "model.onnx")
+    built: Built = backend.build(out / "model.onnx", plan, options)
+    files = ["plan.safetensors", "model.onnx", *built.files]
     if recipe.keep_float:
         save_model(ir.load(floats), out / "float.onnx")
         files.append("float.onnx")
@@ -76,7 +83,7 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
             temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
         files.append("classes.txt")
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
-    seal_bundle(out, _manifest(recipe, model, images, census, parity), files)
+    seal_bundle(out, _manifest(recipe, model, images, built, parity), files)
 
 
 def _parity(model: Model, floats: Path) -> float:
@@ -91,7 +98,7 @@ def _parity(model: Model, floats: Path) -> float:
     return parity
 
 
-def _manifest(recipe: Recipe, model: Model, images: ImageSet, census: Census, parity: float) -> Manifest:
+def _manifest(recipe: Recipe, model: Model, images: ImageSet, built: Built, parity: float) -> Manifest:
     facts = recipe.facts()
     return Manifest(
         model=ModelFacts(
@@ -108,8 +115,7 @@ def _manifest(recipe: Recipe, model: Model, images: ImageSet, census: Census, pa
         recipe=facts,
         images={"source": images.source, "fingerprint": images.fingerprint},
         float_parity=parity,
-        precision=dict(census.precision),
-        reasons=dict(census.reasons),
+        engine=EngineFacts.of(built, recipe.options),
         versions=made_with(),
         files={},
     )

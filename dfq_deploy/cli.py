@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter, validators
@@ -21,7 +21,7 @@ from rich.table import Column
 import dfq_deploy as dfq
 from calibrators.errors import DeployError, RecipeError
 from dfq_deploy import show as shown
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe
 
 __all__ = ["app", "main"]
 
@@ -90,6 +90,19 @@ def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: P
 
 
 @app.command
+def build(folder: Path, /, *, backend: BackendName | None = None) -> int:
+    """Build the engine of a bundle on the machine that will run it; needs no torch.
+
+    Args:
+        folder: A bundle whose engine is pending, or was made for another GPU or version.
+        backend: Build for this run-time instead of the one that it was exported for.
+    """
+    manifest = dfq.build(folder, backend=backend)
+    shown.print_engine(manifest.engine, folder)
+    return 0 if manifest.engine.state == "built" else _EXIT["undecided"]
+
+
+@app.command
 def check(
     folder: Path, /, *, images: str | None = None, limit: int | None = None, checkpoint: Path | None = None
 ) -> int:
@@ -115,7 +128,7 @@ def infer(
     /,
     *more: Path,
     top: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 5,
-    provider: Literal["cpu", "cuda"] = "cpu",
+    provider: ProviderName | None = None,
 ) -> int:
     """Classify images with a bundle's engine; needs no torch.
 
@@ -124,7 +137,7 @@ def infer(
         image: An image file.
         more: Further image files.
         top: How many classes to show.
-        provider: What runs the engine.
+        provider: What runs the engine within ONNX Runtime, if not what it was exported for.
     """
     with dfq.load(folder, provider=provider) as runner:
         for path in (image, *more):

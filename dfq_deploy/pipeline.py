@@ -4,23 +4,26 @@ Each stage takes artefacts and gives an artefact. What is already done is the wo
 command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it.
 """
 
+import contextlib
 import errno
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
 
 from calibrators.collectors.pytorch import collect_ranges
-from calibrators.errors import BundleError, ImagesError, PlanError, RecipeError
+from calibrators.errors import BundleError, ImagesError, NotHereError, PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet, Preprocess
 from calibrators.observers import observer_named
 from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
 from calibrators.registry import names, pick
 from calibrators.scheme import scheme_named
+from calibrators.sites import block_ranges
 from dfq_deploy.building import build_bundle, float_onnx, is_built, made_with
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.generation import GenerateOptions
@@ -30,8 +33,9 @@ from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Reci
 from dfq_deploy.reference import Reference
 from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
+from exporters.backends import BuildOptions, Engine
+from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest, open_bundle
-from exporters.census import Census
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
 
@@ -88,7 +92,7 @@ def export(
         calibration = _calibration_images(recipe, model, work, watch)
         ranges = _ranges(recipe, model, calibration, work, watch)
         plan = _plan(recipe, model, ranges)
-        backend.check(plan)
+        backend.check(plan, recipe.options)
         facts = [model.fingerprint, made_with()]
         floats = work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
         if not is_built(out, recipe, plan):
@@ -164,19 +168,30 @@ def check(
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
-    engine = pick("exporters.backends", manifest.backend).load(folder / "model.onnx", provider="cpu")
+    engine, stand_in = _engine(folder, manifest)
     found = evaluate(
         Reference(model, plan),
         engine,
         picked,
         quantized=ir.load(folder / "model.onnx"),
-        census=Census(manifest.precision, manifest.reasons),
+        facts=manifest.engine,
+        stand_in=stand_in,
         progress=lambda done, total: watch.progress(done, total, {}),
     )
     engine.close()
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
+
+
+def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, bool]:
+    """The engine, or ONNX Runtime with the same model as a stand-in (and True) where that cannot run here."""
+    facts, model = manifest.engine, folder / "model.onnx"
+    if facts.state == "built":
+        with contextlib.suppress(NotHereError):
+            engine: Engine = pick("exporters.backends", manifest.backend).load(model, facts.made_for, facts.options)
+            return engine, False
+    return OrtEngine(model, "cpu", exact=True), True
 
 
 def _writable(out: Path) -> Path:
@@ -276,14 +291,15 @@ def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
 
 
 def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:
-    used = f"percentile {recipe.percentile}" if recipe.observer == "percentile" else recipe.observer
+    observer = scheme_named(recipe.scheme).observer if recipe.observer == "auto" else recipe.observer
+    used = f"percentile {recipe.percentile}" if observer == "percentile" else observer
 
     def make(path: Path) -> None:
         collect_ranges(
             model.module,
             images,
             model_fingerprint=model.fingerprint,
-            observer=lambda: observer_named(recipe.observer, recipe.percentile),
+            observer=lambda: observer_named(observer, recipe.percentile),
             observer_name=used,
             progress=lambda done, total: watch.progress(done, total, {}),
         ).save(path)
@@ -293,9 +309,13 @@ def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Works
 
 
 def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
+    scheme = scheme_named(recipe.scheme)
+    placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
+    if scheme.blocked:
+        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
     layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
     if recipe.spare == "auto":
-        spare = layers_to_spare(model)
+        spare = layers_to_spare(model, scheme, first_layer=placement.first_layer)
     else:
         spare = {} if recipe.spare == "none" else dict.fromkeys(recipe.spare.split(","), "asked for with --spare")
         unknown = sorted(spare.keys() - set(layers))
@@ -305,4 +325,4 @@ def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
                 why=f"its layers are called like {', '.join(layers[:4])}.",
                 fix="pass auto, none, or such names with commas between them.",
             )
-    return make_plan(ranges, scheme_named(recipe.scheme), attention=recipe.attention, spare=spare)
+    return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)

@@ -13,20 +13,30 @@ from calibrators.errors import RecipeError
 from calibrators.files import written_whole
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
+from exporters.backends import BuildOptions
 
-__all__ = ["CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "Recipe"]
+__all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe"]
 
-_OBSERVERS = ("minmax", "percentile")
+_OBSERVERS = ("auto", "minmax", "percentile")
+_PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
+_FLOATS = ("fp32", "fp16", "bf16")
+_BLOCKS = (16, 32, 64, 128)
 
 if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a type checker cannot know
+    from builtins import int as BlockSize
     from builtins import str as BackendName
+    from builtins import str as FloatName
     from builtins import str as GeneratorName
     from builtins import str as ObserverName
+    from builtins import str as ProviderName
     from builtins import str as SchemeName
 else:
     BackendName = Literal[names("exporters.backends")]
     GeneratorName = Literal[names("dfq_deploy.generation.generators")]
+    BlockSize = Literal[_BLOCKS]
+    FloatName = Literal[_FLOATS]
     ObserverName = Literal[_OBSERVERS]
+    ProviderName = Literal[_PROVIDERS]
     SchemeName = Literal[tuple(SCHEMES)]
 
 
@@ -83,21 +93,34 @@ class CalibrateRecipe(GenerateRecipe):
 
     calib: str = "synthetic"
     """Calibration images: synthetic, folder:PATH, npz:PATH, or a file made by `dfq-deploy generate`."""
+    backend: BackendName = "ort"
+    """What the plan and the engine are made for: ort (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX)."""
+    provider: ProviderName = "cpu"
+    """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
-    """Number formats: w8a8 is symmetric and portable, w8a8_asym is for ONNX Runtime only."""
-    observer: ObserverName = "percentile"
-    """How activation ranges are read off the images."""
+    """Number formats: w8a8 is symmetric and portable, w8a8_asym for ONNX Runtime's CPU only, w8a8_fp8 for GPUs from
+    SM89 on, w4a16 has blocks of INT4 weights, float quantizes nothing."""
+    block: BlockSize = 64
+    """Input channels that share a scale; matters to w4a16."""
+    observer: ObserverName = "auto"
+    """How activation ranges are read off the images; auto takes what suits the scheme."""
     percentile: float = 99.999
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
     spare: str = "auto"
-    """Layers that stay float: auto (the first, the last, and any with massive activations), none, or names with
-    commas between them."""
+    """Layers that stay float: auto (the last, any with massive activations, for ONNX Runtime the first), none, or
+    names with commas between them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_name("backend", self.backend, names("exporters.backends"))
+        _check_name("provider", self.provider, _PROVIDERS)
+        wrong = f"--backend {self.backend} has no --provider {self.provider}."
+        _check(self.backend == "ort" or self.provider == "cpu", wrong, "providers are ONNX Runtime's.", "--backend ort")
         _check_name("scheme", self.scheme, tuple(SCHEMES))
+        wrong = f"--block {self.block} is no size of a block."
+        _check(self.block in _BLOCKS, wrong, f"the sizes are {', '.join(map(str, _BLOCKS))}.", "one of them")
         _check_name("observer", self.observer, _OBSERVERS)
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
@@ -107,14 +130,43 @@ class CalibrateRecipe(GenerateRecipe):
 class Recipe(CalibrateRecipe):
     """A whole run, from model to checked engine."""
 
-    backend: BackendName = "ort"
-    """Run-time that the engine is made for."""
+    target: str = ""
+    """GPUs that --backend rtx builds for, such as sm86,sm89,sm120; without it the engine fits all that it knows."""
+    batch: str = "1,8,32"
+    """Smallest, usual and largest number of images per call of a TensorRT engine."""
+    optimization_level: int | None = None
+    """TensorRT's builder optimization level, 0 to 5; higher builds longer. Without it TensorRT's own."""
+    workspace: int | None = None
+    """Scratch memory that one TensorRT kernel may use, in bytes."""
     keep_float: bool = False
     """Put float.onnx into the bundle too."""
+    float: FloatName = "fp32"
+    """What everything that is not quantized is computed in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_name("backend", self.backend, names("exporters.backends"))
+        _check_name("float", self.float, _FLOATS)
+        sizes = self.batch.split(",")
+        sound = len(sizes) == 3 and all(size.isdecimal() for size in sizes) and sorted(sizes, key=int) == sizes
+        wrong = f"--batch {self.batch} names no sizes."
+        _check(sound and sizes[0] != "0", wrong, "it is the smallest, usual and largest one.", "such as 1,8,32")
+        wrong = f"--optimization-level {self.optimization_level} does not exist."
+        _check(self.optimization_level in (None, *range(6)), wrong, "TensorRT has 0 to 5.", "one of them")
+        wrong = f"--workspace {self.workspace} is no size."
+        _check(self.workspace is None or self.workspace > 0, wrong, "it is a number of bytes.", "1073741824 for 1 GiB")
+
+    @property
+    def options(self) -> BuildOptions:
+        """What the engine is built for."""
+        smallest, usual, largest = map(int, self.batch.split(","))
+        return BuildOptions(
+            body=self.float,  # type: ignore[arg-type]  # the Literal is known at run time only
+            provider=self.provider,
+            targets=tuple(target for target in self.target.split(",") if target),
+            batch=(smallest, usual, largest),
+            level=self.optimization_level,
+            workspace=self.workspace,
+        )
 
     def facts(self) -> dict[str, Any]:
         """The fields as JSON and TOML know them; what is not set is left out."""

@@ -5,13 +5,14 @@ trained, and model input into logits.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from PIL import Image
 
-from calibrators.errors import ImagesError
+from calibrators.errors import BundleError, ImagesError
 from calibrators.registry import pick
 from exporters.backends import Engine
 from exporters.bundle import Manifest, open_bundle
@@ -64,16 +65,28 @@ class Runner:
         self.close()
 
 
-def load(folder: str | Path, *, provider: str = "cpu") -> Runner:
-    """The runner of the bundle in `folder`, on `cpu` or `cuda`.
+def load(folder: str | Path, *, provider: str | None = None) -> Runner:
+    """The runner of the bundle in `folder`.
+
+    Args:
+        folder: A bundle with a built engine.
+        provider: For ONNX Runtime, what runs it, if not what it was exported for: `cpu`, `cuda`, `tensorrt` or `rtx`.
 
     Raises:
-        BundleError: The bundle is incomplete or altered.
-        BackendError: Its run-time is not installed or cannot load it.
+        BundleError: The bundle is incomplete or altered, or its engine is pending.
+        BackendError: Its run-time is not installed or cannot load it, or the engine was made for something else.
     """
     folder = Path(folder)
     manifest = open_bundle(folder)
     named = "classes.txt" in manifest.files
     classes = (folder / "classes.txt").read_text(encoding="utf-8").splitlines() if named else None
+    facts = manifest.engine
+    if facts.state == "pending":
+        raise BundleError(
+            what=f"the engine of `{folder}` is not built yet.",
+            why=facts.note,
+            fix=f"run this on the machine that will run the engine: dfq-deploy build {folder}",
+        )
+    options = facts.options if provider is None else replace(facts.options, provider=provider)
     backend = pick("exporters.backends", manifest.backend)
-    return Runner(manifest, backend.load(folder / "model.onnx", provider=provider), classes)
+    return Runner(manifest, backend.load(folder / "model.onnx", facts.made_for, options), classes)

@@ -14,13 +14,12 @@ from calibrators.images import ImageSet, is_image_set
 from calibrators.plan import QuantPlan
 from dfq_deploy.doctor import Finding
 from dfq_deploy.runtime import Runner
-from exporters.bundle import open_bundle
-from exporters.census import Census
+from exporters.bundle import EngineFacts, open_bundle
 
 if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
     from dfq_deploy.evaluate import Check
 
-__all__ = ["print_check", "print_classes", "print_findings", "print_images", "print_path", "print_plan"]
+__all__ = ["print_check", "print_classes", "print_engine", "print_findings", "print_images", "print_path", "print_plan"]
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _COLOURS = {
@@ -39,30 +38,38 @@ def print_check(found: "Check", folder: Path) -> None:
     for column in ("", "top-1 %", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
-        "engine agrees with its reference": found.agreement["engine_reference"],
+        f"{found.ran} agrees with the reference": found.agreement["engine_reference"],
         "reference with itself, moved by 1e-6": found.agreement["noise_floor"],
-        "engine agrees with float": found.agreement["engine_float"],
+        f"{found.ran} agrees with float": found.agreement["engine_float"],
     }
-    rows.update({f"{name}, against labels": share for name, share in (found.top1 or {}).items()})
+    names = {"engine": found.ran}
+    rows.update({f"{names.get(name, name)}, against labels": share for name, share in (found.top1 or {}).items()})
     for name, share in rows.items():
         table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
     _console.print(table)
-    print_census(found.census)
+    print_engine(found.engine, folder)
     if found.drop is not None:
-        _console.print("engine loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
+        _console.print("{} loses {:.2f} points against float ({:.2f} to {:.2f})".format(found.ran, *found.drop))
     if found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
     _console.print(f"report: {folder / 'report.json'}")
 
 
-def print_census(census: Census) -> None:
-    """How many layers are computed in what, and why some stay float."""
-    _console.print(f"{census.counts['int8']} layers in int8, {census.counts['float']} in float:")
-    for reason in dict.fromkeys(census.reasons.values()):
-        layers = [layer for layer, why in census.reasons.items() if why == reason]
-        named = layers[0] if len(layers) == 1 else f"{len(layers)} like {layers[0]}"
-        _console.print(f"  {named}: {reason}")
+def print_engine(facts: EngineFacts, folder: Path) -> None:
+    """The engine: how far it is, how many layers are computed in what, and why some stay float."""
+    targets = f" for {', '.join(facts.options.targets)}" if facts.options.targets else ""
+    _console.print(f"engine: {facts.state}{targets}{f' ({facts.note})' if facts.note else ''}")
+    if facts.state == "pending":
+        _console.print(f"  build it on the machine that will run it: dfq-deploy build {folder}")
+    layers = facts.census.counts
+    if layers:
+        _console.print(f"layers: {', '.join(f'{count} in {kind}' for kind, count in layers.items())}")
+    for reason in dict.fromkeys(facts.reasons.values()):
+        named = [layer for layer, why in facts.reasons.items() if why == reason]
+        _console.print(f"  {named[0] if len(named) == 1 else f'{len(named)} like {named[0]}'}: {reason}")
+    if facts.kernels:
+        _console.print(f"kernels: {', '.join(f'{count} {kind}' for kind, count in facts.kernels.items())}")
 
 
 def print_images(images: ImageSet, path: Path) -> None:
@@ -115,7 +122,7 @@ def print_path(path: Path) -> None:
     if path.is_dir():
         manifest = open_bundle(path)
         _console.print(f"{path}: {manifest.model.name}, {manifest.scheme}, for {manifest.backend}", style="bold")
-        print_census(Census(manifest.precision, manifest.reasons))
+        print_engine(manifest.engine, path)
         _console.print(f"  calibrated on: {manifest.images['source']}")
         _console.print(f"  float ONNX against torch: {manifest.float_parity:.1e}")
         for name in manifest.files:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.plan import layer_of
+from calibrators.scheme import QuantScheme
 from calibrators.sites import SitedConv2d, SitedLinear, sites_of
 from dfq_deploy.models import Model
 
@@ -24,9 +25,22 @@ _IMAGES = 4
 _BULK = 0.9999  # of a layer's input values; the rest are the outliers
 _LIMIT = 16.0  # largest value over the bulk's: from here on, INT8 leaves the bulk fewer than 8 codes on either side
 
+_CONSTANT = "its input does not depend on the image"
 
-def layers_to_spare(model: Model) -> dict[str, str]:
-    """The layers that quantization serves badly, with the reason: both ends of the model, and what noise shows."""
+
+def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool) -> dict[str, str]:
+    """The layers that quantization serves badly, with the reason.
+
+    The ends of the model, and what noise shows. Where activations stay float there are none; floating-point codes
+    hold massive activations well.
+
+    Args:
+        model: The model.
+        scheme: The wanted number formats.
+        first_layer: Quantize the layer that reads the image all the same.
+    """
+    if scheme.activation is None:
+        return {}
     found: dict[str, str] = {}
     hooks = [
         layer.register_forward_pre_hook(functools.partial(_look, found, name))
@@ -41,9 +55,12 @@ def layers_to_spare(model: Model) -> dict[str, str]:
     finally:
         for hook in hooks:
             hook.remove()
+    if scheme.activation.mantissa is not None:
+        found = {layer: reason for layer, reason in found.items() if reason == _CONSTANT}
     found |= dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
     first = next(iter(sites_of(model.module)))
-    found[layer_of(first)] = "it reads the image: its error reaches every layer, its time hardly counts"
+    if not first_layer:
+        found[layer_of(first)] = "it reads the image: its error reaches every layer, its time hardly counts"
     return found
 
 
@@ -52,6 +69,6 @@ def _look(found: dict[str, str], name: str, _layer: nn.Module, inputs: tuple[Ten
     largest = float(sizes.amax())
     bulk = float(sizes.kthvalue(max(1, int(_BULK * sizes.numel()))).values)
     if len(inputs[0]) == 1:  # of a batch of _IMAGES
-        found[name] = "its input does not depend on the image"
+        found[name] = _CONSTANT
     elif largest > _LIMIT * bulk > 0:
         found[name] = f"its input reaches {largest:.0f} while {_BULK:.2%} of it stays below {bulk:.2g}"

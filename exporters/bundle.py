@@ -1,8 +1,9 @@
 """The bundle: the folder that is deployed, and the manifest that says what is in it.
 
-A bundle holds `model.onnx` (with `model.onnx.data` beside it past 2 GB), `plan.safetensors`, `manifest.json`, and
-`float.onnx` where it was asked for; `report.json` lies beside them and is rewritten by every check. The manifest is
-written last, so a folder with a manifest is whole. It holds no pickle, and reading it needs no torch.
+A bundle holds `model.onnx` (with `model.onnx.data` beside it past 2 GB), `plan.safetensors`, `manifest.json`, the
+engine where the run-time has one of its own and it is built, and `float.onnx` where it was asked for; `report.json`
+lies beside them and is rewritten by every check. The manifest is written last, so a folder with a manifest is whole. It
+holds no pickle, and reading it needs no torch.
 """
 
 from pathlib import Path
@@ -13,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from calibrators.errors import BundleError, ImagesError
 from calibrators.files import sha256_of, written_whole
 from calibrators.images import Preprocess
-from exporters.census import Precision
+from exporters.backends import BuildOptions, Built
+from exporters.census import Census, Precision
 
-__all__ = ["MANIFEST", "Manifest", "ModelFacts", "open_bundle", "seal_bundle"]
+__all__ = ["MANIFEST", "EngineFacts", "Manifest", "ModelFacts", "open_bundle", "seal_bundle"]
 
 MANIFEST = "manifest.json"
 _ALWAYS = ("model.onnx", "plan.safetensors")
@@ -38,6 +40,61 @@ class ModelFacts(_Facts):
     classes: int
 
 
+class EngineFacts(_Facts):
+    """How far the engine is, and what it fits.
+
+    Attributes:
+        state: `built`, or `pending`: `dfq-deploy build` makes it on the machine that will run it.
+        options: What it is built for.
+        files: Names of its files, where the run-time does not load `model.onnx` itself.
+        made_for: Versions and GPU that it depends on.
+        precision: What each layer is computed in, from the census.
+        reasons: Why a layer is float.
+        kernels: How many kernels of which kind it has, where the run-time says.
+        note: Why it is pending, or who says what its layers are computed in.
+    """
+
+    state: Literal["built", "pending"]
+    options: BuildOptions
+    files: list[_FileName]
+    made_for: dict[str, str]
+    precision: dict[str, Precision]
+    reasons: dict[str, str]
+    kernels: dict[str, int]
+    note: str
+
+    @classmethod
+    def of(cls, built: Built, options: BuildOptions) -> "EngineFacts":
+        """What a build gave."""
+        census = built.census
+        return cls(
+            state=built.state,
+            options=options,
+            files=list(built.files),
+            made_for=dict(built.made_for),
+            precision=dict(census.precision),
+            reasons=dict(census.reasons),
+            kernels=dict(census.kernels),
+            note=built.note,
+        )
+
+    @property
+    def census(self) -> Census:
+        """What each layer is computed in."""
+        return Census(self.precision, self.reasons, self.kernels)
+
+    def report(self) -> dict[str, Any]:
+        """The engine as JSON in a report."""
+        return {
+            "state": self.state,
+            "targets": list(self.options.targets),
+            "layers": self.census.counts,
+            "kernels": self.kernels,
+            "made_for": self.made_for,
+            "note": self.note,
+        }
+
+
 class Manifest(_Facts):
     """What a bundle holds and what made it.
 
@@ -50,8 +107,7 @@ class Manifest(_Facts):
         recipe: Every option of the run.
         images: Where the calibration images came from, and their fingerprint.
         float_parity: Largest difference of the float ONNX model from torch, relative to the largest logit.
-        precision: `int8` or `float` by layer, from the census.
-        reasons: Why a layer is float.
+        engine: How far the engine is.
         versions: Versions of what made the bundle.
         files: SHA-256 by file name.
     """
@@ -64,8 +120,7 @@ class Manifest(_Facts):
     recipe: dict[str, Any]
     images: dict[str, str]
     float_parity: float
-    precision: dict[str, Precision]
-    reasons: dict[str, str]
+    engine: EngineFacts
     versions: dict[str, str]
     files: dict[_FileName, _Sha256]
 
@@ -77,8 +132,12 @@ def seal_bundle(folder: Path, manifest: Manifest, files: list[str]) -> None:
         temporary.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
 
 
-def open_bundle(folder: Path) -> Manifest:
+def open_bundle(folder: Path, *, engine: bool = True) -> Manifest:
     """The manifest of the bundle in `folder`, every file held against its hash.
+
+    Args:
+        folder: A bundle.
+        engine: Look at the engine's files too; a build, which makes them anew, does not.
 
     Raises:
         BundleError: There is no bundle, a file is missing or altered, or the manifest is of another format.
@@ -107,12 +166,16 @@ def open_bundle(folder: Path) -> Manifest:
             fix="export the model again; a manifest is not edited by hand.",
         )
     for name, recorded in manifest.files.items():
-        file = folder / name
+        file, of_engine = folder / name, name in manifest.engine.files
+        if of_engine and not engine:
+            continue
         if not file.is_file() or sha256_of(file) != recorded:
             raise BundleError(
                 what=f"`{file}` is {'altered' if file.is_file() else 'missing'}.",
                 why="the manifest records it with another content." if file.is_file() else "the manifest names it.",
-                fix="copy the bundle again, whole, or export the model again.",
+                fix=f"build the engine again: dfq-deploy build {folder}"
+                if of_engine
+                else "copy the bundle again, whole, or export the model again.",
             )
     return manifest
 

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from exporters.backends.ort import session_options
+
 __all__ = ["LayerCutter"]
 
 
@@ -16,34 +18,40 @@ class LayerCutter:
 
     Args:
         model: The quantized model, its nodes named by layer.
+        exact: Compute Q/DQ operator by operator instead of with ONNX Runtime's integer kernels.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, exact: bool = False) -> None:
         self._model = model
+        self._exact = exact
         self._nodes = {node.name: node for node in model.graph}
 
     def run(self, layer: str, operands: list[np.ndarray]) -> np.ndarray:
-        """What `layer` puts out, bias included, for float operands as they reach its Q/DQ, float32."""
+        """What `layer` puts out, bias included, for float operands as they reach it or its Q/DQ, float32."""
         node = self._nodes[layer]
         inputs = [_before_qdq(value) for value in node.inputs[: len(operands)] if value is not None]
         output = _after_bias(node.outputs[0])
         graph = ir.convenience.extract(self._model.graph, inputs, [output])
+        feeds = {}
         for value, operand in zip(graph.inputs, operands, strict=True):
-            value.shape, value.dtype = ir.Shape(operand.shape), ir.DataType.FLOAT
+            dtype = value.dtype or ir.DataType.FLOAT
+            value.shape, value.dtype = ir.Shape(operand.shape), dtype
+            feeds[str(value.name)] = operand.astype(dtype.numpy())
         for value in (output for inner in graph for output in inner.outputs):
             value.shape = None  # recorded for the whole model; an operand may come with one axis less
-        proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        found: np.ndarray = session.run(None, {str(v.name): o for v, o in zip(graph.inputs, operands, strict=True)})[0]
-        return found
+        proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version)).SerializeToString()
+        options = session_options(exact=self._exact)
+        session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        found: np.ndarray = session.run(None, feeds)[0]
+        return found.astype(np.float32)
 
 
 def _before_qdq(value: ir.Value) -> ir.Value:
-    """The float tensor that DequantizeLinear(QuantizeLinear(tensor)) gives back rounded."""
-    for _ in ("DequantizeLinear", "QuantizeLinear"):
+    """The float tensor that DequantizeLinear(QuantizeLinear(tensor)) gives back rounded; others as they are."""
+    for op_type in ("DequantizeLinear", "QuantizeLinear"):
         producer = value.producer()
-        assert producer is not None
-        assert producer.inputs[0] is not None
+        if producer is None or producer.op_type != op_type or producer.inputs[0] is None:
+            return value
         value = producer.inputs[0]
     return value
 

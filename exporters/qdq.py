@@ -4,7 +4,8 @@ Rules:
 1. Each quantized layer reads its input through a QuantizeLinear -> DequantizeLinear of its own, also where two layers
    read one tensor: ONNX Runtime fuses neither of two layers that share a pair. Other readers of the tensor (a residual
    Add) keep the float one.
-2. Its weight is stored as integers and read through one DequantizeLinear, per output channel.
+2. Its weight is stored as codes and read through one DequantizeLinear, per output channel or in blocks of input
+   channels; a scheme that leaves activations in float writes nothing else.
 3. A convolution's output passes a pair of its own, since run-times fuse an INT8 convolution only then.
 4. The operands of an attention matmul are treated like inputs, both or neither.
 5. Biases, residual sums, LayerNorm, softmax and GELU stay float.
@@ -13,11 +14,13 @@ Rules:
 import numpy as np
 import onnx_ir as ir
 
-from calibrators.affine import quantize
+from calibrators.affine import Codes, quantize
 from calibrators.errors import ExportError
-from calibrators.plan import QParams, QuantPlan, along, layer_of
+from calibrators.plan import QParams, QuantPlan, layer_of
 
 __all__ = ["InsertQDQ"]
+
+_BLOCKED_OPSET = 21  # the first whose DequantizeLinear knows blocks
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -58,14 +61,16 @@ class InsertQDQ(ir.passes.InPlacePass):
             )
 
     def ensures(self, model: ir.Model) -> None:
-        """Every layer of the plan reads only quantized tensors.
+        """Every layer of the plan reads only quantized tensors; beside a weight in blocks, activations are float.
 
         Raises:
             ExportError: A planned site was not written.
         """
         nodes = {node.name: node for node in model.graph}
         for layer in self._plan.layers:
-            for value in nodes[layer].inputs[:2]:
+            weight = self._plan.sites.get(f"{layer}.weight")
+            blocked = weight is not None and weight.block is not None
+            for value in nodes[layer].inputs[1 if blocked else 0 : 2]:
                 producer = value.producer() if value is not None else None
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise ExportError(
@@ -76,6 +81,8 @@ class InsertQDQ(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert the pairs, in place."""
+        if any(qparams.block for qparams in self._plan.sites.values()):
+            model.opset_imports[""] = _BLOCKED_OPSET
         nodes = {node.name: node for node in model.graph}
         for site, qparams in self._plan.sites.items():
             node = nodes[layer_of(site)]
@@ -112,20 +119,17 @@ class InsertQDQ(ir.passes.InPlacePass):
         weight = node.inputs[1]
         assert weight is not None
         assert weight.const_value is not None
-        values = weight.const_value.numpy()
-        axis = values.ndim - 1 if node.op_type == "MatMul" else qparams.axis
-        scale, zero = (along(part, values.ndim, axis) for part in (qparams.scale, qparams.zero_point))
-        codes = quantize(values, scale, zero.astype(np.float32), qparams.codes).astype(qparams.codes.name)
-        name = f"{site}.{qparams.codes.name}"
-        stored = ir.val(name, const_value=ir.tensor(codes, name=name))
-        graph.initializers[name] = stored
-        dequantize = ir.node(
-            "DequantizeLinear",
-            [stored, *_constants(graph, site, qparams)],
-            attributes={"axis": axis},
-            name=f"{site}.dequantize",
-        )
-        dequantize.outputs[0].dtype, dequantize.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(values.shape)
+        transposed = node.op_type == "MatMul"  # MatMul holds (in, out), plans speak of torch's (out, in)
+        values = weight.const_value.numpy().T if transposed else weight.const_value.numpy()
+        codes = quantize(values, *qparams.along(values.ndim), qparams.codes).astype(qparams.codes.name)
+        constants = [
+            _constant(graph, f"{site}.{qparams.codes.name}", codes, transposed),
+            *_constants(graph, site, qparams, transposed),
+        ]
+        axis = 1 if transposed else 0
+        attributes = {"axis": axis} if qparams.block is None else {"axis": 1 - axis, "block_size": qparams.block}
+        dequantize = ir.node("DequantizeLinear", constants, attributes=attributes, name=f"{site}.dequantize")
+        dequantize.outputs[0].dtype, dequantize.outputs[0].shape = ir.DataType.FLOAT, weight.shape
         graph.insert_before(node, dequantize)
         node.replace_input_with(1, dequantize.outputs[0])
         if not weight.uses():
@@ -140,17 +144,25 @@ def _pair(source: ir.Value, site: str, qparams: QParams, *, before: ir.Node) -> 
     quantized = ir.node("QuantizeLinear", [source, *constants], name=f"{site}.quantize")
     dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *constants], name=f"{site}.dequantize")
     graph.insert_before(before, [quantized, dequantized])
-    quantized.outputs[0].dtype, quantized.outputs[0].shape = ir.DataType[qparams.codes.name.upper()], source.shape
+    quantized.outputs[0].dtype, quantized.outputs[0].shape = _onnx_type(qparams.codes), source.shape
     dequantized.outputs[0].dtype, dequantized.outputs[0].shape = ir.DataType.FLOAT, source.shape
     return dequantized.outputs[0]
 
 
-def _constants(graph: ir.Graph, site: str, qparams: QParams) -> list[ir.Value]:
+def _constants(graph: ir.Graph, site: str, qparams: QParams, transposed: bool = False) -> list[ir.Value]:
     """Initializers `<site>.scale` and `<site>.zero_point`."""
-    constants = []
-    for part in ("scale", "zero_point"):
-        name = f"{site}.{part}"
-        constant = ir.val(name, const_value=ir.tensor(np.array(getattr(qparams, part)), name=name))
-        graph.initializers[name] = constant
-        constants.append(constant)
-    return constants
+    return [
+        _constant(graph, f"{site}.scale", qparams.scale, transposed),
+        _constant(graph, f"{site}.zero_point", qparams.zero_point.astype(qparams.codes.name), transposed),
+    ]
+
+
+def _constant(graph: ir.Graph, name: str, values: np.ndarray, transposed: bool) -> ir.Value:
+    array = np.ascontiguousarray(values.T) if transposed else np.array(values)
+    constant = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.initializers[name] = constant
+    return constant
+
+
+def _onnx_type(codes: Codes) -> ir.DataType:
+    return ir.DataType.from_numpy(np.dtype(codes.name))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import pytest
 
 from calibrators.affine import CODES, choose_qparams, fake_quantize
 from calibrators.errors import ExportError
-from calibrators.plan import QParams, QuantPlan, along
+from calibrators.plan import QParams, QuantPlan
 from exporters.qdq import InsertQDQ
 
 _INT8 = CODES["int8"]
@@ -82,8 +83,7 @@ def _covering(values: np.ndarray, codes_name: str, axis: int | None = None) -> Q
 
 
 def _rounded(values: np.ndarray, q: QParams, axis: int | None = None) -> np.ndarray:
-    scale, zero = (along(part, values.ndim, axis) for part in (q.scale, q.zero_point))
-    rounded: np.ndarray = fake_quantize(values, scale, zero.astype(np.float32), q.codes)
+    rounded: np.ndarray = fake_quantize(values, *replace(q, axis=axis).along(values.ndim), q.codes)
     return rounded
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from calibrators.errors import ModelError
 from calibrators.images import Preprocess
 from calibrators.registry import names, pick
-from calibrators.sites import attach_sites
+from calibrators.sites import SitedConv2d, SitedLinear, attach_sites
 from dfq_deploy.models import ALIASES, Model
 from dfq_deploy.models.checkpoint import load_checkpoint
 from dfq_deploy.models.hub import check_hub
@@ -57,6 +57,7 @@ def load_model(name: str, *, checkpoint: Path | None = None, random_weights: boo
     module.eval().requires_grad_(False)
     fingerprint = _fingerprint(name, module)
     attach_sites(module)
+    _fix_image_range(module, preprocess)
     for family in names(_FAMILIES):
         pick(_FAMILIES, family).attach_attention(module)
     classes = _classes(name, module)
@@ -70,6 +71,14 @@ def load_model(name: str, *, checkpoint: Path | None = None, random_weights: boo
         classifiers=_classifiers(module),
         labelled=labelled,
     )
+
+
+def _fix_image_range(module: nn.Module, preprocess: Preprocess) -> None:
+    """The layer that reads the image sees pixels between black and white: its range needs no data."""
+    first = next((layer for layer in module.modules() if isinstance(layer, SitedConv2d | SitedLinear)), None)
+    if isinstance(first, SitedConv2d) and first.in_channels == preprocess.shape[0]:
+        black, white = preprocess.bounds
+        first.input_site.fixed = float(black.min()), float(white.max())
 
 
 def _check_name(name: str) -> None:

@@ -1,17 +1,74 @@
-"""Backends: one file per run-time, each with the same three verbs. No torch.
+"""Backends: one file per run-time, each with the same five verbs. No torch.
 
-A backend says what it cannot run before it tries, turns an ONNX file with Q/DQ into what it loads, and runs it.
+A backend says what it wants quantized and what it cannot run before it tries, changes the graph where the run-time
+needs it, turns an ONNX file with Q/DQ into what it loads, and runs it.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+import onnx_ir as ir
 
 from calibrators.plan import QuantPlan
-from exporters.census import Census
+from exporters.census import Body, Census
 
-__all__ = ["Backend", "Engine"]
+__all__ = ["Backend", "BuildOptions", "Built", "Engine", "Placement"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a run-time wants quantized when nobody says otherwise.
+
+    Attributes:
+        first_layer: The layer that reads the image.
+        convolution_outputs: The outputs of convolutions, without which it would not fuse them.
+    """
+
+    first_layer: bool
+    convolution_outputs: bool
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for.
+
+    Attributes:
+        body: What everything that is not quantized is computed in.
+        provider: Which of the run-time's providers runs it; empty where there is but one.
+        targets: GPUs to build for, as `sm89`; empty for the one at hand.
+        batch: Smallest, usual and largest number of images per call.
+        level: The builder's optimisation level; None for its own.
+        workspace: Scratch memory that a kernel may use, in bytes; None for the builder's own limit.
+    """
+
+    body: Body = "fp32"
+    provider: str = ""
+    targets: tuple[str, ...] = ()
+    batch: tuple[int, int, int] = (1, 8, 32)
+    level: int | None = None
+    workspace: int | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gave.
+
+    Attributes:
+        state: `built`, or `pending`: it has to be built on another machine.
+        census: What each layer is computed in; of `pending`, as far as it can be known here.
+        files: Names of the files that were written beside the model.
+        made_for: What the engine depends on: versions, GPU. An engine runs only where they are the same.
+        note: For people: why it is pending, or who says what the census says.
+    """
+
+    state: Literal["built", "pending"]
+    census: Census
+    files: tuple[str, ...] = ()
+    made_for: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 class Engine(Protocol):
@@ -29,14 +86,22 @@ class Engine(Protocol):
 class Backend(Protocol):
     """What each module in this folder offers."""
 
-    def check(self, plan: QuantPlan) -> None:
+    def placement(self, options: BuildOptions) -> Placement:
+        """What is quantized by default."""
+        ...
+
+    def check(self, plan: QuantPlan, options: BuildOptions) -> None:
         """Return if this backend can run the plan; raise BackendError with the reason if not."""
         ...
 
-    def build(self, model: Path, plan: QuantPlan) -> Census:
-        """Make the file `model` runnable here, and say what each layer is computed in."""
+    def prepare(self, model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+        """Change the quantized model, in place, where the run-time would misread it; no value changes."""
         ...
 
-    def load(self, model: Path, *, provider: str) -> Engine:
-        """The engine of the file `model`."""
+    def build(self, model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
+        """Make the file `model` runnable, beside it, and say what each layer is computed in."""
+        ...
+
+    def load(self, model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Engine:
+        """The engine of the file `model`, which was built with `options` and is `made_for` something."""
         ...

@@ -1,37 +1,53 @@
-"""ONNX Runtime: runs the ONNX file itself, on the CPU or on CUDA.
+"""ONNX Runtime: runs the ONNX file itself, on the CPU or through the CUDA, TensorRT and TensorRT for RTX providers.
 
-`build` lets ONNX Runtime optimise the graph and reads the result: a layer is integer when its node has become an
-integer operator there. Integer layers run on the CPU provider; CUDA runs Q/DQ as a float simulation.
+On the CPU, `build` lets ONNX Runtime optimise the graph and reads the result: a layer is quantized when its node has
+become a quantized operator there. CUDA runs Q/DQ as a float simulation, so it is offered for weight-only and float
+models. The TensorRT providers compile the graph with TensorRT and keep their engines in a folder beside the model; ONNX
+Runtime does not say what those compute in. Which provider really runs is asked of the session, never of the list.
 """
 
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 
-from calibrators.errors import BackendError
+from calibrators.errors import BackendError, NotHereError
 from calibrators.plan import QuantPlan
+from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
+from exporters.tensorrt.fence import put_fences
+from exporters.tensorrt.refusals import refuse_plan
 
-__all__ = ["OrtEngine", "build", "check", "load"]
+__all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare"]
 
-_INTEGER_OPS = {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_QUANTIZED_OPS = {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "MatMulNBits"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+_TENSORRT = ("tensorrt", "rtx")
+_BLOCKS = (32, 64, 128)
 _SERIAL_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime appends when it renames a fused node
+_CACHE = "ort-cache"
 
 
 class OrtEngine:
     """A model in ONNX Runtime.
 
     Attributes:
-        provider: What really runs it: `cpu` or `cuda`.
+        provider: What really runs it: `cpu`, `cuda`, `tensorrt` or `rtx`.
     """
 
-    def __init__(self, model: Path, provider: str) -> None:
+    def __init__(self, model: Path, provider: str, options: BuildOptions | None = None, *, exact: bool = False) -> None:
         if provider not in _PROVIDERS:
             raise BackendError(
                 what=f"there is no provider named `{provider}`.",
@@ -40,23 +56,22 @@ class OrtEngine:
             )
         self.provider = provider
         wanted = _PROVIDERS[provider]
+        chosen: list[Any] = [(wanted, _provider_options(provider, model.parent, options or BuildOptions()))]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a missing provider, which is an error below
                 self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-                    str(model), _quiet(), providers=[wanted] if provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
+                    str(model),
+                    session_options(exact=exact),
+                    providers=chosen if provider == "cpu" else [*chosen, _PROVIDERS["cpu"]],
                 )
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
-            raise BackendError(
-                what=f"ONNX Runtime {onnxruntime.__version__} cannot load `{model}`.",
-                why=str(cause).strip().split("\n")[0],
-                fix="export the model again with this version of ONNX Runtime.",
-            ) from cause
+            raise _cannot_load(model, cause) from cause
         if wanted not in self._session.get_providers():
-            raise BackendError(
+            raise NotHereError(
                 what=f"ONNX Runtime does not run on `{provider}` here.",
                 why=f"the session has {', '.join(self._session.get_providers())}.",
-                fix="install onnxruntime-gpu in place of onnxruntime, with its CUDA libraries, or use --provider cpu.",
+                fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
             )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -71,53 +86,141 @@ class OrtEngine:
         self._session = None
 
 
-def check(plan: QuantPlan) -> None:
-    """Return: ONNX Runtime runs every scheme that there is."""
+def placement(options: BuildOptions) -> Placement:
+    """The CPU provider fuses an INT8 convolution only with its output; its first layer costs little time there."""
+    tensorrt = options.provider in _TENSORRT
+    return Placement(first_layer=tensorrt, convolution_outputs=not tensorrt)
 
 
-def build(model: Path, plan: QuantPlan) -> Census:
-    """The census of `model` as the CPU provider runs it.
+def check(plan: QuantPlan, options: BuildOptions) -> None:
+    """Return if the provider has kernels for the plan.
+
+    Raises:
+        BackendError: It has not.
+    """
+    formats = {q.codes.name for q in plan.sites.values()}
+    if options.provider in _TENSORRT:
+        refuse_plan(plan, targets=(), blocks=_BLOCKS)
+    elif "float8_e4m3fn" in formats:
+        raise BackendError(
+            what=f"ONNX Runtime has no FP8 matmul on `{options.provider or 'cpu'}`.",
+            why="it would compute the Q/DQ as a float simulation.",
+            fix="use --backend rtx or trt, or --scheme w8a8.",
+        )
+    elif options.provider == "cuda" and formats & {"int8", "uint8"}:
+        raise BackendError(
+            what="ONNX Runtime's CUDA provider has no INT8 matmul.",
+            why="it computes Q/DQ as a float simulation, which is slower than float and no INT8 engine.",
+            fix="use --provider tensorrt, --backend trt, or --scheme w4a16.",
+        )
+    elif options.provider in ("", "cpu") and options.body != "fp32":
+        raise BackendError(
+            what=f"ONNX Runtime's CPU provider does not compute in {options.body}.",
+            why="it casts every operator's input to float32 and back, which is slower than float32 alone.",
+            fix="use --float fp32, another --provider, or --backend rtx or trt.",
+        )
+    if any(q.block is not None and q.block not in _BLOCKS for q in plan.sites.values()):
+        raise BackendError(
+            what="ONNX Runtime cannot run blocks of this size.",
+            why=f"its MatMulNBits is used here with blocks of {', '.join(map(str, _BLOCKS))}.",
+            fix="pass one of these with --block.",
+        )
+
+
+def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+    """Fences for TensorRT; ONNX Runtime's own kernels need none, and on a CPU they would cost time."""
+    if options.provider in _TENSORRT:
+        put_fences(model, plan)
+
+
+def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
+    """The census of `model`; ONNX Runtime loads the model file itself, so nothing is written on the CPU.
 
     Raises:
         BackendError: ONNX Runtime cannot load the model.
         ExportError: A layer that the plan quantizes is computed in float.
     """
-    integer = _integer_nodes(model)
-    why = "its node is not an integer operator in the graph that ONNX Runtime runs."
-    return Census.of(plan, {layer: "" if layer in integer else why for layer in plan.layers})
+    provider = options.provider or "cpu"
+    made_for = {"onnxruntime": onnxruntime.__version__}
+    if provider != "cpu":
+        unknown = Census({}, {})
+        try:
+            OrtEngine(model, provider, options).close()
+        except NotHereError as absent:
+            return Built("pending", unknown, note=f"{absent.what} {absent.why}")
+        if provider in _TENSORRT:
+            note = "ONNX Runtime does not say what TensorRT computes in: --backend trt does."
+            return Built("built", unknown, made_for=made_for, note=note)
+    quantized = _quantized_nodes(model, provider)
+    why = "its node is not a quantized operator in the graph that ONNX Runtime runs."
+    found = {layer: "" if layer in quantized else why for layer in plan.layers}
+    return Built("built", Census.of(plan, found, body=options.body), made_for=made_for)
 
 
-def load(model: Path, *, provider: str = "cpu") -> OrtEngine:
-    """The engine of `model` on `cpu` or `cuda`.
+def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> OrtEngine:
+    """The engine of `model` on the provider that `options` names; any version of ONNX Runtime may load it.
 
     Raises:
-        BackendError: The file cannot be loaded, or the provider is not really there.
+        BackendError: The file cannot be loaded.
+        NotHereError: The provider is not really there.
     """
-    return OrtEngine(model, provider)
+    return OrtEngine(model, options.provider or "cpu", options)
 
 
-def _integer_nodes(model: Path) -> set[str]:
-    """Names of the nodes that are integer operators once ONNX Runtime has optimised `model`."""
+def session_options(*, exact: bool = False) -> onnxruntime.SessionOptions:
+    """Options of a session that computes what the file says.
+
+    Args:
+        exact: Compute Q/DQ operator by operator, in float, instead of fusing it into integer kernels.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: its warnings are about graphs that it rewrites anyway
+    # 4, the default, would round activations to INT8 inside an INT4 weight-only matmul
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def _provider_options(provider: str, folder: Path, options: BuildOptions) -> dict[str, str]:
+    cache = str(folder / _CACHE)
+    if provider == "rtx":
+        return {"nv_runtime_cache_path": cache}
+    if provider != "tensorrt":
+        return {}
+    found = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+    }
+    if options.workspace is not None:
+        found["trt_max_workspace_size"] = str(options.workspace)
+    if options.level is not None:
+        found["trt_builder_optimization_level"] = str(options.level)
+    return found
+
+
+def _quantized_nodes(model: Path, provider: str) -> set[str]:
+    """Names of the nodes that are quantized operators once ONNX Runtime has optimised `model`."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
-        options = _quiet()
+        options = session_options()
         options.optimized_model_filepath = str(optimised)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", "optimised.onnx.data"
         )
         try:
-            onnxruntime.InferenceSession(str(model), options, providers=[_PROVIDERS["cpu"]])
+            onnxruntime.InferenceSession(str(model), options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
-            raise BackendError(
-                what=f"ONNX Runtime {onnxruntime.__version__} cannot load the exported model.",
-                why=str(cause).strip().split("\n")[0],
-                fix="try another --scheme, or report this model.",
-            ) from cause
+            raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
-    return {_SERIAL_SUFFIX.sub("", node.name) for node in graph.node if node.op_type in _INTEGER_OPS}
+    return {_SERIAL_SUFFIX.sub("", node.name) for node in graph.node if node.op_type in _QUANTIZED_OPS}
 
 
-def _quiet() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: its warnings are about graphs that it rewrites anyway
-    return options
+def _cannot_load(model: Path, cause: Exception) -> BackendError:
+    return BackendError(
+        what=f"ONNX Runtime {onnxruntime.__version__} cannot load `{model}`.",
+        why=str(cause).strip().split("\n")[0],
+        fix="export the model again with this version of ONNX Runtime, or try another --scheme.",
+    )

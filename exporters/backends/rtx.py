@@ -1,0 +1,99 @@
+"""TensorRT for RTX: builds engines ahead of time, for named GPUs, on a machine that has none.
+
+The engine holds kernels for each target, or none in particular: the GPU's driver finishes them when it is loaded. It is
+built and its layers are read with no GPU; running it takes one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+try:
+    import tensorrt_rtx as trt
+except ImportError:  # the extra [rtx] brings it
+    trt = None
+
+from calibrators.errors import BackendError, NotHereError
+from calibrators.plan import QuantPlan
+from exporters.backends import BuildOptions, Built, Placement
+from exporters.census import Census
+from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.tensorrt.engine import TensorRTEngine
+from exporters.tensorrt.fence import put_fences
+from exporters.tensorrt.layers import census_of
+from exporters.tensorrt.loading import refuse_other
+from exporters.tensorrt.refusals import refuse_plan
+
+__all__ = ["build", "check", "load", "placement", "prepare"]
+
+_ENGINE = "model.engine"
+_KERNELS = "model.kernels"  # what the driver finished at the first load
+_BLOCKS = (16, 32, 64, 128)
+_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+def placement(options: BuildOptions) -> Placement:
+    """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
+    return Placement(first_layer=True, convolution_outputs=False)
+
+
+def check(plan: QuantPlan, options: BuildOptions) -> None:
+    """Return if the plan can be built for the targets.
+
+    Raises:
+        BackendError: It cannot, or a target does not exist.
+    """
+    unknown = [target for target in options.targets if target not in _TARGETS]
+    if unknown:
+        raise BackendError(
+            what=f"TensorRT for RTX builds for no `{unknown[0]}`.",
+            why=f"its targets are {', '.join(_TARGETS)}.",
+            fix="pass some of them with --target, or none: the engine then fits every GPU that it knows.",
+        )
+    formats = {q.codes.name for q in plan.sites.values()}
+    if "sm75" in options.targets and (options.body != "fp16" or "int4" in formats):
+        raise BackendError(
+            what="this cannot be built for sm75.",
+            why="TensorRT for RTX has a float16 body there only, and no INT4.",
+            fix="use --float fp16 and --scheme w8a8, or leave sm75 out of --target.",
+        )
+    refuse_plan(plan, targets=options.targets, blocks=_BLOCKS)
+
+
+def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+    """Put fences behind what TensorRT would cut."""
+    put_fences(model, plan)
+
+
+def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
+    """Build `model.engine` beside the model; pending where TensorRT for RTX is not installed.
+
+    Raises:
+        BackendError: TensorRT for RTX does not take the model.
+        ExportError: A layer that the plan quantizes is computed in float.
+    """
+    if trt is None:
+        return Built("pending", Census({}, {}), note="TensorRT for RTX is not installed here.")
+    settings = BuildSettings(options.batch, options.targets, options.level, options.workspace)
+    kernels = build_engine(trt, model, model.with_name(_ENGINE), settings)
+    made_for = {"tensorrt_rtx": trt.__version__, "targets": ",".join(options.targets)}
+    return Built("built", census_of(kernels, plan, options.body), (_ENGINE,), made_for)
+
+
+def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
+    """The engine beside `model`.
+
+    Raises:
+        NotHereError: There is no GPU, or TensorRT for RTX is not installed.
+        BackendError: The engine was made for another version or another GPU.
+    """
+    if trt is None:
+        raise NotHereError(
+            what="TensorRT for RTX is not installed here.",
+            why="it runs this engine.",
+            fix="pip install 'dfq-deploy[rtx]'.",
+        )
+    refuse_other(made_for, {"tensorrt_rtx": trt.__version__}, model.parent)
+    cache = model.with_name(_KERNELS)
+    return TensorRTEngine(trt, model.with_name(_ENGINE), options.batch, cache=cache)

@@ -1,0 +1,113 @@
+"""TensorRT 10 and 11: builds an engine for the GPU at hand, by timing kernels on it.
+
+Where TensorRT or the GPU is missing the engine is pending: `dfq-deploy build` makes it on the machine that has both.
+Until then TensorRT for RTX, if it is installed, says whether the model parses and builds and what its layers would be
+computed in: its parser is the same, its kernels need not be.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+try:
+    import tensorrt as trt
+except ImportError:  # NVIDIA's own index has it; needed on the machine that builds
+    trt = None
+try:
+    import tensorrt_rtx as rtx
+except ImportError:  # the extra [rtx] brings it
+    rtx = None
+
+from calibrators.errors import BackendError, NotHereError
+from calibrators.plan import QuantPlan
+from exporters.backends import BuildOptions, Built, Placement
+from exporters.census import Census
+from exporters.tensorrt import cuda
+from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.tensorrt.engine import TensorRTEngine
+from exporters.tensorrt.fence import put_fences
+from exporters.tensorrt.layers import census_of
+from exporters.tensorrt.loading import refuse_other
+from exporters.tensorrt.refusals import refuse_plan
+
+__all__ = ["build", "check", "load", "placement", "prepare"]
+
+_ENGINE = "model.engine"
+_TIMINGS = "timing.cache"
+_BLOCKS = (64, 128)
+
+
+def placement(options: BuildOptions) -> Placement:
+    """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
+    return Placement(first_layer=True, convolution_outputs=False)
+
+
+def check(plan: QuantPlan, options: BuildOptions) -> None:
+    """Return if TensorRT can run the plan.
+
+    Raises:
+        BackendError: It cannot, or targets are named.
+    """
+    if options.targets:
+        raise BackendError(
+            what="TensorRT takes no --target.",
+            why="it builds for the GPU of the machine that it runs on.",
+            fix="leave it out, or use --backend rtx, which builds for GPUs that are not there.",
+        )
+    refuse_plan(plan, targets=(), blocks=_BLOCKS)
+
+
+def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+    """Put fences behind what TensorRT would cut."""
+    put_fences(model, plan)
+
+
+def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
+    """Build `model.engine` beside the model; pending where TensorRT or a GPU is missing.
+
+    Raises:
+        BackendError: TensorRT does not take the model.
+        ExportError: A layer that the plan quantizes is computed in float.
+    """
+    gpu = cuda.device()
+    if trt is None or gpu is None:
+        return _pending(model, plan, options)
+    check_gpu = [gpu.capability] if any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values()) else []
+    refuse_plan(plan, targets=check_gpu, blocks=_BLOCKS)
+    settings = BuildSettings(
+        options.batch, level=options.level, workspace=options.workspace, timing_cache=model.with_name(_TIMINGS)
+    )
+    kernels = build_engine(trt, model, model.with_name(_ENGINE), settings)
+    made_for = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
+    return Built("built", census_of(kernels, plan, options.body), (_ENGINE, _TIMINGS), made_for)
+
+
+def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
+    """The engine beside `model`.
+
+    Raises:
+        NotHereError: There is no GPU, or TensorRT is not installed.
+        BackendError: The engine was made for another version or another GPU.
+    """
+    if trt is None:
+        raise NotHereError(
+            what="TensorRT is not installed here.", why="it runs this engine.", fix="pip install tensorrt."
+        )
+    gpu = cuda.require()
+    here = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
+    refuse_other(made_for, here, model.parent)
+    return TensorRTEngine(trt, model.with_name(_ENGINE), options.batch)
+
+
+def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
+    missing = "TensorRT is not installed here" if trt is None else "there is no NVIDIA GPU here"
+    if rtx is None:
+        return Built("pending", Census({}, {}), note=f"{missing}.")
+    fp8 = any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values())
+    settings = BuildSettings(options.batch, targets=("sm89", "sm120") if fp8 else ())
+    with TemporaryDirectory() as folder:
+        kernels = build_engine(rtx, model, Path(folder) / _ENGINE, settings)
+    note = f"{missing}; TensorRT for RTX {rtx.__version__} builds the model, with its layers as listed."
+    return Built("pending", census_of(kernels, plan, options.body), note=note)
