@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from calibrators.errors import BackendError
-from calibrators.files import written_whole
 from exporters.tensorrt import cuda
+from exporters.tensorrt.jit import keep_kernels, self_capturing
 from exporters.tensorrt.loading import deserialize, rebuild
 from exporters.tensorrt.log import recorder
 
@@ -64,7 +64,7 @@ class TensorRTEngine:
         path: The engine file, in the folder of its bundle.
         batch: Smallest, best and largest batch that it was built for.
         cache: Where TensorRT for RTX keeps the kernels that it compiles, from one process to the next: read if it is
-            there, and trusted as the engine is; written by `close`. Without effect elsewhere.
+            there, and trusted as the engine is; `close` writes what is new. Without effect elsewhere.
 
     Raises:
         BackendError: There is no GPU, or the engine is not for it or not for this version of TensorRT.
@@ -83,7 +83,7 @@ class TensorRTEngine:
             self._images = cuda.DeviceBuffer(self._host_images.array.nbytes)
             self._logits = cuda.DeviceBuffer(self._host_logits.array.nbytes)
             self._stream = cuda.Stream()
-            self._config, self._kernels = self._self_capturing()
+            self._config, self._kernels = self_capturing(trt, self._engine, cache)
             scratch = 0 if self._config is not None else self._engine.device_memory_size_v2
             self._scratch = cuda.DeviceBuffer(scratch)  # one for all contexts: they take turns
             self._free = self._context()  # of which no graph is captured
@@ -106,6 +106,7 @@ class TensorRTEngine:
         with self._lock:
             if self._engine is None:
                 raise BackendError(what="the engine is closed.", why="close() was called.", fix="load it again.")
+            self._log.clear()
             with cuda.first_gpu():
                 run: Callable[[int, int, int], None]
                 if isinstance(images, np.ndarray):
@@ -127,7 +128,8 @@ class TensorRTEngine:
                 return
             with cuda.first_gpu():
                 try:
-                    self._keep_kernels()
+                    if self._cache is not None and self._kernels is not None:
+                        keep_kernels(bytes(self._kernels.serialize()), self._cache)
                 finally:
                     while self._lanes:
                         self._drop_oldest()
@@ -148,29 +150,6 @@ class TensorRTEngine:
             why=f"wanted is one from float32 `images` to float32 `logits` for batches of {self._batch}.",
             fix=rebuild(self._path),
         )
-
-    def _self_capturing(self) -> tuple[Any, Any]:
-        """TensorRT for RTX's configuration with graphs of its own, and its cache of kernels; elsewhere None twice."""
-        if not hasattr(self._trt, "CudaGraphStrategy"):
-            return None, None
-        config, kernels = self._engine.create_runtime_config(), None
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        if self._cache and hasattr(config, "create_runtime_cache"):
-            kernels = config.create_runtime_cache()
-            if self._cache.is_file():
-                kernels.deserialize(self._cache.read_bytes())  # of another GPU or version: refused, and starts empty
-            config.set_runtime_cache(kernels)
-        return config, kernels
-
-    def _keep_kernels(self) -> None:
-        if self._cache is None or self._kernels is None:
-            return
-        try:
-            with written_whole(self._cache) as temporary:
-                temporary.write_bytes(self._kernels.serialize())
-        except OSError as cause:
-            what, why = f"compiled kernels cannot be kept in `{self._cache}`.", f"{cause.strerror or cause}."
-            raise BackendError(what=what, why=why, fix="pass a cache that can be written, or none.") from cause
 
     def _context(self) -> Any:
         unowned = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
