@@ -43,11 +43,13 @@ def deserialize(trt: ModuleType, path: Path, log: Recorder) -> Any:
         runtime = trt.Runtime(log)
     except TypeError as cause:  # how the binding says that CUDA could not be started
         raise _refusal(trt, path, log.errors()) from cause
-    _ask_for_validity(trt, runtime, path, data, log)
+    asked = hasattr(runtime, "get_engine_validity")
+    if asked:
+        _ask_for_validity(trt, runtime, path, data, log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise _refusal(trt, path, log.errors())
-    if any(_OTHER_GPU in text for _, text in log.messages):
+    if not asked and any(_OTHER_GPU in text for _, text in log.messages):
         raise _refusal(trt, path, ["it was built on another model of GPU."])
     return engine
 
@@ -58,8 +60,6 @@ def rebuild(path: Path) -> str:
 
 
 def _ask_for_validity(trt: ModuleType, runtime: Any, path: Path, data: bytes, log: Recorder) -> None:
-    if not hasattr(runtime, "get_engine_validity"):
-        return
     validity, bits = runtime.get_engine_validity(data)
     if validity == trt.EngineValidity.INVALID:
         known = trt.EngineInvalidityDiagnostics.__members__
