@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 import pytest
 
 import dfq_deploy as dfq
+from calibrators.errors import BackendError
 from dfq_deploy.evaluate import Check
+from exporters.tensorrt import cuda
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +19,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "imagenet" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="DFQ_DATA names no folder with weights/ and imagenet_val/"))
+    lack = _lacks_gpu()
+    for item in items:
+        if lack and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=lack))
+
+
+def _lacks_gpu() -> str:
+    """What keeps the tests marked `gpu` from running here; empty if nothing does."""
+    try:
+        cuda.require()
+    except Exception as error:  # bindings that do not fit the machine raise what they like
+        return error.why if isinstance(error, BackendError) else str(error)
+    return ""
 
 
 def _data() -> Path | None:
