@@ -39,7 +39,7 @@ class Runner:
         return np.stack([self.manifest.preprocess(image) for image in several])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) float32 of model input (N, C, H, W).
+        """Logits (N, classes) float32 of model input (N, C, H, W); TensorRT reads images on the GPU where they lie.
 
         Raises:
             ImagesError: The array has another shape than the model's input.
@@ -50,7 +50,8 @@ class Runner:
                 why=f"it takes (N, {', '.join(map(str, self.manifest.preprocess.shape))}).",
                 fix="make them with Runner.preprocess.",
             )
-        return self._engine(np.ascontiguousarray(images, np.float32))
+        on_gpu = hasattr(images, "__cuda_array_interface__")  # a torch or CuPy tensor, for a TensorRT engine
+        return self._engine(images if on_gpu else np.ascontiguousarray(images, np.float32))
 
     def close(self) -> None:
         """Free the engine."""

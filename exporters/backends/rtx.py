@@ -1,13 +1,15 @@
 """TensorRT for RTX: builds engines ahead of time, for named GPUs, on a machine that has none.
 
-The engine holds kernels for each target, or none in particular: the GPU's driver finishes them when it is loaded. It is
-built and its layers are read with no GPU; running it takes one.
+The engine holds kernels for each target, or none in particular: the GPU's driver finishes them when it is loaded. It
+is built and its layers are read with no GPU; running it takes one. What is finished at the first load is kept in the
+user's cache folder, not in the bundle: it is code, and the manifest vouches for all code in a bundle.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+import platformdirs
 
 try:
     import tensorrt_rtx as trt
@@ -15,6 +17,7 @@ except ImportError:  # the extra [rtx] brings it
     trt = None
 
 from calibrators.errors import BackendError, NotHereError
+from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
@@ -28,7 +31,6 @@ from exporters.tensorrt.refusals import refuse_plan
 __all__ = ["build", "check", "load", "placement", "prepare"]
 
 _ENGINE = "model.engine"
-_KERNELS = "model.kernels"  # what the driver finished at the first load
 _BLOCKS = (16, 32, 64, 128)
 _TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
@@ -94,6 +96,7 @@ def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Ten
             why="it runs this engine.",
             fix="pip install 'dfq-deploy[rtx]'.",
         )
-    refuse_other(made_for, {"tensorrt_rtx": trt.__version__}, model.parent)
-    cache = model.with_name(_KERNELS)
-    return TensorRTEngine(trt, model.with_name(_ENGINE), options.batch, cache=cache)
+    engine = model.with_name(_ENGINE)
+    refuse_other(made_for, {"tensorrt_rtx": trt.__version__}, engine)
+    kernels = platformdirs.user_cache_path("dfq-deploy") / f"kernels-{sha256_of(engine)[:16]}"
+    return TensorRTEngine(trt, engine, options.batch, cache=kernels)

@@ -97,7 +97,7 @@ def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Ten
         )
     gpu = cuda.require()
     here = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
-    refuse_other(made_for, here, model.parent)
+    refuse_other(made_for, here, model.with_name(_ENGINE))
     return TensorRTEngine(trt, model.with_name(_ENGINE), options.batch)
 
 

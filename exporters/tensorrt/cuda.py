@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.errors import BackendError
+from calibrators.errors import BackendError, NotHereError
 
 try:
     from cuda.bindings import runtime
@@ -55,10 +55,10 @@ def require() -> Device:
     """
     what = "there is no NVIDIA GPU that can be used here."
     if runtime is None:
-        raise BackendError(what=what, why="`cuda-bindings` is not installed.", fix="pip install cuda-bindings.")
+        raise NotHereError(what=what, why="`cuda-bindings` is not installed.", fix="pip install cuda-bindings.")
     if check(runtime.cudaDriverGetVersion()) == 0:
         fix = "run this on a machine with an NVIDIA GPU and its driver."
-        raise BackendError(what=what, why="no NVIDIA driver is installed.", fix=fix)
+        raise NotHereError(what=what, why="no NVIDIA driver is installed.", fix=fix)
     found = check(runtime.cudaGetDeviceProperties(0))
     return Device(found.name.decode(), f"sm{found.major}{found.minor}", int(found.totalGlobalMem))
 

@@ -4,7 +4,7 @@ An engine runs on the GPUs and with the version of TensorRT that it was built fo
 its log; TensorRT for RTX can be asked first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from calibrators.errors import BackendError
 from exporters.tensorrt.log import Recorder
 
-__all__ = ["deserialize", "rebuild"]
+__all__ = ["deserialize", "rebuild", "refuse_other"]
 
 _UPDATE = "update the NVIDIA driver; `nvidia-smi` shows the newest CUDA that it runs."
 _REASONS = {  # EngineInvalidityDiagnostics: what it means, and the remedy where it is not to build again
@@ -52,6 +52,21 @@ def deserialize(trt: ModuleType, path: Path, log: Recorder) -> Any:
     if not asked and any(_OTHER_GPU in text for _, text in log.messages):
         raise _refusal(trt, path, ["it was built on another model of GPU."])
     return engine
+
+
+def refuse_other(made_for: Mapping[str, str], here: Mapping[str, str], path: Path) -> None:
+    """Return if the engine in the file `path`, which is `made_for` something, fits what is `here`.
+
+    Raises:
+        BackendError: It does not.
+    """
+    wrong = next((name for name, value in here.items() if made_for.get(name) != value), None)
+    if wrong is not None:
+        raise BackendError(
+            what=f"`{path}` was made for {wrong} {made_for.get(wrong, 'of an unknown version')}.",
+            why=f"here it is {here[wrong]}, and an engine runs only where it was made for.",
+            fix=rebuild(path),
+        )
 
 
 def rebuild(path: Path) -> str:
