@@ -3,10 +3,12 @@
 Rules:
 1. Inputs and outputs of the model stay fp32.
 2. Operators that square, sum up, divide or exponentiate (`_FLOAT32`) run in fp32, and so does arithmetic that serves
-   only them. An operator whose schema does not take the body's type stays in fp32 too.
-3. QuantizeLinear reads fp32 by the plan's own scale, so that its codes are the plan's. DequantizeLinear gives each
-   reader the type that it computes in, by the type of its scale; nothing is cast behind it.
-4. A layer with a scale that the body's type holds badly dequantizes and multiplies in fp32, cast behind its product.
+   only them. So does an operator whose schema does not take the body's type.
+3. A quantized layer runs in fp32 from its QuantizeLinear to its bias: its codes and scales are the plan's, and its
+   integer GEMM puts out fp32. (With scales in fp16, TensorRT lets the bare integer sums leave the GEMM in fp16; half
+   of DeiT-T's layers have sums beyond 65504.)
+4. The DequantizeLinear of a weight alone gives the body's type, by the type of its scale. Nothing is ever cast between
+   a DequantizeLinear and its reader.
 5. A constant is cast under its own name; one that does not fit is refused. Bounds and masks become the largest finite
    value instead. What is infinite stays so, and what is not 0 does not become 0.
 """
@@ -28,7 +30,7 @@ Body = Literal["fp16", "bf16"]
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FP32 = ir.DataType.FLOAT
 _BF16_OPSET = 22  # the first in which Conv and the pools take bfloat16
-_WIDEST_CODE = 255
+_WIDEST_CODE = 128  # an INT8 weight may be its scale times this
 
 # Squares and sums overflow fp16 (a ViT's activation of 580, squared), and their differences cancel in bf16.
 _STATISTICS = {"CumSum", "Exp", "Log", "LpPool", "Pow", "Reciprocal", "Sqrt"}
@@ -36,7 +38,7 @@ _STATISTICS |= {f"Reduce{name}" for name in ("L1", "L2", "LogSum", "LogSumExp", 
 _FLOAT32 = {f"{name}Normalization" for name in ("Batch", "Group", "Instance", "Layer", "Lp", "MeanVariance", "RMS")}
 _FLOAT32 |= _STATISTICS | {"Cast", "LogSoftmax", "QuantizeLinear", "Softmax", "Softplus"}
 _ARITHMETIC = {"Abs", "Add", "Div", "Mul", "Neg", "Sub"}
-_AS_READ = {"ConstantOfShape", "DequantizeLinear"}  # whose type is what their readers want
+_ANY = {"Shape", "Size"}  # which read a tensor of either type alike
 _BOUNDED = {"Clip", "ConstantOfShape", "Max", "Min", "Where"}  # whose constants are bounds or masks
 
 
@@ -86,7 +88,7 @@ class CastBody(ir.passes.InPlacePass):
         """
         wrong = [value for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype == self._type]
         for node in model.graph:
-            wrong += [v for v in node.inputs if v is not None and node.op_type == "Cast" and _dequantizes(v)]
+            wrong += [v for v in node.inputs if v is not None and node.op_type == "Cast" and _is_dequantized(v)]
         if wrong:
             raise ExportError(
                 what=f"`{wrong[0].name}` is cast where it may not be.",
@@ -102,16 +104,18 @@ class CastBody(ir.passes.InPlacePass):
             ConvertVersionPass(_BF16_OPSET)(model)
         common.ShapeInferencePass()(model)
         graph.sort()
-        self._forms.clear()
+        self._forms = {}
         castable = {node: _castable(node, self._type, model.opset_imports) for node in graph}
-        kept = self._kept(graph, castable)
+        kept = _kept(graph, castable)
         for node, indices in castable.items():
-            for index, value in enumerate(node.inputs):
-                wanted = self._type if index in indices and node not in kept else _FP32
-                if value is not None and value.dtype in (_FP32, self._type) and value.dtype != wanted:
-                    node.replace_input_with(index, self._form(value, node))
-            if node not in kept:
-                self._give(node)
+            if node.op_type == "ConstantOfShape" and node.outputs[0].dtype == _FP32 and "value" in node.attributes:
+                fill = self._fitted(node.attributes["value"].as_tensor().numpy(), node, str(node.name))
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.astype(np.float32)))
+            if node.op_type not in _ANY:
+                self._cast(node, set() if node in kept else indices)
+            for output in node.outputs:
+                if output.dtype == _FP32 and node not in kept:
+                    output.dtype = self._type
         for index, value in enumerate(graph.outputs):
             if value.dtype == self._type:
                 graph.outputs[index] = self._output(value)
@@ -121,54 +125,28 @@ class CastBody(ir.passes.InPlacePass):
                 form.name = value.name
         return ir.passes.PassResult(model, modified=True)
 
-    def _kept(self, graph: ir.Graph, castable: Mapping[ir.Node, set[int]]) -> set[ir.Node]:
-        """The nodes that stay in fp32."""
-        kept: set[ir.Node] = set()
-        statistics: set[ir.Node] = set()
-        for node in reversed(graph):
-            readers = {reader for output in node.outputs for reader in output.consumers()}
-            if node.op_type in _STATISTICS or (node.op_type in _ARITHMETIC and readers and readers <= statistics):
-                statistics.add(node)
-            if node.op_type in _AS_READ:
-                stays = bool(readers & kept) or any(output.is_graph_output() for output in node.outputs)
-            else:
-                stays = node.op_type in _FLOAT32 or node in statistics or not castable[node]
-            if stays or any(self._is_coarse(value) for value in node.inputs if _dequantizes(value)):
-                kept.add(node)
-        return kept
-
-    def _is_coarse(self, dequantized: ir.Value | None) -> bool:
-        """Whether the body's type holds the scale of `dequantized` worse than two roundings would, or not at all."""
-        assert dequantized is not None
-        scale = _array(_producer(dequantized).inputs[1])
-        error = np.abs(scale.astype(self._type.numpy()).astype(np.float32) - scale)
-        return bool((error > float(self._type.eps) * scale).any() or scale.max() * _WIDEST_CODE > float(self._type.max))
-
-    def _give(self, node: ir.Node) -> None:
-        """Let `node` put out the body's type."""
-        for output in node.outputs:
-            if output.dtype == _FP32:
-                output.dtype = self._type
-                if node.op_type == "ConstantOfShape":
-                    fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)
-                    node.attributes["value"] = ir.AttrTensor("value", ir.tensor(self._fitted(fill, node, node.name)))
+    def _cast(self, node: ir.Node, indices: set[int]) -> None:
+        """Let `node` read the body's type at `indices` and fp32 elsewhere."""
+        for index, value in enumerate(node.inputs):
+            wanted = self._type if index in indices else _FP32
+            if value is not None and value.dtype in (_FP32, self._type) and value.dtype != wanted:
+                node.replace_input_with(index, self._form(value, node))
 
     def _form(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         """`value` in the other of the two types: made for its first reader, there for all."""
-        if value.is_initializer():
-            held = self._fitted(_array(value), reader, value.name)  # each reader may refuse
+        constant = value.const_value if value.is_initializer() else None
+        held = None if constant is None else self._fitted(constant.numpy(), reader, str(value.name))  # or refused
         if value in self._forms:
             return self._forms[value]
-        graph = reader.graph
+        graph, source = reader.graph, value.producer()
         assert isinstance(graph, ir.Graph)
         dtype, suffix = (self._type, self._body) if value.dtype == _FP32 else (_FP32, "fp32")
         name = f"{value.name}.{suffix}"
-        if value.is_initializer():
+        if held is not None:
             form = ir.val(name, const_value=ir.tensor(held, name=name))
             graph.initializers[name] = form
         else:
-            if _dequantizes(value):
-                source = _producer(value)
+            if source is not None and source.op_type == "DequantizeLinear":
                 inputs = [self._form(v, source) if v is not None and v.dtype == _FP32 else v for v in source.inputs]
                 node = ir.Node("", source.op_type, inputs, source.attributes, name=name)
             else:
@@ -182,20 +160,24 @@ class CastBody(ir.passes.InPlacePass):
     def _output(self, value: ir.Value) -> ir.Value:
         """An fp32 output of the model under the name of `value`, which has the body's type."""
         cast = ir.node("Cast", [value], {"to": _FP32}, name=f"{value.name}.fp32")
-        _producer(value).append(cast)
+        producer = value.producer()
+        assert producer is not None
+        producer.append(cast)
         cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = value.name, _FP32, value.shape
         value.name = f"{value.name}.{self._body}"
         return cast.outputs[0]
 
-    def _fitted(self, values: np.ndarray, reader: ir.Node, name: str | None) -> np.ndarray:
-        """Constants of `reader` in the body's type."""
+    def _fitted(self, values: np.ndarray, reader: ir.Node, name: str) -> np.ndarray:
+        """A constant that `reader` reads, in the body's type."""
         largest = float(self._type.max)
+        limit = largest / (_WIDEST_CODE if reader.op_type == "DequantizeLinear" else 1)
         finite = np.isfinite(values)
-        beyond = values[finite & (np.abs(values) > largest)]
-        if reader.op_type not in _BOUNDED and not (reader.op_type == "Add" and (beyond < 0).all()) and beyond.size:
+        beyond = values[finite & (np.abs(values) > limit)]
+        mask = reader.op_type == "Add" and bool((beyond < 0).all())
+        if beyond.size and not mask and reader.op_type not in _BOUNDED:
             raise ExportError(
                 what=f"`{name}` does not fit into {self._body}: it holds {beyond[np.abs(beyond).argmax()]:.6g}.",
-                why=f"the largest number of {self._body} is {largest:.6g}.",
+                why=f"the largest number that fits there is {limit:.6g}.",
                 fix="use --float bf16 or fp32." if self._body == "fp16" else "use --float fp32.",
             )
         held = np.where(finite, np.clip(values, -largest, largest), values).astype(self._type.numpy())
@@ -203,34 +185,35 @@ class CastBody(ir.passes.InPlacePass):
         return np.where((held == 0) & (values != 0), np.copysign(least, values).astype(held.dtype), held)
 
 
+def _kept(graph: ir.Graph, castable: Mapping[ir.Node, set[int]]) -> set[ir.Node]:
+    """The nodes that stay in fp32."""
+    products = {node for node in graph if sum(map(_is_dequantized, node.inputs)) > 1}
+    kept = products | {node for node in graph if node.op_type in _FLOAT32 or not castable[node]}
+    for reader in (reader for product in products for reader in product.outputs[0].consumers()):
+        if reader.op_type == "Add" and any(v is not None and v.is_initializer() for v in reader.inputs):
+            kept.add(reader)  # the bias
+    statistics: set[ir.Node] = set()
+    for node in reversed(graph):
+        readers = {reader for output in node.outputs for reader in output.consumers()}
+        if node.op_type in _STATISTICS or (node.op_type in _ARITHMETIC and readers and readers <= statistics):
+            statistics.add(node)
+        for_kept = node.op_type == "DequantizeLinear" and (readers & kept or node.outputs[0].is_graph_output())
+        if node in statistics or for_kept:
+            kept.add(node)
+    return kept
+
+
 def _castable(node: ir.Node, dtype: ir.DataType, opsets: Mapping[str, int]) -> set[int]:
     """Indices of the float inputs of `node` that its schema lets have `dtype`; none of an operator without schema."""
     try:
-        schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+        formal = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain).inputs
     except onnx.defs.SchemaError:
         return set()
-    formal = schema.inputs
-    return {
-        index
-        for index, value in enumerate(node.inputs)
-        if value is not None
-        and value.dtype == _FP32
-        and f"tensor({dtype.name.lower()})" in formal[min(index, len(formal) - 1)].types
-    }
+    name = f"tensor({dtype.name.lower()})"
+    floats = [index for index, value in enumerate(node.inputs) if value is not None and value.dtype == _FP32]
+    return {index for index in floats if name in formal[min(index, len(formal) - 1)].types}
 
 
-def _dequantizes(value: ir.Value | None) -> bool:
+def _is_dequantized(value: ir.Value | None) -> bool:
     producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    producer = value.producer()
-    assert producer is not None
-    return producer
-
-
-def _array(value: ir.Value | None) -> np.ndarray:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
