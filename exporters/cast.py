@@ -103,6 +103,7 @@ class CastBody(ir.passes.InPlacePass):
         if self._body == "bf16" and model.opset_imports[""] < _BF16_OPSET:
             ConvertVersionPass(_BF16_OPSET)(model)
         common.ShapeInferencePass()(model)
+        _check_types(graph)
         graph.sort()
         self._forms = {}
         castable = {node: _castable(node, self._type, model.opset_imports) for node in graph}
@@ -183,6 +184,16 @@ class CastBody(ir.passes.InPlacePass):
         held = np.where(finite, np.clip(values, -largest, largest), values).astype(self._type.numpy())
         least = np.nextafter(held.dtype.type(0), held.dtype.type(1))
         return np.where((held == 0) & (values != 0), np.copysign(least, values).astype(held.dtype), held)
+
+
+def _check_types(graph: ir.Graph) -> None:
+    for node in graph:
+        if any(value.dtype is None and (value.uses() or value.is_graph_output()) for value in node.outputs):
+            raise ExportError(
+                what=f"`{node.name or node.op_type}` cannot be cast.",
+                why=f"what type {node.op_type} puts out is not known.",
+                fix="use --float fp32.",
+            )
 
 
 def _kept(graph: ir.Graph, castable: Mapping[ir.Node, set[int]]) -> set[ir.Node]:
