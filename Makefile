@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test lint bench accuracy clean
+.PHONY: demo test lint bench accuracy float-body clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -23,6 +23,9 @@ bench: .venv/test.stamp
 
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
+
+float-body: .venv/test.stamp
+	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body
 
 clean:
 	rm -rf .venv $(OUT)
