@@ -200,6 +200,7 @@ class _Bar:
 
     def stage(self, name: str, already_done: bool) -> None:
         """Stop the last stage's clock and begin the next."""
+        self._progress.start()
         if self._task is not None:
             self._progress.stop_task(self._task)
         note = "already done" if already_done else ""
@@ -223,8 +224,11 @@ def _progress() -> Iterator[_Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[terms]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), expand=True)
+    try:
         yield _Bar(progress)
+    finally:
+        progress.stop()
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from calibrators.errors import BackendError
+from exporters.tensorrt import cuda
+
 __all__ = ["Finding", "diagnose"]
 
 _NEEDED = {
@@ -17,6 +20,9 @@ _NEEDED = {
     "torch": "making bundles: pip install 'dfq-deploy[export]'",
     "timm": "making bundles: pip install 'dfq-deploy[export]'",
     "onnxsim": "making bundles: pip install 'dfq-deploy[export]'",
+    "tensorrt": "--backend trt, on the machine that builds: pip install tensorrt; without it engines stay pending",
+    "tensorrt-rtx-cu13": "--backend rtx, and to foresee what TensorRT does: pip install 'dfq-deploy[rtx]'",
+    "cuda-bindings": "running TensorRT engines: pip install cuda-bindings",
 }
 
 
@@ -38,7 +44,7 @@ class Finding:
 def diagnose() -> list[Finding]:
     """All findings about this environment."""
     found = [_package(name, use) for name, use in _NEEDED.items()]
-    return [*found, _onnxruntime_clash(), _integer_dot_products(), _cuda()]
+    return [*found, _onnxruntime_clash(), _integer_dot_products(), _gpu(), _cuda()]
 
 
 def _installed(name: str) -> str | None:
@@ -79,6 +85,15 @@ def _integer_dot_products() -> Finding:
     if flags:
         return Finding(subject, "ok", ", ".join(sorted(flags)))
     return Finding(subject, "problem", "no VNNI: INT8 sums may saturate; trust `dfq-deploy check` on this machine only")
+
+
+def _gpu() -> Finding:
+    """The GPU that TensorRT would build for and run on."""
+    try:
+        gpu = cuda.require()
+    except BackendError as error:
+        return Finding("GPU", "absent", f"{error.why} Engines of TensorRT for RTX can be built without one")
+    return Finding("GPU", "ok", f"{gpu.name}, {gpu.capability}, {gpu.memory / 2**30:.0f} GiB")
 
 
 def _cuda() -> Finding:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from calibrators.collectors.pytorch import collect_ranges
@@ -20,7 +21,7 @@ from calibrators.errors import BundleError, ImagesError, NotHereError, PlanError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet, Preprocess
 from calibrators.observers import observer_named
-from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
+from calibrators.plan import QuantPlan, Ranges, SiteRange, layer_of, make_plan
 from calibrators.registry import names, pick
 from calibrators.scheme import scheme_named
 from calibrators.sites import block_ranges
@@ -83,6 +84,7 @@ def export(
     """
     out = Path(out)
     backend = pick("exporters.backends", recipe.backend)
+    backend.check(_one_layer_plan(recipe), recipe.options)  # told now if it cannot be, not after the images
     watch.stage("model", False)
     model = _load(recipe)
     if images is not None:
@@ -122,6 +124,8 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
     out = _writable(Path(out))
+    options = BuildOptions(provider=recipe.provider)
+    pick("exporters.backends", recipe.backend).check(_one_layer_plan(recipe), options)
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
@@ -306,6 +310,19 @@ def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Works
 
     facts = [model.fingerprint, images.fingerprint, used, made_with()]
     return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
+
+
+def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
+    """What the recipe asks for, of a model with one layer."""
+    low, high = np.full(2, -1.0), np.full(2, 2.0)
+    block = recipe.block if scheme_named(recipe.scheme).blocked else None
+    sites = {
+        "layer.input": SiteRange(low[0], high[0], "input", None, (2 * recipe.block,)),
+        "layer.weight": SiteRange(low, high, "weight", 0, (2, 2 * recipe.block), block),
+    }
+    if block:
+        sites["layer.weight"] = replace(sites["layer.weight"], low=np.tile(low, (2, 1)), high=np.tile(high, (2, 1)))
+    return make_plan(Ranges(sites, "", "", ""), scheme_named(recipe.scheme))
 
 
 def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:

@@ -98,8 +98,7 @@ class CalibrateRecipe(GenerateRecipe):
     provider: ProviderName = "cpu"
     """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
-    """Number formats: w8a8 is symmetric and portable, w8a8_asym for ONNX Runtime's CPU only, w8a8_fp8 for GPUs from
-    SM89 on, w4a16 has blocks of INT4 weights, float quantizes nothing."""
+    """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (nothing quantized)."""
     block: BlockSize = 64
     """Input channels that share a scale; matters to w4a16."""
     observer: ObserverName = "auto"
@@ -109,8 +108,7 @@ class CalibrateRecipe(GenerateRecipe):
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
     spare: str = "auto"
-    """Layers that stay float: auto (the last, any with massive activations, for ONNX Runtime the first), none, or
-    names with commas between them."""
+    """Layers that stay float: auto (what quantization serves badly), none, or names with commas between them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,11 +25,10 @@ def refuse_plan(plan: QuantPlan, *, targets: Iterable[str], blocks: tuple[int, .
     Raises:
         BackendError: It cannot.
     """
-    asymmetric = [name for name, q in plan.sites.items() if not q.codes.signed or q.zero_point.any()]
-    if asymmetric:
+    if any(not q.codes.signed or q.zero_point.any() for q in plan.sites.values()):
         raise BackendError(
-            what=f"TensorRT cannot run this plan: {len(asymmetric)} sites such as `{asymmetric[0]}` are asymmetric.",
-            why="TensorRT quantizes symmetrically: signed codes with zero-point 0.",
+            what=f"TensorRT cannot run this plan ({plan.scheme}): activations are asymmetric (zero-point != 0).",
+            why="TensorRT quantizes symmetrically, with signed codes.",
             fix="use --scheme w8a8, or --backend ort.",
         )
     sizes = {q.block for q in plan.sites.values() if q.block is not None}
