@@ -21,13 +21,16 @@ import onnxruntime
 from calibrators.errors import BackendError, NotHereError
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
-from exporters.census import Census
+from exporters.census import Census, Precision, precision_of
 from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.refusals import refuse_plan
 
 __all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare"]
 
-_QUANTIZED_OPS = {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "MatMulNBits"}
+_KERNELS: dict[Precision, set[str]] = {  # MatMulNBits computes in float: for INT8 it is a fall-back
+    "int8": {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
+    "int4": {"MatMulNBits"},
+}
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -151,9 +154,7 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         if provider in _TENSORRT:
             note = "ONNX Runtime does not say what TensorRT computes in: --backend trt does."
             return Built("built", unknown, made_for=made_for, note=note)
-    quantized = _quantized_nodes(model, provider)
-    why = "its node is not a quantized operator in the graph that ONNX Runtime runs."
-    found = {layer: "" if layer in quantized else why for layer in plan.layers}
+    found = _float_layers(plan, _operators(model, provider))
     return Built("built", Census.of(plan, found, body=options.body), made_for=made_for)
 
 
@@ -201,8 +202,18 @@ def _provider_options(provider: str, folder: Path, options: BuildOptions) -> dic
     return found
 
 
-def _quantized_nodes(model: Path, provider: str) -> set[str]:
-    """Names of the nodes that are quantized operators once ONNX Runtime has optimised `model`."""
+def _float_layers(plan: QuantPlan, operators: Mapping[str, str]) -> dict[str, str]:
+    """Per planned layer an empty string, or why ONNX Runtime computes it in float."""
+    found = {}
+    for layer in plan.layers:
+        operator = operators.get(layer, "fused away")
+        computed = operator in _KERNELS.get(precision_of(plan, layer), ())
+        found[layer] = "" if computed else f"its node is {operator} in the graph that ONNX Runtime runs."
+    return found
+
+
+def _operators(model: Path, provider: str) -> dict[str, str]:
+    """What each node is once ONNX Runtime has optimised `model`, by name."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = session_options()
@@ -216,7 +227,7 @@ def _quantized_nodes(model: Path, provider: str) -> set[str]:
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
-    return {_SERIAL_SUFFIX.sub("", node.name) for node in graph.node if node.op_type in _QUANTIZED_OPS}
+    return {_SERIAL_SUFFIX.sub("", node.name): node.op_type for node in graph.node}
 
 
 def _cannot_load(model: Path, cause: Exception) -> BackendError:
