@@ -99,8 +99,14 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     """Return if the provider has kernels for the plan.
 
     Raises:
-        BackendError: It has not.
+        BackendError: It has not, or targets are named.
     """
+    if options.targets:
+        raise BackendError(
+            what="ONNX Runtime takes no --target.",
+            why="what it runs on is the machine that it is on.",
+            fix="leave it out, or use --backend rtx, which builds for GPUs that are not there.",
+        )
     formats = {q.codes.name for q in plan.sites.values()}
     if options.provider in _TENSORRT:
         refuse_plan(plan, targets=(), blocks=_BLOCKS)
@@ -122,9 +128,10 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why="it casts every operator's input to float32 and back, which is slower than float32 alone.",
             fix="use --float fp32, another --provider, or --backend rtx or trt.",
         )
-    if any(q.block is not None and q.block not in _BLOCKS for q in plan.sites.values()):
+    sizes = {q.block for q in plan.sites.values() if q.block is not None} - {*_BLOCKS}
+    if sizes:
         raise BackendError(
-            what="ONNX Runtime cannot run blocks of this size.",
+            what=f"ONNX Runtime cannot run blocks of {max(sizes)}.",
             why=f"its MatMulNBits is used here with blocks of {', '.join(map(str, _BLOCKS))}.",
             fix="pass one of these with --block.",
         )
