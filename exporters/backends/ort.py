@@ -3,7 +3,8 @@
 On the CPU, `build` lets ONNX Runtime optimise the graph and reads the result: a layer is quantized when its node has
 become a quantized operator there. CUDA runs Q/DQ as a float simulation, so it is offered for weight-only and float
 models. The TensorRT providers compile the graph with TensorRT and keep their engines in a folder beside the model; ONNX
-Runtime does not say what those compute in. Which provider really runs is asked of the session, never of the list.
+Runtime does not say what those compute in. Which provider really runs is asked of the session: ONNX Runtime's list has
+what was compiled in, with and without a driver.
 """
 
 import re
@@ -59,6 +60,8 @@ class OrtEngine:
             )
         self.provider = provider
         wanted = _PROVIDERS[provider]
+        if wanted not in onnxruntime.get_available_providers():
+            raise _not_here(provider, onnxruntime.get_available_providers())
         chosen: list[Any] = [(wanted, _provider_options(provider, model.parent, options or BuildOptions()))]
         try:
             with warnings.catch_warnings():
@@ -71,11 +74,7 @@ class OrtEngine:
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         if wanted not in self._session.get_providers():
-            raise NotHereError(
-                what=f"ONNX Runtime does not run on `{provider}` here.",
-                why=f"the session has {', '.join(self._session.get_providers())}.",
-                fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
-            )
+            raise _not_here(provider, self._session.get_providers())
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
@@ -235,6 +234,14 @@ def _operators(model: Path, provider: str) -> dict[str, str]:
             raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
     return {_SERIAL_SUFFIX.sub("", node.name): node.op_type for node in graph.node}
+
+
+def _not_here(provider: str, there: list[str]) -> NotHereError:
+    return NotHereError(
+        what=f"ONNX Runtime does not run on `{provider}` here.",
+        why=f"it has {', '.join(there)}.",
+        fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
+    )
 
 
 def _cannot_load(model: Path, cause: Exception) -> BackendError:
