@@ -1,5 +1,6 @@
 """A good engine passes, each kind of bad one is caught, and the report is what it says it is."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,12 @@ import pytest
 from scipy import stats
 
 import dfq_deploy as dfq
+from calibrators.errors import BackendError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
+from dfq_deploy import evaluate
 from dfq_deploy.evaluate import Check, Share
+from exporters.backends import ort
 from exporters.bundle import MANIFEST
 
 
@@ -66,7 +70,7 @@ def test_a_share_has_scipys_wilson_interval(hits: int, n: int) -> None:
 
 def test_a_good_bundle_passes(demo_run: tuple[Path, Check]) -> None:
     _, found = demo_run
-    assert found.verdict == "pass", found.reason
+    assert (found.verdict, found.ran) == ("pass", "the engine"), found.reason
     assert found.n == 360
     assert found.top1 is not None
     assert found.drop is not None
@@ -169,6 +173,67 @@ def test_the_report_keeps_its_contract(bundle: Path, limit: int) -> None:
     for name, (low, high) in report["intervals_95"].items():
         part, key = ("top1", name[5:]) if name.startswith("top1_") else ("agreement", name)
         assert low <= report[part][key] <= high
+
+
+@pytest.fixture
+def pending(bundle: Path) -> Path:
+    """The bundle as if its engine had yet to be built."""
+    facts = json.loads((bundle / MANIFEST).read_text())
+    facts["engine"] |= {"state": "pending", "note": "TensorRT is not installed here.", "precision": {}, "reasons": {}}
+    (bundle / MANIFEST).write_text(json.dumps(facts))
+    return bundle
+
+
+def test_an_engine_that_has_not_run_never_passes(pending: Path) -> None:
+    found = dfq.check(pending, limit=16)
+    assert found.verdict == "undecided"
+    assert found.reason.startswith(
+        "the engine has not run: TensorRT is not installed here. In ONNX Runtime, every layer"
+    )
+    assert found.ran == _report(pending)["ran"] == "model.onnx in ONNX Runtime"
+    assert found.layer_error.keys() == set(QuantPlan.load(pending / "plan.safetensors").layers)
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail", "undecided"])
+def test_a_stand_in_can_show_that_an_engine_is_wrong_not_that_it_is_right(
+    demo_run: tuple[Path, Check], verdict: evaluate.Verdict
+) -> None:
+    found = evaluate._not_run(dataclasses.replace(demo_run[1], verdict=verdict, reason="so it is"))
+    assert found.verdict == ("undecided" if verdict == "pass" else verdict)
+    assert found.reason == "the engine has not run: there is no GPU here. In ONNX Runtime, so it is"
+
+
+@pytest.mark.parametrize("site", ["input", "weight"])
+def test_a_wrong_model_fails_although_its_engine_has_not_run(pending: Path, site: str) -> None:
+    _change(pending, [f"blocks.1.mlp.fc2.{site}.scale"], lambda scale: scale * np.float32(1.02))
+    found = dfq.check(pending, limit=8)
+    assert found.verdict == "fail"
+    assert "layer blocks.1.mlp.fc2 is off" in found.reason
+
+
+def test_a_wrong_float_part_fails_although_its_engine_has_not_run(pending: Path) -> None:
+    _change(pending, ["norm.weight"], lambda values: values * np.linspace(0.8, 1.2, values.size))
+    found = dfq.check(pending, limit=64)
+    assert (found.verdict, found.reason.count("every layer agrees, but")) == ("fail", 1)
+
+
+def test_a_built_engine_that_cannot_run_here_has_a_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise NotHereError(what="there is no GPU.", why="none was found.", fix="go where one is.")
+
+    monkeypatch.setattr(ort, "load", absent)
+    found = dfq.check(bundle, limit=16)
+    assert (found.verdict, found.ran, found.engine.state) == ("undecided", "model.onnx in ONNX Runtime", "built")
+    assert found.reason.startswith("the engine has not run: there is no GPU here.")
+
+
+def test_an_engine_that_is_broken_has_no_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BackendError(what="the engine was made for another GPU.", why="it says so.", fix="build it again.")
+
+    monkeypatch.setattr(ort, "load", broken)
+    with pytest.raises(BackendError, match="made for another GPU"):
+        dfq.check(bundle, limit=1)
 
 
 def test_without_labels_there_is_no_accuracy(bundle: Path) -> None:

@@ -1,0 +1,232 @@
+"""ONNX Runtime beyond INT8 on a CPU: INT4 weights, providers that are not there, and what is refused beforehand."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+import dfq_deploy as dfq
+from calibrators.affine import CODES
+from calibrators.errors import BackendError, BundleError, ExportError, NotHereError
+from calibrators.images import ImageSet
+from calibrators.plan import QParams, QuantPlan
+from dfq_deploy.cli import run
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.reference import Reference
+from exporters.backends import BuildOptions, Placement, ort
+from exporters.bundle import open_bundle
+
+_NOISE = ["--model", "demo", "--generator", "noise", "--count", "8"]
+_BLOCKS = (32, 64, 128)
+_ABSENT = [name for name, provider in ort._PROVIDERS.items() if provider not in onnxruntime.get_available_providers()]
+_PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
+_SCALAR, _ZERO = np.array(0.05, np.float32), np.array(0, np.int8)
+
+every_absent_provider = pytest.mark.parametrize("provider", _ABSENT)
+
+
+@pytest.fixture(scope="module", params=_BLOCKS)
+def int4(
+    request: pytest.FixtureRequest, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """The size of blocks, and a bundle of the demo with INT4 weights."""
+    folder = tmp_path_factory.mktemp("int4") / "bundle"
+    shutil.copytree(demo_bundle, folder)
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme="w4a16", block=request.param)
+    assert dfq.export(recipe, folder, limit=16).verdict == "pass"
+    return request.param, folder
+
+
+@pytest.fixture
+def copied(demo_bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def _plan(folder: Path) -> QuantPlan:
+    return QuantPlan.load(folder / "plan.safetensors")
+
+
+def _images(folder: Path) -> np.ndarray:
+    (file,) = (folder / "work").glob("images-*.safetensors")
+    return ImageSet.load(file).pixels[:8]
+
+
+def test_weights_in_blocks_become_one_operator(int4: tuple[int, Path], tmp_path: Path) -> None:
+    block, folder = int4
+    options = ort.session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    nodes = [node for node in onnx.load(tmp_path / "optimised.onnx").graph.node if node.op_type == "MatMulNBits"]
+    assert len(nodes) == len(_plan(folder).layers) == (17 if block == 32 else 4)
+    for node in nodes:
+        facts = {a.name: a.i for a in node.attribute}
+        assert (facts["bits"], facts["block_size"], facts["accuracy_level"]) == (4, block, 1)
+
+
+def test_the_census_of_weights_in_blocks_is_int4(int4: tuple[int, Path]) -> None:
+    _, folder = int4
+    plan, facts = _plan(folder), open_bundle(folder).engine
+    assert {layer for layer, kind in facts.precision.items() if kind == "int4"} == set(plan.layers)
+    assert set(facts.precision.values()) == {"int4", "fp32"}
+    assert facts.reasons.keys() == facts.precision.keys() - set(plan.layers), "each float layer has its reason"
+    assert facts.reasons["patch_embed.proj"] == "w4a16 is for matrices: run-times have no such convolution"
+
+
+def test_float_activations_are_what_the_accuracy_level_asks_for(int4: tuple[int, Path]) -> None:
+    _, folder = int4
+    images = _images(folder)
+    wanted = Reference(load_model("demo"), _plan(folder)).quantized(images)
+    found = ort.load(folder / "model.onnx", {}, BuildOptions())(images)
+    careless = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(careless.run(None, {"images": images})[0] - wanted).max() > 1e-4 * np.abs(wanted).max()
+
+
+def test_a_float_weight_where_int4_was_planned_is_told(int4: tuple[int, Path]) -> None:
+    _, folder = int4
+    (floats,) = (folder / "work").glob("float-*.onnx")
+    with pytest.raises(ExportError, match="in float") as caught:
+        ort.build(floats, _plan(folder), BuildOptions())
+    assert caught.value.why == "its node is MatMul in the graph that ONNX Runtime runs."
+
+
+def _of(codes: str, block: int | None = None) -> QuantPlan:
+    """A plan of one layer."""
+    weight = QParams(np.full((2, 4), 0.1, np.float32), np.zeros((2, 4), np.int8), CODES[codes], 0, block)
+    if block is None:
+        activation = CODES["uint8" if codes == "uint8" else codes]
+        zero = np.array(128, np.uint8) if codes == "uint8" else _ZERO
+        weight = QParams(
+            np.full(2, 0.1, np.float32), np.zeros(2, np.int8), CODES["int8" if codes == "uint8" else codes], 0
+        )
+        sites = {"fc.input": QParams(_SCALAR, zero, activation, None), "fc.weight": weight}
+    else:
+        sites = {"fc.weight": weight}
+    return QuantPlan(sites, {}, scheme=codes, model="m", images="i")
+
+
+_PLANS = {
+    "int8": _of("int8"),
+    "uint8": _of("uint8"),
+    "fp8": _of("float8_e4m3fn"),
+    **{f"int4/{block}": _of("int4", block) for block in (16, *_BLOCKS)},
+}
+_TAKEN = {
+    *itertools.product(["cpu"], ["int8", "uint8", "int4/32", "int4/64", "int4/128"], ["fp32"]),
+    *itertools.product(["cuda"], ["int4/32", "int4/64", "int4/128"], ["fp32", "fp16", "bf16"]),
+    *itertools.product(
+        ["tensorrt", "rtx"], ["int8", "fp8", "int4/32", "int4/64", "int4/128"], ["fp32", "fp16", "bf16"]
+    ),
+}
+
+
+@pytest.mark.parametrize("body", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("plan", _PLANS)
+@pytest.mark.parametrize("provider", _PROVIDERS)
+def test_what_a_provider_has_no_kernels_for_is_refused(provider: str, plan: str, body: str) -> None:
+    options = BuildOptions(provider=provider, body=body)  # type: ignore[arg-type]
+    if (provider, plan, body) in _TAKEN:
+        ort.check(_PLANS[plan], options)
+        return
+    with pytest.raises(BackendError) as caught:
+        ort.check(_PLANS[plan], options)
+    assert len(str(caught.value).splitlines()) == 3
+    assert "--" in caught.value.fix, "it names a flag"
+
+
+def test_no_provider_is_the_cpu() -> None:
+    ort.check(_PLANS["int8"], BuildOptions())
+    for refused in (BuildOptions(body="fp16"), BuildOptions(targets=("sm89",))):
+        with pytest.raises(BackendError):
+            ort.check(_PLANS["int8"], refused)
+
+
+@pytest.mark.parametrize("provider", _PROVIDERS)
+def test_only_tensorrt_quantizes_the_first_layer_and_no_output(provider: str) -> None:
+    tensorrt = provider in ("tensorrt", "rtx")
+    placed = ort.placement(BuildOptions(provider=provider))
+    assert placed == Placement(first_layer=tensorrt, convolution_outputs=not tensorrt)
+
+
+def _scheme_for(provider: str) -> list[str]:
+    return ["--scheme", "w4a16"] if provider == "cuda" else []
+
+
+@every_absent_provider
+def test_an_engine_for_a_provider_that_is_not_here_is_pending(
+    copied: Path, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", *_NOISE, "--out", str(copied), "--limit", "8", "--provider", provider]
+    assert run([*command, *_scheme_for(provider)]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"engine: pending (ONNX Runtime does not run on `{provider}` here." in said
+    assert f"build it on the machine that will run it: dfq-deploy build {copied}" in said
+    assert "undecided: the engine has not run: ONNX Runtime does not run on" in said
+    report = json.loads((copied / "report.json").read_text())
+    assert (report["engine"]["state"], report["engine"]["layers"]) == ("pending", {}), "no engine was seen"
+    assert report["ran"] == "model.onnx in ONNX Runtime"
+    facts = open_bundle(copied).engine
+    assert (facts.state, facts.options.provider, facts.files, facts.made_for) == ("pending", provider, [], {})
+
+
+@every_absent_provider
+def test_a_pending_engine_cannot_be_loaded_and_the_command_that_builds_it_is_named(
+    copied: Path, provider: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", *_NOISE, "--out", str(copied), "--limit", "2", "--provider", provider]
+    run([*command, *_scheme_for(provider)])
+    for asked in (None, "cpu"):
+        with pytest.raises(BundleError, match="is not built yet") as caught:
+            dfq.load(copied, provider=asked)
+        assert f"`{provider}`" in caught.value.why
+        assert caught.value.fix.endswith(f": dfq-deploy build {copied}")
+    before = open_bundle(copied)
+    capsys.readouterr()
+    assert run(["build", str(copied)]) == 2, "it is as absent as before"
+    assert "engine: pending" in capsys.readouterr().out
+    assert open_bundle(copied) == before
+
+
+@pytest.mark.skipif("cuda" not in _ABSENT, reason="the engine would be built")
+def test_layers_of_a_pending_engine_are_held_to_the_body_that_they_compute_in(copied: Path) -> None:
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme="w4a16", provider="cuda", float="fp16")
+    found = dfq.export(recipe, copied, limit=16)
+    assert found.verdict == "undecided", found.reason
+    assert 1e-4 < max(found.layer_error.values()) < 2e-3
+
+
+@every_absent_provider
+def test_fp8_does_not_hide_that_the_provider_is_missing(copied: Path, provider: str) -> None:
+    model = ir.load(copied / "model.onnx")
+    for value in model.graph.initializers.values():
+        constant = value.const_value
+        if constant is not None and constant.dtype == ir.DataType.INT8:
+            fp8 = constant.numpy().astype(np.float32).astype("float8_e4m3fn")
+            value.const_value = ir.tensor(fp8, name=value.name)
+    ir.save(model, copied / "model.onnx")
+    with pytest.raises(BackendError, match="cannot load"):
+        ort.load(copied / "model.onnx", {}, BuildOptions())
+    with pytest.raises(NotHereError, match=f"does not run on `{provider}` here"):
+        ort.load(copied / "model.onnx", {}, BuildOptions(provider=provider))
+
+
+def test_a_built_bundle_is_built_again_as_it_was(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = open_bundle(copied)
+    report = json.loads((copied / "report.json").read_text())
+    assert run(["build", str(copied)]) == 0
+    assert "layers: 16 in int8, 10 in fp32" in capsys.readouterr().out
+    assert open_bundle(copied) == before
+    assert json.loads((copied / "report.json").read_text()) == report
+
+
+@every_absent_provider
+def test_a_built_bundle_may_be_asked_for_another_provider(copied: Path, provider: str) -> None:
+    with pytest.raises(NotHereError, match=f"does not run on `{provider}` here"):
+        dfq.load(copied, provider=provider)
