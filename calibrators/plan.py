@@ -40,7 +40,10 @@ def along(values: np.ndarray, ndim: int, axis: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SiteRange:
-    """What one site saw: bounds (scalars, or (n,) along `axis`, float32), its role, and a sample's shape."""
+    """What one site saw: bounds (scalars, or (n,) along `axis`), its role, and a sample's shape.
+
+    Bounds are float32; float64 where they stand for a scale that float32 bounds could not give back.
+    """
 
     low: np.ndarray
     high: np.ndarray
