@@ -9,15 +9,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from calibrators.collectors.pytorch import collect_ranges
+from calibrators.collectors import Collector, Subject, described
 from calibrators.errors import BundleError, ImagesError, PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet, Preprocess
-from calibrators.observers import observer_named
 from calibrators.plan import QuantPlan, Ranges, layer_of, make_plan
 from calibrators.registry import names, pick
 from calibrators.scheme import scheme_named
@@ -78,7 +77,7 @@ def export(
         DeployError: A stage could not be carried out; what was finished stays.
     """
     out = Path(out)
-    backend = pick("exporters.backends", recipe.backend)
+    backend, collector = pick("exporters.backends", recipe.backend), _collector(recipe)
     watch.stage("model", False)
     model = _load(recipe)
     if images is not None:
@@ -86,11 +85,10 @@ def export(
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
-        ranges = _ranges(recipe, model, calibration, work, watch)
-        plan = _plan(recipe, model, ranges)
+        subject = _subject(collector, model, work)
+        plan = _plan(recipe, model, _ranges(recipe, subject, calibration, work, watch))
         backend.check(plan)
-        facts = [model.fingerprint, made_with()]
-        floats = work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
+        floats = subject.onnx or _floats(model, work)
         if not is_built(out, recipe, plan):
             watch.stage("engine", False)
             build_bundle(out, recipe, model, plan=plan, images=calibration, floats=floats)
@@ -117,12 +115,13 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
     Raises:
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
-    out = _writable(Path(out))
+    out, collector = _writable(Path(out)), _collector(recipe)
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan = _plan(recipe, model, _ranges(recipe, model, calibration, work, watch))
+        subject = _subject(collector, model, work)
+        plan = _plan(recipe, model, _ranges(recipe, subject, calibration, work, watch))
         plan.save(out)
     return plan
 
@@ -275,20 +274,37 @@ def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
     return images
 
 
-def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:
-    used = f"percentile {recipe.percentile}" if recipe.observer == "percentile" else recipe.observer
+def _collector(recipe: CalibrateRecipe) -> Collector:
+    """The recipe's collector, which can begin: found out before anyone waits for images."""
+    plugin: Any = pick("calibrators.collectors", recipe.collector)
+    collector: Collector = plugin
+    collector.check(recipe.observer)
+    return collector
+
+
+def _floats(model: Model, work: Workspace) -> Path:
+    facts = [model.fingerprint, made_with()]
+    return work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
+
+
+def _subject(collector: Collector, model: Model, work: Workspace) -> Subject:
+    return Subject(model.module, model.fingerprint, _floats(model, work) if collector.NEEDS_ONNX else None)
+
+
+def _ranges(recipe: CalibrateRecipe, subject: Subject, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:
+    collector = _collector(recipe)
 
     def make(path: Path) -> None:
-        collect_ranges(
-            model.module,
+        collector.collect_ranges(
+            subject,
             images,
-            model_fingerprint=model.fingerprint,
-            observer=lambda: observer_named(recipe.observer, recipe.percentile),
-            observer_name=used,
+            observer=recipe.observer,
+            percentile=recipe.percentile,
             progress=lambda done, total: watch.progress(done, total, {}),
         ).save(path)
 
-    facts = [model.fingerprint, images.fingerprint, used, made_with()]
+    used = described(recipe.observer, recipe.percentile)
+    facts = [subject.fingerprint, images.fingerprint, recipe.collector, used, made_with()]
     return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
 
 

@@ -16,15 +16,17 @@ from calibrators.scheme import SCHEMES
 
 __all__ = ["CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "Recipe"]
 
-_OBSERVERS = ("minmax", "percentile")
+_OBSERVERS = ("minmax", "percentile", "entropy")
 
 if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a type checker cannot know
     from builtins import str as BackendName
+    from builtins import str as CollectorName
     from builtins import str as GeneratorName
     from builtins import str as ObserverName
     from builtins import str as SchemeName
 else:
     BackendName = Literal[names("exporters.backends")]
+    CollectorName = Literal[names("calibrators.collectors")]
     GeneratorName = Literal[names("dfq_deploy.generation.generators")]
     ObserverName = Literal[_OBSERVERS]
     SchemeName = Literal[tuple(SCHEMES)]
@@ -85,8 +87,11 @@ class CalibrateRecipe(GenerateRecipe):
     """Calibration images: synthetic, folder:PATH, npz:PATH, or a file made by `dfq-deploy generate`."""
     scheme: SchemeName = "w8a8"
     """Number formats: w8a8 is symmetric and portable, w8a8_asym is for ONNX Runtime only."""
+    collector: CollectorName = "pytorch"
+    """Who runs the images to read activation ranges: pytorch, or to compare with it ONNX Runtime's (ort) or
+    TensorRT 10's (trt) own calibrators."""
     observer: ObserverName = "percentile"
-    """How activation ranges are read off the images."""
+    """How activation ranges are read off the images; entropy is the ort and trt collectors' alone."""
     percentile: float = 99.999
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False
@@ -98,6 +103,7 @@ class CalibrateRecipe(GenerateRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("scheme", self.scheme, tuple(SCHEMES))
+        _check_name("collector", self.collector, names("calibrators.collectors"))
         _check_name("observer", self.observer, _OBSERVERS)
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
