@@ -5,23 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from onnxruntime.quantization import CalibrationMethod, create_calibrator
-from torch import nn
+from small_model import Failing, small_subject
 
 import dfq_deploy as dfq
 from calibrators.collectors import Subject, ort, pytorch
 from calibrators.errors import ImagesError, PlanError, RecipeError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader
 from calibrators.plan import QuantPlan, Ranges
 from calibrators.registry import names, pick
-from calibrators.sites import attach_sites, sites_of
+from calibrators.sites import sites_of
 from calibrators.tensors import tensors_of
 from dfq_deploy.building import float_onnx
 from dfq_deploy.cli import run
 from dfq_deploy.models.loading import load_model
-from exporters.to_onnx import export_float
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +37,9 @@ def images() -> ImageSet:
     return pick("calibrators.sources", "npz").open_images(model.labelled, model.preprocess).spread(19)
 
 
-class _Small(nn.Module):
-    """A convolution, and two layers that read one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3)
-        self.one = nn.Linear(4, 3)
-        self.two = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.stem(x).relu().flatten(2).transpose(1, 2)
-        return (self.one(features) + self.two(features)).mean(1)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, ImageSet]:
-    torch.manual_seed(0)
-    module = _Small().eval().requires_grad_(False)
-    attach_sites(module)
-    path = tmp_path_factory.mktemp("small") / "float.onnx"
-    export_float(module, torch.zeros(2, 1, 16, 16), path)
-    pixels = np.random.default_rng(0).laplace(size=(20, 1, 16, 16)).astype(np.float32)
-    preprocess = Preprocess((16, 16), 1.0, "center", "bicubic", (0.5,), (0.5,))
-    return Subject(module, "m", path), ImageSet.of(pixels, preprocess, source="test")
+    return small_subject(tmp_path_factory.mktemp("small"))
 
 
 def _close(found: Ranges, wanted: Ranges, tolerance: float) -> None:
@@ -146,25 +123,10 @@ def test_nan_that_onnxruntime_passes_over_is_refused_by_site(small: tuple[Subjec
         ort.collect_ranges(subject, dataclasses.replace(images, pixels=pixels), observer="minmax", percentile=99.9)
 
 
-class _Fails:
-    """Pixels of which the last slice cannot be read the second time round."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self._pixels, self._reads = pixels, 0
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        self._reads += index.stop >= len(self)
-        if self._reads > 1:
-            raise ImagesError(what="the disk is gone.", why="a test.", fix="none.")
-        return self._pixels[index]
-
-
 def test_a_source_that_fails_never_shortens_calibration(small: tuple[Subject, ImageSet]) -> None:
     subject, images = small
-    failing = dataclasses.replace(images, pixels=_Fails(np.array(images.pixels[:20])))
+    failure = ImagesError(what="the disk is gone.", why="a test.", fix="none.")
+    failing = dataclasses.replace(images, pixels=Failing(np.array(images.pixels[:20]), failure, reads=1))
     with pytest.raises(ImagesError, match="the disk is gone"):
         ort.collect_ranges(subject, failing, observer="minmax", percentile=99.9)
 

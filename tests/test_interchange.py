@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationMethod, QuantType, create_calibrator, quantize_static
 from PIL import Image
 from polygraphy.json import load_json, to_json
+from small_model import Failing
 
 from calibrators import interchange
 from calibrators.errors import DeployError, ImagesError, RecipeError
@@ -34,24 +35,11 @@ def _pictures(preprocess: Preprocess, count: int = 5) -> ImageSet:
     return ImageSet.of(pixels, preprocess, source="test", labels=np.arange(count, dtype=np.int64) * 3)
 
 
-class _Fails:
-    """Pixels whose third image cannot be read."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        if index.stop > 2:
-            raise ImagesError(what="image 2 is broken.", why="a test.", fix="none.")
-        return self._images.pixels[index]
-
-
 def _failing() -> ImageSet:
-    images = _pictures(RGB)
-    return dataclasses.replace(images, pixels=_Fails(images))
+    """A set whose last image cannot be read."""
+    images = _pictures(RGB, 20)
+    failure = ImagesError(what="image 19 is broken.", why="a test.", fix="none.")
+    return dataclasses.replace(images, pixels=Failing(np.array(images.pixels[:20]), failure))
 
 
 @pytest.fixture
@@ -98,7 +86,7 @@ def test_onnxruntimes_own_pipeline_calibrates_on_an_image_set(tmp_path: Path, mo
 
 def test_a_reader_that_fails_fails_the_calibration(tmp_path: Path, model: Path) -> None:
     calibrator = create_calibrator(model, None, str(tmp_path / "a.onnx"), CalibrationMethod.MinMax)
-    with pytest.raises(ImagesError, match="image 2 is broken"):
+    with pytest.raises(ImagesError, match="image 19 is broken"):
         calibrator.collect_data(ImageSetReader(_failing()))
 
 
@@ -185,6 +173,6 @@ def test_without_polygraphy_the_fix_says_how_to_get_it(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("write", [write_npz, write_folder, write_polygraphy])
 def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path, write: Any) -> None:
-    with pytest.raises(DeployError, match="image 2 is broken"):
+    with pytest.raises(DeployError, match="image 19 is broken"):
         write(_failing(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
