@@ -10,19 +10,35 @@ from typing import TYPE_CHECKING, Any
 from calibrators.errors import RecipeError
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Runner", "calibrate", "check", "diagnose", "export", "generate", "load"]
+__all__ = [
+    "ImageSet",
+    "ImageSetReader",
+    "Recipe",
+    "Runner",
+    "calibrate",
+    "check",
+    "convert",
+    "diagnose",
+    "export",
+    "generate",
+    "load",
+]
 
 if TYPE_CHECKING:
+    from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.pipeline import calibrate, check, export, generate
     from dfq_deploy.recipe import Recipe
     from dfq_deploy.runtime import Runner, load
 
 _HOMES = {
+    "ImageSet": "converting",
+    "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
     "calibrate": "pipeline",
     "check": "pipeline",
+    "convert": "converting",
     "diagnose": "doctor",
     "export": "pipeline",
     "generate": "pipeline",

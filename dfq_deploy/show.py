@@ -20,7 +20,15 @@ from exporters.census import Census
 if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
     from dfq_deploy.evaluate import Check
 
-__all__ = ["print_check", "print_classes", "print_findings", "print_images", "print_path", "print_plan"]
+__all__ = [
+    "print_check",
+    "print_classes",
+    "print_converted",
+    "print_findings",
+    "print_images",
+    "print_path",
+    "print_plan",
+]
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _COLOURS = {
@@ -125,6 +133,11 @@ def print_path(path: Path) -> None:
         print_images(ImageSet.load(path), path)
     else:
         print_plan(QuantPlan.load(path))
+
+
+def print_converted(file: Path, out: Path, to: str) -> None:
+    """What was written from what."""
+    _console.print(f"{out}: {file} as {to}")
 
 
 def print_findings(findings: list[Finding]) -> int:
