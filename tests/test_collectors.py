@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnxruntime.quantization import CalibrationMethod, create_calibrator
+from onnxruntime.quantization.calibrate import HistogramCollector
 from small_model import Failing, small_subject
 
 import dfq_deploy as dfq
@@ -138,6 +139,25 @@ def test_another_models_onnx_is_refused(small: tuple[Subject, ImageSet], demo: S
     (tmp_path / "float.onnx").write_bytes(b"\x00nothing")
     with pytest.raises(PlanError, match="cannot be read as an ONNX model"):
         tensors_of(["stem.input"], tmp_path / "float.onnx")
+
+
+def test_onnxruntime_gets_one_batch_at_a_time_and_looks_at_the_sites_alone(
+    small: tuple[Subject, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[dict[str, list[np.ndarray]]] = []
+    collect = HistogramCollector.collect
+    monkeypatch.setattr(HistogramCollector, "collect", lambda self, given: held.append(given) or collect(self, given))
+    ort.collect_ranges(*small, observer="percentile", percentile=99.9)
+    assert [[len(batch) for batch in given["images"]] for given in held] == [[8], [8], [4]]
+    assert all(set(given) == {"images", "stem.output", "one.input"} for given in held)
+
+
+def test_the_recipe_offers_the_observers_of_all_collectors_together() -> None:
+    offered = {name: pick("calibrators.collectors", name).OBSERVERS for name in names("calibrators.collectors")}
+    assert set().union(*offered.values()) == {"minmax", "percentile", "entropy"}
+    for collector, observers in offered.items():
+        for observer in observers:
+            dfq.Recipe(model="demo", collector=collector, observer=observer)
 
 
 @pytest.mark.parametrize("name", names("calibrators.collectors"))
