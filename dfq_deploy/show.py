@@ -19,7 +19,16 @@ from exporters.bundle import EngineFacts, open_bundle
 if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
     from dfq_deploy.evaluate import Check
 
-__all__ = ["print_check", "print_classes", "print_engine", "print_findings", "print_images", "print_path", "print_plan"]
+__all__ = [
+    "print_check",
+    "print_classes",
+    "print_converted",
+    "print_engine",
+    "print_findings",
+    "print_images",
+    "print_path",
+    "print_plan",
+]
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _COLOURS = {
@@ -132,6 +141,11 @@ def print_path(path: Path) -> None:
         print_images(ImageSet.load(path), path)
     else:
         print_plan(QuantPlan.load(path))
+
+
+def print_converted(file: Path, out: Path, to: str) -> None:
+    """What was written from what."""
+    _console.print(f"{out}: {file} as {to}")
 
 
 def print_findings(findings: list[Finding]) -> int:
