@@ -113,7 +113,11 @@ def _collector(recipe: CalibrateRecipe) -> Collector:
 
 
 def _observer(recipe: CalibrateRecipe) -> str:
-    return scheme_named(recipe.scheme).observer if recipe.observer == "auto" else recipe.observer
+    """The recipe's observer; `auto` is what suits the scheme, where the collector has it."""
+    if recipe.observer != "auto":
+        return recipe.observer
+    suited, offered = scheme_named(recipe.scheme).observer, _collector(recipe).OBSERVERS
+    return suited if suited in offered else offered[0]
 
 
 def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
