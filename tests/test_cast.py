@@ -245,11 +245,12 @@ def test_a_filled_tensor_of_large_numbers_stays_finite() -> None:
 
 
 def test_whole_numbers_and_shapes_are_left_alone() -> None:
-    text = """agraph (float[N, 4] x) => (int64[M] s, float[N, 2] y) {
-        s = Shape (x)
+    text = """agraph (float[N, 4] x, float[M, 4] z) => (int64[2] s, float[N, 2] y) {
+        [shape] s = Shape (z)
         y = Gather <axis = 1> (x, index)
     }"""
     model = _cast(_model(text, index=np.array([0, 2])))
+    assert (_reads(model, "shape"), _gives(model, "shape")) == ([_FP32], ir.DataType.INT64)
     assert _constant(model, "index").dtype == np.int64
     assert _casts(model) == {"x.fp16", "y.fp32"}
 
