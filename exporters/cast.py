@@ -149,7 +149,7 @@ class CastBody(ir.passes.InPlacePass):
         else:
             if source is not None and source.op_type == "DequantizeLinear":
                 inputs = [self._form(v, source) if v is not None and v.dtype == _FP32 else v for v in source.inputs]
-                node = ir.Node("", source.op_type, inputs, source.attributes, name=name)
+                node = ir.Node("", source.op_type, inputs, source.attributes, name=f"{source.name}.{suffix}")
             else:
                 node = ir.node("Cast", [value], {"to": dtype}, name=name)
             graph.insert_before(reader, node)
