@@ -17,10 +17,11 @@ import torch
 from scipy import stats
 
 from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan
 from dfq_deploy.reference import Reference
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
-from exporters.census import Body
+from exporters.census import Body, precision_of
 from exporters.cut import LayerCutter
 
 __all__ = ["Check", "Share", "evaluate"]
@@ -137,12 +138,17 @@ def evaluate(
         progress(done, len(images))
     logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=stand_in), images.pixels[:1])
-    found = _judged(logits, images, facts, layer_error)
+    tolerance = {layer: _tolerance(reference.plan, layer, facts.options.body) for layer in layer_error}
+    found = _judged(logits, images, facts, layer_error, tolerance)
     return _not_run(found) if stand_in else found
 
 
 def _judged(
-    logits: Mapping[str, np.ndarray], images: ImageSet, facts: EngineFacts, layer_error: Mapping[str, float]
+    logits: Mapping[str, np.ndarray],
+    images: ImageSet,
+    facts: EngineFacts,
+    layer_error: Mapping[str, float],
+    tolerance: Mapping[str, float],
 ) -> Check:
     best = {name: values.argmax(1) for name, values in logits.items()}
     pairs = {
@@ -158,7 +164,6 @@ def _judged(
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = _mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
-    tolerance = {layer: _tolerance(facts, layer) for layer in layer_error}
     verdict, reason = _verdict(layer_error, tolerance, ratio, float(distances["engine_reference"].mean()) <= negligible)
     if not np.isfinite(logits["engine"]).all():
         verdict, reason = "fail", "the engine puts out NaN or Inf"
@@ -188,10 +193,9 @@ def _not_run(found: Check) -> Check:
     return replace(found, verdict=verdict, reason=reason, ran="model.onnx in ONNX Runtime")
 
 
-def _tolerance(facts: EngineFacts, layer: str) -> float:
+def _tolerance(plan: QuantPlan, layer: str, body: Body) -> float:
     """A weight-only layer computes in the body's type, any other one in integers and float32."""
-    weight_only = facts.precision.get(layer) == "int4"
-    return _LAYER_TOLERANCE[facts.options.body if weight_only else "fp32"]
+    return _LAYER_TOLERANCE[body if precision_of(plan, layer) == "int4" else "fp32"]
 
 
 def _verdict(

@@ -152,7 +152,8 @@ class Recipe(CalibrateRecipe):
         sizes = self.batch.split(",")
         sound = len(sizes) == 3 and all(size.isdecimal() for size in sizes) and sorted(sizes, key=int) == sizes
         wrong = f"--batch {self.batch} names no sizes."
-        _check(sound and sizes[0] != "0", wrong, "it is the smallest, usual and largest one.", "such as 1,8,32")
+        why = "it takes the smallest, the usual and the largest number of images, in this order and from 1 on."
+        _check(sound and int(sizes[0]) > 0, wrong, why, "three numbers such as 1,8,32")
         wrong = f"--optimization-level {self.optimization_level} does not exist."
         _check(self.optimization_level in (None, *range(6)), wrong, "TensorRT has 0 to 5.", "one of them")
         wrong = f"--workspace {self.workspace} is no size."

@@ -15,10 +15,11 @@ from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
-from exporters.backends import ort
-from exporters.bundle import open_bundle
+from exporters.backends import BuildOptions, ort
+from exporters.bundle import EngineFacts, open_bundle
 from exporters.cut import LayerCutter
 
+_CPU = BuildOptions(provider="cpu")
 _RECIPES = {
     "w8a8": dfq.Recipe(model="demo", generator="noise", count=8),
     "everything": dfq.Recipe(model="demo", generator="noise", count=8, attention=True, spare="none"),
@@ -46,14 +47,15 @@ def _images(folder: Path) -> np.ndarray:
 
 def test_every_planned_layer_is_computed_in_integers(bundle: Path) -> None:
     plan = _plan(bundle)
-    census = ort.build(bundle / "model.onnx", plan)
+    census = ort.build(bundle / "model.onnx", plan, _CPU).census
     assert {layer for layer, kind in census.precision.items() if kind == "int8"} == set(plan.layers)
     assert census.reasons.keys() == census.precision.keys() - set(plan.layers), "each float layer has its reason"
 
 
 def test_the_manifest_tells_the_census(bundle: Path) -> None:
-    census = ort.build(bundle / "model.onnx", _plan(bundle))
-    assert open_bundle(bundle).precision == census.precision
+    built = ort.build(bundle / "model.onnx", _plan(bundle), _CPU)
+    assert (built.state, built.files, built.note) == ("built", (), "")
+    assert open_bundle(bundle).engine == EngineFacts.of(built, _CPU)
 
 
 def test_every_layer_equals_its_reference_on_the_same_input(bundle: Path) -> None:
@@ -72,7 +74,7 @@ def test_every_layer_equals_its_reference_on_the_same_input(bundle: Path) -> Non
 def test_with_everything_quantized_nothing_is_float(demo_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(demo_bundle, folder)
-    assert dfq.export(_RECIPES["everything"], folder, limit=4).census.counts == {"int8": 26, "float": 0}
+    assert dfq.export(_RECIPES["everything"], folder, limit=4).engine.census.counts == {"int8": 26}
 
 
 def test_cutting_layers_prints_nothing(demo_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +98,7 @@ def test_a_layer_that_fell_back_to_float_is_told(demo_bundle: Path, tmp_path: Pa
     node.replace_input_with(0, dequantize)
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=rf"computes `{layer}` in float") as caught:
-        ort.build(tmp_path / "model.onnx", _plan(demo_bundle))
+        ort.build(tmp_path / "model.onnx", _plan(demo_bundle), _CPU)
     assert f"--spare {layer}" in caught.value.fix
 
 
@@ -104,7 +106,7 @@ def test_every_layer_that_fell_back_is_in_the_advice(demo_bundle: Path) -> None:
     (floats,) = (demo_bundle / "work").glob("float-*.onnx")
     plan = _plan(demo_bundle)
     with pytest.raises(ExportError) as caught:
-        ort.build(floats, plan)
+        ort.build(floats, plan, _CPU)
     assert f"--spare {','.join(plan.layers)}" in caught.value.fix
 
 
@@ -112,11 +114,11 @@ def test_a_file_that_is_no_onnx_is_refused(demo_bundle: Path, tmp_path: Path) ->
     broken = tmp_path / "model.onnx"
     broken.write_bytes((demo_bundle / "model.onnx").read_bytes()[:1000])
     with pytest.raises(BackendError, match="cannot load"):
-        ort.load(broken)
+        ort.load(broken, {}, _CPU)
     with pytest.raises(BackendError, match="cannot load"):
-        ort.build(broken, _plan(demo_bundle))
+        ort.build(broken, _plan(demo_bundle), _CPU)
     with pytest.raises(BackendError, match="cannot load"):
-        ort.load(tmp_path / "missing.onnx")
+        ort.load(tmp_path / "missing.onnx", {}, _CPU)
 
 
 @pytest.mark.skipif(
@@ -126,16 +128,16 @@ def test_cuda_is_refused_where_it_is_not_there(demo_bundle: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ONNX Runtime's own warning would be a second voice
         with pytest.raises(BackendError, match="does not run on `cuda` here"):
-            ort.load(demo_bundle / "model.onnx", provider="cuda")
+            ort.load(demo_bundle / "model.onnx", {}, BuildOptions(provider="cuda"))
 
 
 def test_a_provider_that_does_not_exist_is_refused(demo_bundle: Path) -> None:
     with pytest.raises(BackendError, match="no provider named `tpu`"):
-        ort.load(demo_bundle / "model.onnx", provider="tpu")
+        ort.load(demo_bundle / "model.onnx", {}, BuildOptions(provider="tpu"))
 
 
 def test_a_closed_engine_says_so(demo_bundle: Path) -> None:
-    engine = ort.load(demo_bundle / "model.onnx")
+    engine = ort.load(demo_bundle / "model.onnx", {}, _CPU)
     images = _images(demo_bundle)
     assert engine(images).shape == (2, 10)
     engine.close()

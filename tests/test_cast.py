@@ -190,8 +190,12 @@ def test_two_readers_of_different_types_get_a_dequantizer_each() -> None:
     model = _cast(_quantized(plain, sites))
     assert _reads(model, "sum") == [_FP16, _FP16]
     assert _reads(model, "soft") == [_FP32]
-    pair = [_node(model, name) for name in ("conv.output.dequantize", "conv.output.dequantize.fp16")]
-    assert pair[0].inputs[0] is pair[1].inputs[0]
+    read = [_node(model, name).inputs[0] for name in ("sum", "soft")]
+    one, two = (value.producer() for value in read if value is not None)
+    assert one is not None
+    assert two is _node(model, "conv.output.dequantize")
+    assert one is not two
+    assert (one.op_type, one.inputs[0]) == ("DequantizeLinear", two.inputs[0])
     assert _casts(model) == {"p.fp16", "y.fp32"}
 
 

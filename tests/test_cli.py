@@ -23,6 +23,8 @@ from dfq_deploy.evaluate import Check
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 
 _NOISE = ["--model", "demo", "--generator", "noise"]
+_RTX = ["export", *_NOISE, "--out", "o", "--backend", "rtx"]
+_W4 = ["--scheme", "w4a16"]
 _RECIPES = {
     "good.toml": b'model = "demo"\ngenerator = "noise"\ncount = 4\nseed = 3\n',
     "misspelt.toml": b'modle = "demo"\n',
@@ -74,6 +76,26 @@ _MISTAKES = {
     "no bundle": ["check", "nothing"],
     "no image": ["infer", "bundle", "file"],
     "no provider": ["infer", "bundle", "digit.png", "--provider", "tpu"],
+    "a batch out of order": ["export", *_NOISE, "--out", "o", "--batch", "8,1,32"],
+    "a batch of nothing": ["export", *_NOISE, "--out", "o", "--batch", "00,1,2"],
+    "a batch of letters": ["export", *_NOISE, "--out", "o", "--batch", "a,b,c"],
+    "a workspace of nothing": ["export", *_NOISE, "--out", "o", "--workspace", "0"],
+    "no such optimization level": ["export", *_NOISE, "--out", "o", "--optimization-level", "9"],
+    "no such block": ["export", *_NOISE, "--out", "o", "--scheme", "w4a16", "--block", "48"],
+    "a provider of another backend": ["export", *_NOISE, "--out", "o", "--backend", "trt", "--provider", "cuda"],
+    "no such target": ["export", *_NOISE, "--out", "o", "--backend", "rtx", "--target", "sm86,sm90"],
+    "a target for TensorRT": ["export", *_NOISE, "--out", "o", "--backend", "trt", "--target", "sm89"],
+    "a target for ONNX Runtime": ["export", *_NOISE, "--out", "o", "--target", "sm89"],
+    "a target without FP8": [*_RTX, "--scheme", "w8a8_fp8", "--target", "sm86,sm89"],
+    "an asymmetric scheme for TensorRT": [*_RTX, "--scheme", "w8a8_asym"],
+    "a block too small for TensorRT": ["export", *_NOISE, "--out", "o", "--backend", "trt", *_W4, "--block", "32"],
+    "FP8 on a CPU": ["export", *_NOISE, "--out", "o", "--scheme", "w8a8_fp8"],
+    "FP8 on a CPU, calibrated only": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--scheme", "w8a8_fp8"],
+    "INT8 on CUDA": ["export", *_NOISE, "--out", "o", "--provider", "cuda"],
+    "a float16 body on a CPU": ["export", *_NOISE, "--out", "o", "--float", "fp16"],
+    "a block too small for ONNX Runtime": ["export", *_NOISE, "--out", "o", *_W4, "--block", "16"],
+    "no bundle to build": ["build", "nothing"],
+    "a bundle of another placement": ["build", "bundle", "--backend", "trt"],
     "a misspelt field": ["--recipe", "misspelt.toml", "export", "--out", "o"],
     "a recipe that is not there": ["--recipe", "nothing.toml", "export", "--out", "o"],
     "a recipe that is a folder": ["--recipe", "bundle", "export", "--out", "o"],
@@ -162,7 +184,8 @@ def test_check_says_what_it_found(desk: Path, capsys: pytest.CaptureFixture[str]
     assert cli.run(["check", "bundle", "--limit", "5"]) == 0
     said = capsys.readouterr().out
     assert "5 of npz:held_back.npz" in said
-    assert "16 layers in int8, 10 in float" in said
+    assert "engine: built\nlayers: 16 in int8, 10 in fp32\n" in said
+    assert "the engine agrees with the reference" in said
     assert "pass: every layer agrees" in said
 
 
@@ -231,7 +254,7 @@ def test_the_help_of_a_command_lists_every_field(
 def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     said = capsys.readouterr().out
-    for command in ("export", "generate", "calibrate", "check", "infer", "show", "convert", "doctor"):
+    for command in ("export", "generate", "calibrate", "build", "check", "infer", "show", "convert", "doctor"):
         assert f" {command} " in said
 
 

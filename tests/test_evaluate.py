@@ -74,7 +74,7 @@ def test_a_good_bundle_passes(demo_run: tuple[Path, Check]) -> None:
     assert found.top1["float"].percent > 98
     assert found.agreement["engine_reference"].percent > 99
     assert max(found.layer_error.values()) < 1e-5
-    assert found.layer_error.keys() == {layer for layer, kind in found.census.precision.items() if kind == "int8"}
+    assert found.layer_error.keys() == {layer for layer, kind in found.engine.precision.items() if kind == "int8"}
 
 
 def test_the_drop_is_the_paired_difference_with_its_interval(demo_run: tuple[Path, Check]) -> None:
@@ -163,7 +163,8 @@ def test_the_report_keeps_its_contract(bundle: Path, limit: int) -> None:
     for part, names in _SHARES.items():
         assert report[part].keys() == set(names)
         assert all(isinstance(value, float) and 0 <= value <= 100 for value in report[part].values())
-    assert {kind: report["census"][kind] for kind in ("int8", "float")} == {"int8": 16, "float": 10}
+    assert (report["engine"]["state"], report["engine"]["layers"]) == ("built", {"int8": 16, "fp32": 10})
+    assert report["ran"] == "the engine"
     assert report["verdict"] == "pass"
     for name, (low, high) in report["intervals_95"].items():
         part, key = ("top1", name[5:]) if name.startswith("top1_") else ("agreement", name)

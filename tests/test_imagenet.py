@@ -30,4 +30,4 @@ def test_synthetic_images_alone_keep_the_accuracy(
     assert found["n"] == 921
     assert found["top1"]["float"] - found["top1"]["engine"] <= most_points_lost
     assert found["agreement"]["engine_reference"] >= found["agreement"]["noise_floor"] - 1.0
-    assert found["census"]["int8"] >= 47
+    assert found["engine"]["layers"]["int8"] >= 47

@@ -7,13 +7,15 @@ needs it, turns an ONNX file with Q/DQ into what it loads, and runs it.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-import onnx_ir as ir
 
 from calibrators.plan import QuantPlan
 from exporters.census import Body, Census
+
+if TYPE_CHECKING:  # onnx-ir brings sympy: a third of a second, which `--help` would pay
+    import onnx_ir as ir
 
 __all__ = ["Backend", "BuildOptions", "Built", "Engine", "Placement"]
 
@@ -94,7 +96,7 @@ class Backend(Protocol):
         """Return if this backend can run the plan; raise BackendError with the reason if not."""
         ...
 
-    def prepare(self, model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+    def prepare(self, model: "ir.Model", plan: QuantPlan, options: BuildOptions) -> None:
         """Change the quantized model, in place, where the run-time would misread it; no value changes."""
         ...
 

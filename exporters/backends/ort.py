@@ -3,7 +3,8 @@
 On the CPU, `build` lets ONNX Runtime optimise the graph and reads the result: a layer is quantized when its node has
 become a quantized operator there. CUDA runs Q/DQ as a float simulation, so it is offered for weight-only and float
 models. The TensorRT providers compile the graph with TensorRT and keep their engines in the user's cache folder; ONNX
-Runtime does not say what those compute in. Which provider really runs is asked of the session, never of the list.
+Runtime does not say what those compute in. Which provider really runs is asked of the session: ONNX Runtime's list has
+what was compiled in, with and without a driver.
 """
 
 import re
@@ -23,13 +24,16 @@ from calibrators.errors import BackendError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
-from exporters.census import Census
+from exporters.census import Census, Precision, precision_of
 from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.refusals import refuse_plan
 
 __all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare"]
 
-_QUANTIZED_OPS = {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "MatMulNBits"}
+_KERNELS: dict[Precision, set[str]] = {  # MatMulNBits computes in float: for INT8 it is a fall-back
+    "int8": {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
+    "int4": {"MatMulNBits"},
+}
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -57,6 +61,8 @@ class OrtEngine:
             )
         self.provider = provider
         wanted = _PROVIDERS[provider]
+        if wanted not in onnxruntime.get_available_providers():
+            raise _not_here(provider, onnxruntime.get_available_providers())
         chosen: list[Any] = [(wanted, _provider_options(provider, model, options or BuildOptions()))]
         try:
             with warnings.catch_warnings():
@@ -69,11 +75,7 @@ class OrtEngine:
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         if wanted not in self._session.get_providers():
-            raise NotHereError(
-                what=f"ONNX Runtime does not run on `{provider}` here.",
-                why=f"the session has {', '.join(self._session.get_providers())}.",
-                fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
-            )
+            raise _not_here(provider, self._session.get_providers())
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
@@ -97,8 +99,14 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     """Return if the provider has kernels for the plan.
 
     Raises:
-        BackendError: It has not.
+        BackendError: It has not, or targets are named.
     """
+    if options.targets:
+        raise BackendError(
+            what="ONNX Runtime takes no --target.",
+            why="what it runs on is the machine that it is on.",
+            fix="leave it out, or use --backend rtx, which builds for GPUs that are not there.",
+        )
     formats = {q.codes.name for q in plan.sites.values()}
     if options.provider in _TENSORRT:
         refuse_plan(plan, targets=(), blocks=_BLOCKS)
@@ -120,9 +128,10 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why="it casts every operator's input to float32 and back, which is slower than float32 alone.",
             fix="use --float fp32, another --provider, or --backend rtx or trt.",
         )
-    if any(q.block is not None and q.block not in _BLOCKS for q in plan.sites.values()):
+    sizes = {q.block for q in plan.sites.values() if q.block is not None} - {*_BLOCKS}
+    if sizes:
         raise BackendError(
-            what="ONNX Runtime cannot run blocks of this size.",
+            what=f"ONNX Runtime cannot run blocks of {max(sizes)}.",
             why=f"its MatMulNBits is used here with blocks of {', '.join(map(str, _BLOCKS))}.",
             fix="pass one of these with --block.",
         )
@@ -152,9 +161,7 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         if provider in _TENSORRT:
             note = "ONNX Runtime does not say what TensorRT computes in: --backend trt does."
             return Built("built", unknown, made_for=made_for, note=note)
-    quantized = _quantized_nodes(model, provider)
-    why = "its node is not a quantized operator in the graph that ONNX Runtime runs."
-    found = {layer: "" if layer in quantized else why for layer in plan.layers}
+    found = _float_layers(plan, _operators(model, provider))
     return Built("built", Census.of(plan, found, body=options.body), made_for=made_for)
 
 
@@ -203,8 +210,18 @@ def _provider_options(provider: str, model: Path, options: BuildOptions) -> dict
     return found
 
 
-def _quantized_nodes(model: Path, provider: str) -> set[str]:
-    """Names of the nodes that are quantized operators once ONNX Runtime has optimised `model`."""
+def _float_layers(plan: QuantPlan, operators: Mapping[str, str]) -> dict[str, str]:
+    """Per planned layer an empty string, or why ONNX Runtime computes it in float."""
+    found = {}
+    for layer in plan.layers:
+        operator = operators.get(layer, "fused away")
+        computed = operator in _KERNELS.get(precision_of(plan, layer), ())
+        found[layer] = "" if computed else f"its node is {operator} in the graph that ONNX Runtime runs."
+    return found
+
+
+def _operators(model: Path, provider: str) -> dict[str, str]:
+    """What each node is once ONNX Runtime has optimised `model`, by name."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = session_options()
@@ -213,11 +230,20 @@ def _quantized_nodes(model: Path, provider: str) -> set[str]:
             "session.optimized_model_external_initializers_file_name", "optimised.onnx.data"
         )
         try:
-            onnxruntime.InferenceSession(str(model), options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
+            providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
+            onnxruntime.InferenceSession(str(model), options, providers=providers)
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
-    return {_SERIAL_SUFFIX.sub("", node.name) for node in graph.node if node.op_type in _QUANTIZED_OPS}
+    return {_SERIAL_SUFFIX.sub("", node.name): node.op_type for node in graph.node}
+
+
+def _not_here(provider: str, there: list[str]) -> NotHereError:
+    return NotHereError(
+        what=f"ONNX Runtime does not run on `{provider}` here.",
+        why=f"it has {', '.join(there)}.",
+        fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
+    )
 
 
 def _cannot_load(model: Path, cause: Exception) -> BackendError:
