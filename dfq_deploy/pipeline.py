@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,8 @@ from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Engine
 from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest, open_bundle
+from exporters.cast import widen
+from exporters.to_onnx import save_model
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
 
@@ -162,12 +165,12 @@ def check(
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
-    engine, stand_in = _engine(folder, manifest)
+    engine, quantized, stand_in = _engine(folder, manifest)
     found = evaluate(
         Reference(model, plan),
         engine,
         picked,
-        quantized=ir.load(folder / "model.onnx"),
+        quantized=quantized,
         facts=manifest.engine,
         stand_in=stand_in,
         progress=lambda done, total: watch.progress(done, total, {}),
@@ -178,14 +181,19 @@ def check(
     return found
 
 
-def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, bool]:
-    """The engine, or ONNX Runtime with the same model as a stand-in (and True) where that cannot run here."""
-    facts, model = manifest.engine, folder / "model.onnx"
+def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, bool]:
+    """The engine and its ONNX model; where the engine cannot run here, ONNX Runtime as a stand-in, and True."""
+    facts, path = manifest.engine, folder / "model.onnx"
+    model = ir.load(path)
+    if facts.options.body == "bf16":
+        widen(model)  # ONNX Runtime's CPU provider has no bf16
     if facts.state == "built":
         with contextlib.suppress(NotHereError):
-            engine: Engine = pick("exporters.backends", manifest.backend).load(model, facts.made_for, facts.options)
-            return engine, False
-    return OrtEngine(model, "cpu", exact=True), True
+            engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
+            return engine, model, False
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, Path(place) / "model.onnx")
+        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, True
 
 
 def _writable(out: Path) -> Path:

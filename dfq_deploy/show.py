@@ -46,9 +46,11 @@ def print_check(found: "Check", folder: Path) -> None:
     table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
     for column in ("", "top-1 %", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
+    body = found.engine.options.body
+    moved = "moved by 1e-6" if body == "fp32" else f"rounded to {body}"
     rows = {
         f"{found.ran} agrees with the reference": found.agreement["engine_reference"],
-        "reference with itself, moved by 1e-6": found.agreement["noise_floor"],
+        f"reference with itself, {moved}": found.agreement["noise_floor"],
         f"{found.ran} agrees with float": found.agreement["engine_float"],
     }
     names = {"engine": found.ran}

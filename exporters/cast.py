@@ -24,7 +24,7 @@ from onnxscript.version_converter import ConvertVersionPass
 
 from calibrators.errors import ExportError
 
-__all__ = ["Body", "CastBody"]
+__all__ = ["Body", "CastBody", "widen"]
 
 Body = Literal["fp16", "bf16"]
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -194,6 +194,29 @@ def _check_types(graph: ir.Graph) -> None:
                 why=f"what type {node.op_type} puts out is not known.",
                 fix="use --float fp32.",
             )
+
+
+def widen(model: ir.Model) -> None:
+    """Let a model with a bf16 body compute in fp32 with the constants that it has, in place.
+
+    For run-times without bf16. Only constants are rounded then, not what passes between operators.
+    """
+    bf16 = ir.DataType.BFLOAT16
+    for initializer in model.graph.initializers.values():
+        if initializer.dtype == bf16:
+            assert initializer.const_value is not None
+            array = initializer.const_value.numpy().astype(np.float32)
+            initializer.const_value, initializer.dtype = ir.tensor(array, name=initializer.name), _FP32
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes.get_int("to", 0) == bf16:
+            node.attributes["to"] = ir.AttrInt64("to", _FP32)
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            fill = node.attributes["value"].as_tensor().numpy()
+            wide = fill.astype(np.float32) if fill.dtype == bf16.numpy() else fill
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(wide))
+        for output in node.outputs:
+            if output.dtype == bf16:
+                output.dtype = _FP32
 
 
 def _kept(graph: ir.Graph, castable: Mapping[ir.Node, set[int]]) -> set[ir.Node]:
