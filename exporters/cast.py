@@ -23,6 +23,7 @@ from onnx_ir.passes import common
 from onnxscript.version_converter import ConvertVersionPass
 
 from calibrators.errors import ExportError
+from exporters.contract import ContractPass
 
 __all__ = ["Body", "CastBody", "widen"]
 
@@ -42,7 +43,7 @@ _ANY = {"Shape", "Size"}  # which read a tensor of either type alike
 _BOUNDED = {"Clip", "ConstantOfShape", "Max", "Min", "Where"}  # whose constants are bounds or masks
 
 
-class CastBody(ir.passes.InPlacePass):
+class CastBody(ContractPass):
     """Give a float32 model a body of another type; run it last, after `exporters.qdq.InsertQDQ`.
 
     Args:
@@ -54,15 +55,6 @@ class CastBody(ir.passes.InPlacePass):
         self._body = body
         self._type = _TYPES[body]
         self._forms: dict[ir.Value, ir.Value] = {}  # a value in the other of the two types
-
-    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:
-        """Run the pass; an ExportError comes out as it is, not as onnx-ir wraps it."""
-        try:
-            return super().__call__(model_or_result)
-        except (ir.passes.PreconditionError, ir.passes.PostconditionError) as wrapped:
-            if isinstance(wrapped.__cause__, ExportError):
-                raise wrapped.__cause__ from None
-            raise
 
     def requires(self, model: ir.Model) -> None:
         """The model computes in float32, all of it in the main graph.
