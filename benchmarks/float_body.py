@@ -50,7 +50,7 @@ def rounding(model: Model, dtype: torch.dtype) -> Callable[[np.ndarray], np.ndar
         parameter.data = parameter.to(dtype).float()
 
     def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), Rounding(dtype):
+        with torch.no_grad(), Rounding(dtype):
             logits: np.ndarray = model.module(torch.from_numpy(images)).numpy()
         return logits
 

@@ -1,5 +1,6 @@
 """Ground floor: images in, a plan of scales out.
 
-What stands here knows nothing of ONNX, of any run-time or of the command line. It turns images and a
-model whose quantizable places are *sites* into `Ranges`, and ranges into a `QuantPlan`.
+What stands here knows nothing of the command line, and, but for the collectors and the formats of other tools, nothing
+of ONNX or of any run-time. It turns images and a model whose quantizable places are *sites* into `Ranges`, and ranges
+into a `QuantPlan`.
 """

@@ -2,7 +2,7 @@
 
 The only place that chooses a scale, rounds or saturates. Rounding is to the nearest code, ties to the even
 one, after a true division by the scale: what ONNX's QuantizeLinear does, so that a plan means the same in
-torch, in NumPy and in an engine. Values are float32.
+torch, in NumPy and in an engine. Scales are float32, and so is everything else unless bounds come in float64.
 
 Source: ONNX operators QuantizeLinear and DequantizeLinear, version 21; E4M3: Micikevicius et al., "FP8 Formats for
 Deep Learning", arXiv 2209.05433.
@@ -62,15 +62,17 @@ def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.
 
     Signed: symmetric, scale = max(|low|, |high|) / high code, zero-point 0. Unsigned: asymmetric; the range is
     widened to hold 0, so that zero (padding, a ReLU's floor) is exact. A range that holds only 0 gets scale 1.
-    Both results have the shape of `low`. The scale is rounded to float32 once.
+    Bounds in float64 are computed with as such and the scale is rounded once: 127 times a scale, which float32 cannot
+    always hold, gives that scale again. Both results have the shape of `low`.
     """
-    low = np.minimum(np.asarray(low, np.float64), 0)
-    high = np.maximum(np.asarray(high, np.float64), 0)
+    kind = np.result_type(low, high, np.float32)
+    low = np.minimum(np.asarray(low, kind), kind.type(0))
+    high = np.maximum(np.asarray(high, kind), kind.type(0))
     if codes.signed:
         span, steps = np.maximum(-low, high), codes.high
     else:
         span, steps = high - low, codes.high - codes.low
-    scale = np.asarray(span / steps, np.float32)
+    scale = (span / kind.type(steps)).astype(np.float32)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
     if codes.signed:
         return scale, np.zeros(scale.shape, codes.zero_dtype)

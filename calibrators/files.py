@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["clear_unfinished", "fingerprint_of", "sha256_of", "written_whole"]
+__all__ = ["clear_unfinished", "fingerprint_of", "folder_written_whole", "sha256_of", "written_whole"]
 
 _UNFINISHED = ".writing-"
 
@@ -35,6 +35,17 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             written.chmod(mode)
             written.replace(path.parent / written.name)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, where nothing may be yet, that becomes `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_UNFINISHED) as holder:
+        temporary = Path(holder) / path.name
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -34,7 +34,8 @@ class SiteRange:
     """What one site saw.
 
     Attributes:
-        low: Lower bound: a scalar, (n,) along `axis`, or (n, K / block) for blocks of a matrix's K columns.
+        low: Lower bound: a scalar, (n,) along `axis`, or (n, K / block) for blocks of a matrix's K columns. float32, or
+            float64 where it stands for a scale that float32 bounds could not give back.
         high: Upper bound, of the same shape.
         role: What passes: `input`, `weight`, `output` or `operand`.
         axis: The axis with a range per index, or None.

@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING, Any
 from calibrators.errors import RecipeError
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Runner", "build", "calibrate", "check", "diagnose", "export", "generate", "load"]
+__all__ = [
+    "ImageSet",
+    "ImageSetReader",
+    "Recipe",
+    "Runner",
+    "build",
+    "calibrate",
+    "check",
+    "convert",
+    "diagnose",
+    "export",
+    "generate",
+    "load",
+]
 
 if TYPE_CHECKING:
+    from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.pipeline import calibrate, check, export, generate
     from dfq_deploy.recipe import Recipe
@@ -20,11 +34,14 @@ if TYPE_CHECKING:
     from dfq_deploy.target import build
 
 _HOMES = {
+    "ImageSet": "converting",
+    "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
     "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",
+    "convert": "converting",
     "diagnose": "doctor",
     "export": "pipeline",
     "generate": "pipeline",

@@ -45,13 +45,14 @@ def float_onnx(model: Model, path: Path) -> None:
 
 
 def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
-    """Whether `out` holds the whole bundle of this recipe and this plan already, made with these versions."""
+    """Whether `out` holds the whole bundle of this recipe and this plan already, engine and all, of these versions."""
     try:
         manifest = open_bundle(out)
         same_plan = QuantPlan.load(out / "plan.safetensors").fingerprint == plan.fingerprint
     except DeployError:
         return False
-    return same_plan and manifest.recipe == recipe.facts() and manifest.versions == made_with()
+    whole = manifest.engine.state == "built" and manifest.backend == recipe.backend
+    return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == made_with()
 
 
 def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, images: ImageSet, floats: Path) -> None:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter, validators
@@ -153,6 +153,31 @@ def show(path: Path, /) -> int:
         path: A bundle's folder, or a .safetensors file.
     """
     shown.print_path(path)
+    return 0
+
+
+@app.command
+def convert(
+    file: Path,
+    /,
+    *,
+    to: Literal["npz", "folder", "polygraphy", "cache"],
+    out: Path,
+    onnx: Path | None = None,
+    tensorrt: str | None = None,
+) -> int:
+    """Write images or a plan in the format of another tool.
+
+    Args:
+        file: An ImageSet file; a plan for cache.
+        to: Images as a NumPy archive, as a folder of PNGs (8 bits) or as polygraphy's inputs; a plan as TensorRT's
+            calibration cache.
+        out: File or folder to write.
+        onnx: For cache: the float model that TensorRT gets, whose tensors the cache shall name.
+        tensorrt: For cache: version of the TensorRT that shall read it, such as 10.16.1.
+    """
+    dfq.convert(file, out, to=to, onnx=onnx, tensorrt=tensorrt)
+    shown.print_converted(file, out, to)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 An engine never equals its reference to the last bit, and rounding flips compound through a network. So the verdict
 rests on two things. Each layer, fed the reference's own input, must agree to float32 rounding. And the whole engine
-must be no further from the reference than the reference is from itself when its input moves by a relative 1e-6, the
-noise floor, up to a factor of two that the number of images must be able to resolve.
+must be no further from the reference than the noise floor, up to a factor of two that the number of images must be able
+to resolve: the reference's distance from itself when its input moves by a relative 1e-6 or, for an fp16 or bf16 body,
+when what its modules put out is rounded to that.
 """
 
 import math
@@ -132,7 +133,7 @@ def evaluate(
     for batch in images.batches(batch_size):
         parts["float"].append(reference.float(batch))
         parts["reference"].append(reference.quantized(batch))
-        parts["moved"].append(reference.moved(batch, generator))
+        parts["moved"].append(reference.moved(batch, generator, facts.options.body))
         parts["engine"].append(engine(batch))
         done += len(batch)
         progress(done, len(images))

@@ -8,35 +8,32 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 
-from calibrators.collectors.pytorch import collect_ranges
-from calibrators.errors import BundleError, ImagesError, NotHereError, PlanError, RecipeError
+from calibrators.errors import BundleError, ImagesError, NotHereError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet, Preprocess
-from calibrators.observers import observer_named
-from calibrators.plan import QuantPlan, Ranges, SiteRange, layer_of, make_plan
+from calibrators.plan import QuantPlan
 from calibrators.registry import names, pick
-from calibrators.scheme import scheme_named
-from calibrators.sites import block_ranges
-from dfq_deploy.building import build_bundle, float_onnx, is_built, made_with
+from dfq_deploy.building import build_bundle, is_built, made_with
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.planning import check_recipe, float_stage, plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
-from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Engine
 from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest, open_bundle
+from exporters.cast import widen
+from exporters.to_onnx import save_model
 
 __all__ = ["Watch", "calibrate", "check", "export", "generate"]
 
@@ -83,8 +80,7 @@ def export(
         DeployError: A stage could not be carried out; what was finished stays.
     """
     out = Path(out)
-    backend = pick("exporters.backends", recipe.backend)
-    backend.check(_one_layer_plan(recipe), recipe.options)  # told now if it cannot be, not after the images
+    check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
     watch.stage("model", False)
     model = _load(recipe)
     if images is not None:
@@ -92,11 +88,9 @@ def export(
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
-        ranges = _ranges(recipe, model, calibration, work, watch)
-        plan = _plan(recipe, model, ranges)
-        backend.check(plan, recipe.options)
-        facts = [model.fingerprint, made_with()]
-        floats = work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
+        plan = plan_of(recipe, model, calibration, work, watch.progress)
+        pick("exporters.backends", recipe.backend).check(plan, recipe.options)
+        floats = float_stage(model, work)
         if not is_built(out, recipe, plan):
             watch.stage("engine", False)
             build_bundle(out, recipe, model, plan=plan, images=calibration, floats=floats)
@@ -124,13 +118,12 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
     out = _writable(Path(out))
-    options = BuildOptions(provider=recipe.provider)
-    pick("exporters.backends", recipe.backend).check(_one_layer_plan(recipe), options)
+    check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan = _plan(recipe, model, _ranges(recipe, model, calibration, work, watch))
+        plan = plan_of(recipe, model, calibration, work, watch.progress)
         plan.save(out)
     return plan
 
@@ -172,12 +165,12 @@ def check(
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
-    engine, stand_in = _engine(folder, manifest)
+    engine, quantized, stand_in = _engine(folder, manifest)
     found = evaluate(
         Reference(model, plan),
         engine,
         picked,
-        quantized=ir.load(folder / "model.onnx"),
+        quantized=quantized,
         facts=manifest.engine,
         stand_in=stand_in,
         progress=lambda done, total: watch.progress(done, total, {}),
@@ -188,14 +181,19 @@ def check(
     return found
 
 
-def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, bool]:
-    """The engine, or ONNX Runtime with the same model as a stand-in (and True) where that cannot run here."""
-    facts, model = manifest.engine, folder / "model.onnx"
+def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, bool]:
+    """The engine and its ONNX model; where the engine cannot run here, ONNX Runtime as a stand-in, and True."""
+    facts, path = manifest.engine, folder / "model.onnx"
+    model = ir.load(path)
+    if facts.options.body == "bf16":
+        widen(model)  # ONNX Runtime's CPU provider has no bf16
     if facts.state == "built":
         with contextlib.suppress(NotHereError):
-            engine: Engine = pick("exporters.backends", manifest.backend).load(model, facts.made_for, facts.options)
-            return engine, False
-    return OrtEngine(model, "cpu", exact=True), True
+            engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
+            return engine, model, False
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, Path(place) / "model.onnx")
+        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, True
 
 
 def _writable(out: Path) -> Path:
@@ -292,54 +290,3 @@ def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
             fix="use images of the classes that the model was trained on, or drop their labels.",
         )
     return images
-
-
-def _ranges(recipe: CalibrateRecipe, model: Model, images: ImageSet, work: Workspace, watch: Watch) -> Ranges:
-    observer = scheme_named(recipe.scheme).observer if recipe.observer == "auto" else recipe.observer
-    used = f"percentile {recipe.percentile}" if observer == "percentile" else observer
-
-    def make(path: Path) -> None:
-        collect_ranges(
-            model.module,
-            images,
-            model_fingerprint=model.fingerprint,
-            observer=lambda: observer_named(observer, recipe.percentile),
-            observer_name=used,
-            progress=lambda done, total: watch.progress(done, total, {}),
-        ).save(path)
-
-    facts = [model.fingerprint, images.fingerprint, used, made_with()]
-    return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
-
-
-def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
-    """What the recipe asks for, of a model with one layer."""
-    low, high = np.full(2, -1.0), np.full(2, 2.0)
-    block = recipe.block if scheme_named(recipe.scheme).blocked else None
-    sites = {
-        "layer.input": SiteRange(low[0], high[0], "input", None, (2 * recipe.block,)),
-        "layer.weight": SiteRange(low, high, "weight", 0, (2, 2 * recipe.block), block),
-    }
-    if block:
-        sites["layer.weight"] = replace(sites["layer.weight"], low=np.tile(low, (2, 1)), high=np.tile(high, (2, 1)))
-    return make_plan(Ranges(sites, "", "", ""), scheme_named(recipe.scheme))
-
-
-def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
-    scheme = scheme_named(recipe.scheme)
-    placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
-    if scheme.blocked:
-        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
-    layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
-    if recipe.spare == "auto":
-        spare = layers_to_spare(model, scheme, first_layer=placement.first_layer)
-    else:
-        spare = {} if recipe.spare == "none" else dict.fromkeys(recipe.spare.split(","), "asked for with --spare")
-        unknown = sorted(spare.keys() - set(layers))
-        if unknown:
-            raise PlanError(
-                what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
-                why=f"its layers are called like {', '.join(layers[:4])}.",
-                fix="pass auto, none, or such names with commas between them.",
-            )
-    return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)

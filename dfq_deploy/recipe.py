@@ -17,7 +17,7 @@ from exporters.backends import BuildOptions
 
 __all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe"]
 
-_OBSERVERS = ("auto", "minmax", "percentile")
+_OBSERVERS = ("auto", "minmax", "percentile", "entropy")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _FLOATS = ("fp32", "fp16", "bf16")
 _BLOCKS = (16, 32, 64, 128)
@@ -25,6 +25,7 @@ _BLOCKS = (16, 32, 64, 128)
 if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a type checker cannot know
     from builtins import int as BlockSize
     from builtins import str as BackendName
+    from builtins import str as CollectorName
     from builtins import str as FloatName
     from builtins import str as GeneratorName
     from builtins import str as ObserverName
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
     from builtins import str as SchemeName
 else:
     BackendName = Literal[names("exporters.backends")]
+    CollectorName = Literal[names("calibrators.collectors")]
     GeneratorName = Literal[names("dfq_deploy.generation.generators")]
     BlockSize = Literal[_BLOCKS]
     FloatName = Literal[_FLOATS]
@@ -101,8 +103,10 @@ class CalibrateRecipe(GenerateRecipe):
     """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (nothing quantized)."""
     block: BlockSize = 64
     """Input channels that share a scale; matters to w4a16."""
+    collector: CollectorName = "pytorch"
+    """Who reads activation ranges: pytorch, or ONNX Runtime's (ort) or TensorRT 10's (trt) calibrators to compare."""
     observer: ObserverName = "auto"
-    """How activation ranges are read off the images; auto takes what suits the scheme."""
+    """How ranges are read off the images; auto: what suits the scheme; entropy: for collectors ort and trt only."""
     percentile: float = 99.999
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False
@@ -119,6 +123,7 @@ class CalibrateRecipe(GenerateRecipe):
         _check_name("scheme", self.scheme, tuple(SCHEMES))
         wrong = f"--block {self.block} is no size of a block."
         _check(self.block in _BLOCKS, wrong, f"the sizes are {', '.join(map(str, _BLOCKS))}.", "one of them")
+        _check_name("collector", self.collector, names("calibrators.collectors"))
         _check_name("observer", self.observer, _OBSERVERS)
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")

@@ -5,6 +5,7 @@ float model is what both are compared to.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from calibrators.errors import PlanError
 from calibrators.plan import QuantPlan
-from calibrators.sites import Mode, set_mode, sites_of
+from calibrators.sites import Mode, QuantSite, set_mode, sites_of
 from dfq_deploy.models import Model
+from exporters.census import Body
 
 __all__ = ["Reference"]
 
 _MOVE = 1e-6  # relative; about eight float32 roundings
+_BODIES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Reference:
@@ -48,11 +51,14 @@ class Reference:
         """Logits under the plan, (N, classes) float32."""
         return self._run(images, Mode.FAKE)
 
-    def moved(self, images: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """Logits under the plan when the input is moved by a relative 1e-6.
+    def moved(self, images: np.ndarray, generator: torch.Generator, body: Body) -> np.ndarray:
+        """Logits under the plan when nothing that matters is changed: the yardstick for an engine's distance.
 
-        Where the first layer rounds its input, 1e-6 would vanish there, and its output is moved instead.
+        With a float32 body the input is moved by a relative 1e-6; where the first layer rounds its input, 1e-6 would
+        vanish there, and its output is moved instead. With another body, what each module puts out is rounded to it.
         """
+        if body != "fp32":
+            return self._rounded(images, _BODIES[body])
 
         def move(values: Tensor) -> Tensor:
             return values * (1 + _MOVE * torch.randn(values.shape, generator=generator))
@@ -66,6 +72,20 @@ class Reference:
             return self._run(images, Mode.FAKE)
         finally:
             hook.remove()
+
+    def _rounded(self, images: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+        """Logits under the plan with the output of every module but the sites rounded to `dtype`."""
+
+        def round_off(_module: nn.Module, _inputs: object, output: Any) -> Any:
+            return output.to(dtype).to(output.dtype) if isinstance(output, Tensor) else output
+
+        modules = [module for module in self._module.modules() if not isinstance(module, QuantSite)]
+        hooks = [module.register_forward_hook(round_off) for module in modules]
+        try:
+            return self._run(images, Mode.FAKE)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def watch_layers(self, images: np.ndarray, see: Callable[[str, list[np.ndarray], np.ndarray], None]) -> None:
         """Run `images` under the plan and show `see` each planned layer: name, operands before rounding, output."""

@@ -19,7 +19,16 @@ from exporters.bundle import EngineFacts, open_bundle
 if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
     from dfq_deploy.evaluate import Check
 
-__all__ = ["print_check", "print_classes", "print_engine", "print_findings", "print_images", "print_path", "print_plan"]
+__all__ = [
+    "print_check",
+    "print_classes",
+    "print_converted",
+    "print_engine",
+    "print_findings",
+    "print_images",
+    "print_path",
+    "print_plan",
+]
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _COLOURS = {
@@ -37,9 +46,11 @@ def print_check(found: "Check", folder: Path) -> None:
     table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
     for column in ("", "top-1 %", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
+    body = found.engine.options.body
+    moved = "moved by 1e-6" if body == "fp32" else f"rounded to {body}"
     rows = {
         f"{found.ran} agrees with the reference": found.agreement["engine_reference"],
-        "reference with itself, moved by 1e-6": found.agreement["noise_floor"],
+        f"reference with itself, {moved}": found.agreement["noise_floor"],
         f"{found.ran} agrees with float": found.agreement["engine_float"],
     }
     names = {"engine": found.ran}
@@ -132,6 +143,11 @@ def print_path(path: Path) -> None:
         print_images(ImageSet.load(path), path)
     else:
         print_plan(QuantPlan.load(path))
+
+
+def print_converted(file: Path, out: Path, to: str) -> None:
+    """What was written from what."""
+    _console.print(f"{out}: {file} as {to}")
 
 
 def print_findings(findings: list[Finding]) -> int:

@@ -23,8 +23,9 @@ from onnx_ir.passes import common
 from onnxscript.version_converter import ConvertVersionPass
 
 from calibrators.errors import ExportError
+from exporters.contract import ContractPass
 
-__all__ = ["Body", "CastBody"]
+__all__ = ["Body", "CastBody", "widen"]
 
 Body = Literal["fp16", "bf16"]
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -42,7 +43,7 @@ _ANY = {"Shape", "Size"}  # which read a tensor of either type alike
 _BOUNDED = {"Clip", "ConstantOfShape", "Max", "Min", "Where"}  # whose constants are bounds or masks
 
 
-class CastBody(ir.passes.InPlacePass):
+class CastBody(ContractPass):
     """Give a float32 model a body of another type; run it last, after `exporters.qdq.InsertQDQ`.
 
     Args:
@@ -54,15 +55,6 @@ class CastBody(ir.passes.InPlacePass):
         self._body = body
         self._type = _TYPES[body]
         self._forms: dict[ir.Value, ir.Value] = {}  # a value in the other of the two types
-
-    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:
-        """Run the pass; an ExportError comes out as it is, not as onnx-ir wraps it."""
-        try:
-            return super().__call__(model_or_result)
-        except (ir.passes.PreconditionError, ir.passes.PostconditionError) as wrapped:
-            if isinstance(wrapped.__cause__, ExportError):
-                raise wrapped.__cause__ from None
-            raise
 
     def requires(self, model: ir.Model) -> None:
         """The model computes in float32, all of it in the main graph.
@@ -149,7 +141,7 @@ class CastBody(ir.passes.InPlacePass):
         else:
             if source is not None and source.op_type == "DequantizeLinear":
                 inputs = [self._form(v, source) if v is not None and v.dtype == _FP32 else v for v in source.inputs]
-                node = ir.Node("", source.op_type, inputs, source.attributes, name=name)
+                node = ir.Node("", source.op_type, inputs, source.attributes, name=f"{source.name}.{suffix}")
             else:
                 node = ir.node("Cast", [value], {"to": dtype}, name=name)
             graph.insert_before(reader, node)
@@ -194,6 +186,29 @@ def _check_types(graph: ir.Graph) -> None:
                 why=f"what type {node.op_type} puts out is not known.",
                 fix="use --float fp32.",
             )
+
+
+def widen(model: ir.Model) -> None:
+    """Let a model with a bf16 body compute in fp32 with the constants that it has, in place.
+
+    For run-times without bf16. Only constants are rounded then, not what passes between operators.
+    """
+    bf16 = ir.DataType.BFLOAT16
+    for initializer in model.graph.initializers.values():
+        if initializer.dtype == bf16:
+            assert initializer.const_value is not None
+            array = initializer.const_value.numpy().astype(np.float32)
+            initializer.const_value, initializer.dtype = ir.tensor(array, name=initializer.name), _FP32
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes.get_int("to", 0) == bf16:
+            node.attributes["to"] = ir.AttrInt64("to", _FP32)
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            fill = node.attributes["value"].as_tensor().numpy()
+            wide = fill.astype(np.float32) if fill.dtype == bf16.numpy() else fill
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(wide))
+        for output in node.outputs:
+            if output.dtype == bf16:
+                output.dtype = _FP32
 
 
 def _kept(graph: ir.Graph, castable: Mapping[ir.Node, set[int]]) -> set[ir.Node]:

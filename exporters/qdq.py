@@ -17,27 +17,19 @@ import onnx_ir as ir
 from calibrators.affine import Codes, quantize
 from calibrators.errors import ExportError
 from calibrators.plan import QParams, QuantPlan, layer_of
+from exporters.contract import ContractPass
 
 __all__ = ["InsertQDQ"]
 
 _BLOCKED_OPSET = 21  # the first whose DequantizeLinear knows blocks
 
 
-class InsertQDQ(ir.passes.InPlacePass):
+class InsertQDQ(ContractPass):
     """Write a plan into a float model whose nodes are named by layer (see `exporters.to_onnx`)."""
 
     def __init__(self, plan: QuantPlan) -> None:
         super().__init__()
         self._plan = plan
-
-    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:
-        """Run the pass; a broken contract comes out as the ExportError that says which, not as onnx-ir wraps it."""
-        try:
-            return super().__call__(model_or_result)
-        except (ir.passes.PreconditionError, ir.passes.PostconditionError) as wrapped:
-            if isinstance(wrapped.__cause__, ExportError):
-                raise wrapped.__cause__ from None
-            raise
 
     def requires(self, model: ir.Model) -> None:
         """Every layer of the plan is a node of the graph, and no Q/DQ is there yet.

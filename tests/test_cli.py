@@ -63,6 +63,9 @@ _MISTAKES = {
     "two sources of weights": ["export", *_NOISE, "--out", "o", "--checkpoint", "file", "--random-weights"],
     "an unknown generator": ["export", "--model", "demo", "--out", "o", "--generator", "noize"],
     "an unknown layer": ["calibrate", *_NOISE, "--count", "2", "--out", "o/plan.safetensors", "--spare", "block.1"],
+    "an observer of another collector": ["calibrate", *_NOISE, "--out", "o/plan", "--observer", "entropy"],
+    "an unknown collector": ["calibrate", *_NOISE, "--out", "o/plan", "--collector", "openvino"],
+    "another kind of file": ["convert", "bundle/plan.safetensors", "--to", "npz", "--out", "o"],
     "no such checkpoint": ["export", *_NOISE, "--out", "o", "--checkpoint", "nothing.safetensors"],
     "no such images": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--calib", "nothing"],
     "no such folder of images": ["check", "bundle", "--images", "folder:nothing"],
@@ -251,7 +254,7 @@ def test_the_help_of_a_command_lists_every_field(
 def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     said = capsys.readouterr().out
-    for command in ("export", "generate", "calibrate", "build", "check", "infer", "show", "doctor"):
+    for command in ("export", "generate", "calibrate", "build", "check", "infer", "show", "convert", "doctor"):
         assert f" {command} " in said
 
 

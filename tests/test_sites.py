@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibrators.affine import CODES, fake_quantize
+from calibrators.collectors import Subject
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.observers import MinMax
+from calibrators.observing import observed
 from calibrators.plan import QParams, Ranges
 from calibrators.sites import Mode, attach_sites, set_mode, sites_of
 from dfq_deploy.models.families import swin, vit
@@ -210,17 +212,13 @@ def test_a_convolution_is_rounded_at_its_input_weight_and_output() -> None:
     assert torch.equal(module(x), F.conv2d(x.round(), module[0].weight.round(), module[0].bias, padding=1).round())
 
 
-def _collected(module: nn.Module, edge: int, batch_size: int = 2) -> Ranges:
+def _image_set(edge: int) -> ImageSet:
     preprocess = Preprocess((edge, edge), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
-    images = ImageSet.of(_images(edge).numpy(), preprocess, source="test")
-    return collect_ranges(
-        module,
-        images,
-        model_fingerprint="m",
-        observer=MinMax,
-        observer_name="minmax",
-        batch_size=batch_size,
-    )
+    return ImageSet.of(_images(edge).numpy(), preprocess, source="test")
+
+
+def _collected(module: nn.Module, edge: int) -> Ranges:
+    return collect_ranges(Subject(module, "m"), _image_set(edge), observer="minmax", percentile=99.9)
 
 
 @every_model
@@ -243,10 +241,10 @@ def test_collected_shapes_leave_the_batch_out_of_activations() -> None:
 
 def test_collecting_is_the_same_in_any_batch_size() -> None:
     module = _sited(_drawn(_swin()))
-    one, three = _collected(module, 56, batch_size=1), _collected(module, 56, batch_size=3)
-    for name, seen in one.sites.items():
-        np.testing.assert_allclose(three.sites[name].low, seen.low, rtol=1e-4, err_msg=name)
-        np.testing.assert_allclose(three.sites[name].high, seen.high, rtol=1e-4, err_msg=name)
+    one, three = (observed(module, _image_set(56), MinMax, batch_size=size) for size in (1, 3))
+    for name, seen in one.items():
+        np.testing.assert_allclose(three[name].low, seen.low, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(three[name].high, seen.high, rtol=1e-4, err_msg=name)
 
 
 def test_a_layer_that_the_model_never_runs_has_no_range() -> None:

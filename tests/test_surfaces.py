@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from surfaces import made, surface
+from surfaces import given, made, surface
 from surfaces.record import recorded
 
 NAMES = ("tensorrt-10.16", "tensorrt-11.4", "tensorrt_rtx-1.7")
@@ -49,6 +49,8 @@ def test_what_the_binding_refuses_is_refused(trt: Any) -> None:
         trt.Builder.nonsense = print
     with pytest.raises(AttributeError):
         made(trt.IBuilderConfig, nonsense=1)
+    with pytest.raises(AttributeError):
+        given(trt.OnnxParser, nonsense=1)
 
 
 def test_nothing_is_pretended_and_every_call_is_kept(trt: Any) -> None:
@@ -57,6 +59,8 @@ def test_nothing_is_pretended_and_every_call_is_kept(trt: Any) -> None:
         builder.create_network(0)
     with pytest.raises(NotImplementedError, match="max_threads no value"):
         _ = builder.max_threads
+    given(trt.Builder, max_threads=2, num_DLA_cores=0)
+    assert (builder.max_threads, builder.num_DLA_cores) == (2, 0)
     trt.Builder.create_network = lambda self, flags: f"network {flags}"
     assert builder.create_network(flags=1) == "network 1"
     assert trt.calls == [("Builder", ("logger",)), ("Builder.create_network", (1,))]

@@ -1,72 +1,42 @@
-"""Ranges from the torch model itself: one walk over the images, all sites at once.
-
-The model is put into `observe`, each batch runs once, and the observers' answers become `Ranges`. Memory holds one
-batch and one observer per site, whatever the number of images.
-"""
+"""Ranges from the torch model itself: the default, and the only one that streams every observer it has."""
 
 from collections.abc import Callable
 
-import numpy as np
-import torch
-from torch import nn
-
-from calibrators.errors import PlanError
+from calibrators.collectors import Subject, check_observer, described
 from calibrators.images import ImageSet
-from calibrators.observers import Observer
-from calibrators.plan import Ranges, SiteRange
-from calibrators.sites import Mode, set_mode, sites_of
+from calibrators.observers import OBSERVERS as _OBSERVERS
+from calibrators.observers import observer_named
+from calibrators.observing import observed
+from calibrators.plan import Ranges
 
-__all__ = ["collect_ranges"]
+__all__ = ["NEEDS_ONNX", "OBSERVERS", "check", "collect_ranges"]
+
+OBSERVERS = tuple(_OBSERVERS)
+NEEDS_ONNX = False
+
+
+def check(observer: str) -> None:
+    """Nothing, if `observer` is one of `OBSERVERS`.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    check_observer("pytorch", observer, OBSERVERS)
 
 
 def collect_ranges(
-    module: nn.Module,
+    subject: Subject,
     images: ImageSet,
     *,
-    model_fingerprint: str,
-    observer: Callable[[], Observer],
-    observer_name: str,
-    batch_size: int = 16,
+    observer: str,
+    percentile: float,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Ranges:
-    """Ranges of every site of `module` that `images` reach, in float32.
-
-    Args:
-        module: A model with sites, in evaluation mode.
-        images: Calibration images.
-        model_fingerprint: Recorded with the ranges.
-        observer: Makes the observer of one activation site.
-        observer_name: Recorded with the ranges.
-        batch_size: Images per forward pass.
-        progress: Called with images done and in all.
+    """Ranges of every site that `images` reach, in float32.
 
     Raises:
         PlanError: NaN or Inf passed a site; the message names it.
     """
-    set_mode(module, Mode.OBSERVE, observer=observer)
-    device = next(module.parameters()).device
-    try:
-        done = 0
-        with torch.inference_mode():
-            for batch in images.batches(batch_size):
-                module(torch.from_numpy(batch).to(device))
-                done += len(batch)
-                progress(done, len(images))
-        seen = {}
-        for name, site in sites_of(module).items():
-            if site.shape is None or site.observer is None:
-                continue
-            low, high = _range_of(name, site.observer)
-            if site.fixed is not None:
-                low, high = (np.float32(end) + np.zeros_like(low) for end in site.fixed)
-            seen[name] = SiteRange(low, high, site.role, site.axis, site.shape[1:] if site.axis is None else site.shape)
-    finally:
-        set_mode(module, Mode.OFF)
-    return Ranges(seen, model_fingerprint, images.fingerprint, observer_name)
-
-
-def _range_of(name: str, observer: Observer) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return observer.range()
-    except PlanError as cause:
-        raise PlanError(what=f"site `{name}`: {cause.what}", why=cause.why, fix=cause.fix) from cause
+    check(observer)
+    seen = observed(subject.module, images, lambda: observer_named(observer, percentile), progress=progress)
+    return Ranges(seen, subject.fingerprint, images.fingerprint, described(observer, percentile))

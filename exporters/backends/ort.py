@@ -2,7 +2,7 @@
 
 On the CPU, `build` lets ONNX Runtime optimise the graph and reads the result: a layer is quantized when its node has
 become a quantized operator there. CUDA runs Q/DQ as a float simulation, so it is offered for weight-only and float
-models. The TensorRT providers compile the graph with TensorRT and keep their engines in a folder beside the model; ONNX
+models. The TensorRT providers compile the graph with TensorRT and keep their engines in the user's cache folder; ONNX
 Runtime does not say what those compute in. Which provider really runs is asked of the session: ONNX Runtime's list has
 what was compiled in, with and without a driver.
 """
@@ -18,8 +18,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import platformdirs
 
 from calibrators.errors import BackendError, NotHereError
+from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census, Precision, precision_of
@@ -41,7 +43,6 @@ _PROVIDERS = {
 _TENSORRT = ("tensorrt", "rtx")
 _BLOCKS = (32, 64, 128)
 _SERIAL_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime appends when it renames a fused node
-_CACHE = "ort-cache"
 
 
 class OrtEngine:
@@ -62,7 +63,7 @@ class OrtEngine:
         wanted = _PROVIDERS[provider]
         if wanted not in onnxruntime.get_available_providers():
             raise _not_here(provider, onnxruntime.get_available_providers())
-        chosen: list[Any] = [(wanted, _provider_options(provider, model.parent, options or BuildOptions()))]
+        chosen: list[Any] = [(wanted, _provider_options(provider, model, options or BuildOptions()))]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a missing provider, which is an error below
@@ -189,12 +190,13 @@ def session_options(*, exact: bool = False) -> onnxruntime.SessionOptions:
     return options
 
 
-def _provider_options(provider: str, folder: Path, options: BuildOptions) -> dict[str, str]:
-    cache = str(folder / _CACHE)
+def _provider_options(provider: str, model: Path, options: BuildOptions) -> dict[str, str]:
+    if provider not in _TENSORRT:
+        return {}
+    # Engines are code, and the manifest vouches for all code in a bundle: they stay outside it.
+    cache = str(platformdirs.user_cache_path("dfq-deploy", ensure_exists=True) / f"ort-{sha256_of(model)[:16]}")
     if provider == "rtx":
         return {"nv_runtime_cache_path": cache}
-    if provider != "tensorrt":
-        return {}
     found = {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": cache,

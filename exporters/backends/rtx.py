@@ -53,12 +53,11 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why=f"its targets are {', '.join(_TARGETS)}.",
             fix="pass some of them with --target, or none: the engine then fits every GPU that it knows.",
         )
-    formats = {q.codes.name for q in plan.sites.values()}
-    if "sm75" in options.targets and (options.body != "fp16" or "int4" in formats):
+    if "sm75" in options.targets and (options.body != "fp16" or plan.sites):
         raise BackendError(
             what="this cannot be built for sm75.",
-            why="TensorRT for RTX has a float16 body there only, and no INT4.",
-            fix="use --float fp16 and --scheme w8a8, or leave sm75 out of --target.",
+            why="TensorRT for RTX has float16 matmuls there only, and a quantized layer puts out float32.",
+            fix="use --float fp16 and --scheme float, or leave sm75 out of --target.",
         )
     refuse_plan(plan, targets=options.targets, blocks=_BLOCKS)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["made", "surface"]
+__all__ = ["given", "made", "surface"]
 
 
 class _Class(type):
@@ -55,12 +55,13 @@ class _Property:
     def __init__(self, name: str, writable: bool) -> None:
         self._name, self._writable = name, writable
 
-    def __get__(self, thing: Any, owner: type) -> Any:
+    def __get__(self, thing: Any, owner: Any) -> Any:
         if thing is None:
             return self
-        if self._name not in thing._values:
+        values = {**owner.facts.get("given", {}), **thing._values}
+        if self._name not in values:
             raise NotImplementedError(f"the test gave {owner.__name__}.{self._name} no value")
-        return thing._values[self._name]
+        return values[self._name]
 
     def __set__(self, thing: Any, value: Any) -> None:
         if not self._writable:
@@ -120,9 +121,18 @@ def surface(name: str) -> Any:
 
 def made(cls: Any, **values: Any) -> Any:
     """An instance of a recorded class as TensorRT itself hands it out, with values for its properties."""
-    known = cls.facts["properties"] + cls.facts["readonly"]
-    if set(values) - set(known):
-        raise AttributeError(f"{cls.__name__} has no property {sorted(set(values) - set(known))}")
     thing = cls.__new__(cls)
-    thing._values.update(values)
+    thing._values.update(_known(cls, values))
     return thing
+
+
+def given(cls: Any, **values: Any) -> None:
+    """Values for properties (read-only too) of every instance of a recorded class that has none of its own."""
+    cls.facts["given"] = _known(cls, values)
+
+
+def _known(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(values) - {*cls.facts["properties"], *cls.facts["readonly"]})
+    if unknown:
+        raise AttributeError(f"{cls.__name__} has no property {unknown}")
+    return values

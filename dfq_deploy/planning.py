@@ -1,0 +1,131 @@
+"""From a model and its calibration images to a plan: ranges, number formats, and the layers that stay float.
+
+Comes after the images and before ONNX. What is refused by the recipe alone is refused first, since making images takes
+minutes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibrators.collectors import Collector, Subject, described
+from calibrators.errors import PlanError
+from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan, Ranges, SiteRange, layer_of, make_plan
+from calibrators.registry import pick
+from calibrators.scheme import scheme_named
+from calibrators.sites import block_ranges
+from dfq_deploy.building import float_onnx, made_with
+from dfq_deploy.models import Model
+from dfq_deploy.recipe import CalibrateRecipe
+from dfq_deploy.sparing import layers_to_spare
+from dfq_deploy.workspace import Workspace
+from exporters.backends import BuildOptions
+
+__all__ = ["check_recipe", "float_stage", "plan_of"]
+
+
+def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
+    """Return if the collector can begin and the backend takes what the recipe asks for, whatever the model.
+
+    Raises:
+        RecipeError: The collector has no such observer.
+        BackendError: A run-time is missing, or takes no such plan.
+    """
+    _collector(recipe).check(_observer(recipe))
+    pick("exporters.backends", recipe.backend).check(_one_layer_plan(recipe), options)
+
+
+def float_stage(model: Model, work: Workspace) -> Path:
+    """The float ONNX model."""
+    facts = [model.fingerprint, made_with()]
+    return work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
+
+
+def plan_of(
+    recipe: CalibrateRecipe,
+    model: Model,
+    images: ImageSet,
+    work: Workspace,
+    progress: Callable[[int, int, Mapping[str, float]], object],
+) -> QuantPlan:
+    """The plan that the recipe asks for, from ranges that `images` gave.
+
+    Raises:
+        PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
+    """
+    ranges = _ranges(recipe, model, images, work, progress)
+    scheme = scheme_named(recipe.scheme)
+    placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
+    if scheme.blocked:
+        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
+    if recipe.spare == "auto":
+        spare = layers_to_spare(model, scheme, first_layer=placement.first_layer)
+    else:
+        spare = _asked_for(recipe.spare, model, ranges)
+    return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
+
+
+def _asked_for(names: str, model: Model, ranges: Ranges) -> dict[str, str]:
+    layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
+    spare = {} if names == "none" else dict.fromkeys(names.split(","), "asked for with --spare")
+    unknown = sorted(spare.keys() - set(layers))
+    if unknown:
+        raise PlanError(
+            what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
+            why=f"its layers are called like {', '.join(layers[:4])}.",
+            fix="pass auto, none, or such names with commas between them.",
+        )
+    return spare
+
+
+def _ranges(
+    recipe: CalibrateRecipe,
+    model: Model,
+    images: ImageSet,
+    work: Workspace,
+    progress: Callable[[int, int, Mapping[str, float]], object],
+) -> Ranges:
+    collector, observer = _collector(recipe), _observer(recipe)
+    subject = Subject(model.module, model.fingerprint, float_stage(model, work) if collector.NEEDS_ONNX else None)
+
+    def make(path: Path) -> None:
+        collector.collect_ranges(
+            subject,
+            images,
+            observer=observer,
+            percentile=recipe.percentile,
+            progress=lambda done, total: progress(done, total, {}),
+        ).save(path)
+
+    used = described(observer, recipe.percentile)
+    facts = [model.fingerprint, images.fingerprint, recipe.collector, used, made_with()]
+    return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
+
+
+def _collector(recipe: CalibrateRecipe) -> Collector:
+    plugin: Any = pick("calibrators.collectors", recipe.collector)
+    collector: Collector = plugin
+    return collector
+
+
+def _observer(recipe: CalibrateRecipe) -> str:
+    """The recipe's observer; `auto` is what suits the scheme, where the collector has it."""
+    if recipe.observer != "auto":
+        return recipe.observer
+    suited, offered = scheme_named(recipe.scheme).observer, _collector(recipe).OBSERVERS
+    return suited if suited in offered else offered[0]
+
+
+def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
+    """What the recipe asks for, of a model with one layer."""
+    scheme = scheme_named(recipe.scheme)
+    width, low, high = 2 * recipe.block, np.full((2, 2), -1.0), np.full((2, 2), 2.0)
+    weight = SiteRange(low[0], high[0], "weight", 0, (2, width))
+    if scheme.blocked:
+        weight = SiteRange(low, high, "weight", 0, (2, width), recipe.block)
+    sites = {"layer.input": SiteRange(low[0, 0], high[0, 0], "input", None, (width,)), "layer.weight": weight}
+    return make_plan(Ranges(sites, "", "", ""), scheme)
