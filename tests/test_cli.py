@@ -1,13 +1,9 @@
 """The command line: each command runs, each mistake is told in three lines, and nobody waits for `--help`."""
 
 import dataclasses
-import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -279,25 +275,3 @@ def test_a_process_exits_with_the_code(desk: Path, arguments: list[str], code: i
     assert said in (done.stderr if code else done.stdout)
     assert "Traceback" not in done.stderr
     assert bool(done.stderr) == bool(code), "a result belongs on stdout, a message on stderr"
-
-
-def test_the_command_is_installed_under_its_name() -> None:
-    (found,) = (script for script in entry_points(group="console_scripts") if script.name == "dfq-deploy")
-    main: Callable[[], None] = found.load()
-    assert main is cli.main
-
-
-def _cpu_seconds(*arguments: str) -> float:
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    before = spent()
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
-    return spent() - before
-
-
-def test_help_costs_less_than_half_a_second_more_than_python_itself() -> None:
-    bare = min(_cpu_seconds("-c", "pass") for _ in range(3))
-    assert min(_cpu_seconds("-m", "dfq_deploy", "--help") for _ in range(3)) - bare < 0.5

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import dfq_deploy as dfq
-from calibrators.collectors.pytorch import collect_ranges
 from calibrators.images import ImageSet
 from calibrators.observers import MinMax, Percentile
+from calibrators.observing import observed
 from calibrators.plan import SiteRange
 from calibrators.sites import sites_of
 from dfq_deploy.models import Model
@@ -20,7 +20,7 @@ _NAMES = ("demo", "deit_t", "swin_t")
 def _first_range(model: Model, pixels: np.ndarray, observer: type = MinMax) -> tuple[SiteRange, SiteRange]:
     """Ranges of the input and of the output of the layer that reads the image, seen on `pixels`."""
     images = ImageSet.of(pixels, model.preprocess, source="test")
-    sites = collect_ranges(model.module, images, model_fingerprint="m", observer=observer, observer_name="minmax").sites
+    sites = observed(model.module, images, observer)
     return sites["patch_embed.proj.input"], sites["patch_embed.proj.output"]
 
 

@@ -20,7 +20,7 @@ from dfq_deploy.cli import run
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
 from exporters.backends import BuildOptions, Placement, ort
-from exporters.bundle import open_bundle
+from exporters.bundle import MANIFEST, Manifest, open_bundle, seal_bundle
 
 _NOISE = ["--model", "demo", "--generator", "noise", "--count", "8"]
 _BLOCKS = (32, 64, 128)
@@ -200,6 +200,25 @@ def test_layers_of_a_pending_engine_are_held_to_the_body_that_they_compute_in(co
     found = dfq.export(recipe, copied, limit=16)
     assert found.verdict == "undecided", found.reason
     assert 1e-4 < max(found.layer_error.values()) < 2e-3
+
+
+@pytest.mark.skipif("tensorrt" not in _ABSENT, reason="the engine would be built")
+@pytest.mark.parametrize("body", ["fp16", "bf16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "float"])
+def test_another_body_is_no_fault_and_hides_none(copied: Path, scheme: str, body: str) -> None:
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme=scheme, provider="tensorrt", float=body)
+    found = dfq.export(recipe, copied, limit=64)
+    assert found.verdict == "undecided", found.reason
+    model = ir.load(copied / "model.onnx")
+    constant = model.graph.initializers["norm.weight"].const_value
+    assert constant is not None
+    values = constant.numpy()
+    wrong = (values * np.linspace(0.7, 1.3, values.size)).astype(values.dtype)
+    model.graph.initializers["norm.weight"].const_value = ir.tensor(wrong, name="norm.weight")
+    ir.save(model, copied / "model.onnx")
+    manifest = Manifest.model_validate_json((copied / MANIFEST).read_bytes())
+    seal_bundle(copied, manifest, list(manifest.files))
+    assert dfq.check(copied, limit=64).verdict == "fail"
 
 
 @every_absent_provider
