@@ -188,7 +188,7 @@ def _inspecting(trt: Any, information: str) -> None:
     trt.EngineInspector.get_engine_information = lambda inspector, form: information
 
 
-@pytest.mark.parametrize("table", ["", "Engine Layer Information: fc"])
+@pytest.mark.parametrize("table", ["", "Fused Layers: fc"])
 def test_where_the_log_holds_no_layers_the_inspector_is_asked(name: str, model: Path, engine: Path, table: str) -> None:
     trt = _answering(name, table=table)
     _inspecting(trt, _INSPECTED)
@@ -206,26 +206,38 @@ def test_where_nobody_can_say_what_was_built_nothing_is_claimed(name: str, model
     assert "dfq-deploy build" in caught.value.fix
 
 
-def _full(path: Path, data: bytes) -> int:
-    raise OSError(28, "No space left on device", str(path))
+_write = Path.write_bytes
 
 
-def _stopped(path: Path, data: bytes) -> int:
-    raise KeyboardInterrupt
+def _fails(file: str, error: BaseException) -> Callable[[Path, bytes], int]:
+    """Path.write_bytes that stops in the middle of `file`."""
+
+    def write(path: Path, data: bytes) -> int:
+        _write(path, data[: len(data) // 2] if path.name == file else data)
+        if path.name == file:
+            raise error
+        return len(data)
+
+    return write
 
 
-@pytest.mark.parametrize(("happens", "raises"), [(_full, OSError), (_stopped, KeyboardInterrupt)])
-@pytest.mark.parametrize("before", [None, b"an older engine"])
-def test_a_full_disk_and_ctrl_c_leave_no_half_engine(
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("file", ["model.engine", "timing.cache"])
+@pytest.mark.parametrize("before", [None, b"of an earlier build"])
+def test_a_full_disk_and_ctrl_c_leave_the_old_file_or_none(
     name: str, model: Path, engine: Path, monkeypatch: pytest.MonkeyPatch,
-    happens: Callable[[Path, bytes], int], raises: type[BaseException], before: bytes | None,
+    before: bytes | None, file: str, error: BaseException,
 ) -> None:  # fmt: skip
     if before is not None:
-        engine.write_bytes(before)
-    monkeypatch.setattr(Path, "write_bytes", happens)
-    with pytest.raises(raises):
-        build_engine(_answering(name), model, engine, BuildSettings((1, 2, 4)))
-    assert [file.read_bytes() for file in engine.parent.iterdir()] == ([] if before is None else [before])
+        engine.with_name(file).write_bytes(before)
+    monkeypatch.setattr(Path, "write_bytes", _fails(file, error))
+    with pytest.raises(type(error)):
+        build_engine(
+            _answering(name), model, engine, BuildSettings((1, 2, 4), timing_cache=engine.with_name("timing.cache"))
+        )
+    left = {path.name: path.read_bytes() for path in engine.parent.iterdir()}
+    whole = {"model.engine": _ENGINE} if file == "timing.cache" else {}
+    assert left == {**whole, **({} if before is None else {file: before})}
 
 
 def test_ctrl_c_while_tensorrt_builds_leaves_nothing(name: str, model: Path, engine: Path) -> None:
