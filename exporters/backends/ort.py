@@ -211,7 +211,8 @@ def _quantized_nodes(model: Path, provider: str) -> set[str]:
             "session.optimized_model_external_initializers_file_name", "optimised.onnx.data"
         )
         try:
-            onnxruntime.InferenceSession(str(model), options, providers=[_PROVIDERS[provider], _PROVIDERS["cpu"]])
+            both = dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"]))  # once each: it warns of a second one
+            onnxruntime.InferenceSession(str(model), options, providers=list(both))
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
