@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import dfq_deploy as dfq
 from dfq_deploy.evaluate import Check
+from exporters.backends import trt
 
 PENDING: dict[str, Any] = {"model": "demo", "generator": "noise", "count": 8, "backend": "trt", "batch": "1,2,4"}
 
@@ -13,4 +16,6 @@ PENDING: dict[str, Any] = {"model": "demo", "generator": "noise", "count": 8, "b
 def export_pending(demo_bundle: Path, folder: Path, **other: Any) -> Check:
     """Export the demo for TensorRT into `folder`, on images and a float model that `demo_bundle` has already."""
     shutil.copytree(demo_bundle / "work", folder / "work")
-    return dfq.export(dfq.Recipe(**PENDING | other), folder, limit=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trt, "trt", None)
+        return dfq.export(dfq.Recipe(**PENDING | other), folder, limit=4)
