@@ -52,7 +52,7 @@ def kernels_in_log(table: str) -> list[Kernel]:
         BackendError: It does not read as a layer table.
     """
     found = []
-    for line in table.partition(_END_OF_TABLE)[0].splitlines()[1:]:
+    for line in table.partition(_END_OF_TABLE)[0].rstrip("\n").split("\n")[1:]:  # names are parted by \x1e and \x1f
         row = _ROW.match(line)
         if row is None:
             raise _unreadable(line)
@@ -69,7 +69,7 @@ def kernels_in_json(text: str) -> list[Kernel]:
         BackendError: It holds no layer details: the engine was built without them.
     """
     try:
-        return [_kernel(layer) for layer in json.loads(text)["Layers"]]
+        return [_kernel(layer) for layer in json.loads(text, strict=False)["Layers"]]
     except (AttributeError, KeyError, TypeError, ValueError) as cause:
         raise _unreadable(text) from cause
 
