@@ -158,7 +158,7 @@ def open_bundle(folder: Path, *, engine: bool = True) -> Manifest:
             why=reason,
             fix="export the model again; a manifest is not edited by hand.",
         ) from cause
-    unnamed = [name for name in _ALWAYS if name not in manifest.files]
+    unnamed = [name for name in _ALWAYS if name not in manifest.files or name in manifest.engine.files]
     if unnamed:
         raise BundleError(
             what=f"`{path}` does not name {unnamed[0]}.",

@@ -107,6 +107,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why="what it runs on is the machine that it is on.",
             fix="leave it out, or use --backend rtx, which builds for GPUs that are not there.",
         )
+    _refuse_unused(options)
     formats = {q.codes.name for q in plan.sites.values()}
     if options.provider in _TENSORRT:
         refuse_plan(plan, targets=(), blocks=_BLOCKS)
@@ -125,7 +126,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     elif options.provider in ("", "cpu") and options.body != "fp32":
         raise BackendError(
             what=f"ONNX Runtime's CPU provider does not compute in {options.body}.",
-            why="it casts every operator's input to float32 and back, which is slower than float32 alone.",
+            why="its kernels are float32: the file would be smaller, the time not.",
             fix="use --float fp32, another --provider, or --backend rtx or trt.",
         )
     sizes = {q.block for q in plan.sites.values() if q.block is not None} - {*_BLOCKS}
@@ -134,6 +135,20 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             what=f"ONNX Runtime cannot run blocks of {max(sizes)}.",
             why=f"its MatMulNBits is used here with blocks of {', '.join(map(str, _BLOCKS))}.",
             fix="pass one of these with --block.",
+        )
+
+
+def _refuse_unused(options: BuildOptions) -> None:
+    """Return if the provider makes use of all options that are set."""
+    unused = {
+        "--workspace": options.workspace is not None and options.provider not in _TENSORRT,
+        "--optimization-level": options.level is not None and options.provider != "tensorrt",
+    }
+    for flag in (flag for flag, is_set in unused.items() if is_set):
+        raise BackendError(
+            what=f"{flag} means nothing to ONNX Runtime on `{options.provider or 'cpu'}`.",
+            why="it is a setting of TensorRT's builder.",
+            fix="leave it out, or use --provider tensorrt.",
         )
 
 
@@ -195,19 +210,21 @@ def _provider_options(provider: str, model: Path, options: BuildOptions) -> dict
         return {}
     # Engines are code, and the manifest vouches for all code in a bundle: they stay outside it.
     cache = str(platformdirs.user_cache_path("dfq-deploy", ensure_exists=True) / f"ort-{sha256_of(model)[:16]}")
-    if provider == "rtx":
-        return {"nv_runtime_cache_path": cache}
+    prefix = "nv" if provider == "rtx" else "trt"
+    (images,) = onnx.load(model, load_external_data=False).graph.input
+    image = "x".join(str(size.dim_value) for size in images.type.tensor_type.shape.dim[1:])
     found = {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": cache,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": cache,
+        f"{prefix}_profile_{end}_shapes": f"{images.name}:{size}x{image}"
+        for end, size in zip(("min", "opt", "max"), options.batch, strict=True)
     }
     if options.workspace is not None:
-        found["trt_max_workspace_size"] = str(options.workspace)
+        found[f"{prefix}_max_workspace_size"] = str(options.workspace)
+    if provider == "rtx":
+        return {**found, "nv_runtime_cache_path": cache}
     if options.level is not None:
         found["trt_builder_optimization_level"] = str(options.level)
-    return found
+    kept = {"trt_engine_cache_path": cache, "trt_timing_cache_path": cache}
+    return {**found, **kept, "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 
 
 def _float_layers(plan: QuantPlan, operators: Mapping[str, str]) -> dict[str, str]:
@@ -241,7 +258,7 @@ def _operators(model: Path, provider: str) -> dict[str, str]:
 def _not_here(provider: str, there: list[str]) -> NotHereError:
     return NotHereError(
         what=f"ONNX Runtime does not run on `{provider}` here.",
-        why=f"it has {', '.join(there)}.",
+        why=f"it has {', '.join(name for name, provider in _PROVIDERS.items() if provider in there)}.",
         fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
     )
 

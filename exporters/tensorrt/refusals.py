@@ -36,7 +36,7 @@ def refuse_plan(plan: QuantPlan, *, targets: Iterable[str], blocks: tuple[int, .
         raise BackendError(
             what=f"TensorRT cannot run blocks of {max(sizes - set(blocks))}.",
             why=f"it unpacks INT4 weights inside a matmul in blocks of {', '.join(map(str, blocks))}.",
-            fix=f"pass --block {blocks[-1]}, or use --backend ort.",
+            fix="pass --block 64, or use --backend ort.",
         )
     _refuse_fp8({q.codes.name for q in plan.sites.values()}, targets)
 
