@@ -1,6 +1,7 @@
-"""README's accuracy table: `make accuracy`, with `DFQ_DATA` naming real weights and images.
+"""README's accuracy tables: `make accuracy`, with `DFQ_DATA` naming real weights and images.
 
-For each model and each kind of calibration images, one W8A8 engine, checked on all of `imagenet_val`. Everything but
+For each model and each kind of calibration images, one engine, checked on all of `imagenet_val`; where the engine cannot
+run here, its `model.onnx` in ONNX Runtime. Everything but
 the images is the same; further options of `dfq-deploy export` are passed on, so that other settings can be compared.
 """
 
@@ -23,8 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of table.md")
     parser.add_argument("--models", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
-    parser.add_argument("--observer", default="percentile")
+    parser.add_argument("--images", nargs="+", choices=list(IMAGES), default=list(IMAGES))
+    parser.add_argument("--backend", default="ort")
+    parser.add_argument("--observer", default="auto")
     parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--float", default="fp32")
     parser.add_argument("--spare", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -33,15 +38,19 @@ def main() -> None:
     titles += ["SQNR to float, dB", "engine = float", "engine = reference", "noise floor"]
     rows = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for model in args.models:
-        for images, generator in IMAGES.items():
+        for images in args.images:
+            generator = IMAGES[images]
             recipe = dfq.Recipe(
                 model=model,
                 checkpoint=data / "weights" / WEIGHTS[model],
                 calib="synthetic" if generator else f"folder:{data / 'imagenet_calib'}",
                 generator=generator or "noise",
                 seed=args.seed,
+                backend=args.backend,
                 observer=args.observer,
                 scheme=args.scheme,
+                block=args.block,
+                float=args.float,
                 spare=args.spare,
             )
             folder = args.out / f"{model}-{generator or 'real'}"

@@ -148,6 +148,31 @@ def test_no_provider_is_the_cpu() -> None:
             ort.check(_PLANS["int8"], refused)
 
 
+@pytest.mark.parametrize("provider", ["cpu", "cuda", "tensorrt", "rtx"])
+def test_settings_of_tensorrts_builder_are_refused_where_they_mean_nothing(provider: str) -> None:
+    taken = {"tensorrt": ["level", "workspace"], "rtx": ["workspace"]}.get(provider, [])
+    for setting in ("level", "workspace"):
+        options = BuildOptions(provider=provider, **{setting: 1})  # type: ignore[arg-type]
+        if setting in taken:
+            ort.check(_PLANS["int4/64"], options)
+        else:
+            with pytest.raises(BackendError, match="means nothing"):
+                ort.check(_PLANS["int4/64"], options)
+
+
+@pytest.mark.parametrize(("provider", "prefix"), [("tensorrt", "trt"), ("rtx", "nv")])
+def test_tensorrt_inside_is_told_the_batch_sizes_and_keeps_its_engines_outside_the_bundle(
+    demo_bundle: Path, provider: str, prefix: str
+) -> None:
+    options = BuildOptions(provider=provider, batch=(2, 4, 6), workspace=99)
+    found = ort._provider_options(provider, demo_bundle / "model.onnx", options)
+    shapes = [found[f"{prefix}_profile_{end}_shapes"] for end in ("min", "opt", "max")]
+    assert shapes == ["images:2x3x32x32", "images:4x3x32x32", "images:6x3x32x32"]
+    assert found[f"{prefix}_max_workspace_size"] == "99"
+    kept = [value for name, value in found.items() if name.endswith("_path")]
+    assert kept and not any(value.startswith(str(demo_bundle)) for value in kept)
+
+
 @pytest.mark.parametrize("provider", _PROVIDERS)
 def test_only_tensorrt_quantizes_the_first_layer_and_no_output(provider: str) -> None:
     tensorrt = provider in ("tensorrt", "rtx")
