@@ -1,8 +1,8 @@
 """README's accuracy tables: `make accuracy`, with `DFQ_DATA` naming real weights and images.
 
-For each model and each kind of calibration images, one engine, checked on all of `imagenet_val`; where the engine cannot
-run here, its `model.onnx` in ONNX Runtime. Everything but
-the images is the same; further options of `dfq-deploy export` are passed on, so that other settings can be compared.
+For each model and each kind of calibration images, one engine, checked on all of `imagenet_val`; where the engine
+cannot run here, its `model.onnx` in ONNX Runtime. Everything but the images is the same; further options of `dfq-deploy
+export` are passed on, so that other settings can be compared.
 """
 
 import argparse
