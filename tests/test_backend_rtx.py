@@ -84,6 +84,16 @@ def test_every_layer_is_computed_in_what_the_plan_says(stages: Path, tmp_path: P
     assert found.verdict == "undecided" if body == "fp32" else found.verdict != "pass"
 
 
+@pytest.mark.parametrize(("scheme", "body"), [("w8a8", "fp32"), ("w8a8_fp8", "fp16")])
+def test_attention_matmuls_are_quantized_where_that_is_asked_for(
+    stages: Path, tmp_path: Path, scheme: str, body: Body
+) -> None:
+    _exported(_recipe(scheme, body, attention=True), stages, tmp_path)
+    patch = int(scheme == "w8a8")
+    counts = {_SCHEMES[scheme]: _LINEAR + _MATMULS + patch, body: 2 - patch}
+    assert open_bundle(tmp_path).engine.census.counts == counts
+
+
 def test_a_bf16_body_is_built(stages: Path, tmp_path: Path) -> None:
     with suppress(BackendError):  # of the check: ONNX Runtime cannot stand in for the engine, its CPU has no bf16
         _exported(_recipe("w8a8", "bf16"), stages, tmp_path)
