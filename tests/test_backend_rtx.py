@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -82,6 +83,16 @@ def test_every_layer_is_computed_in_what_the_plan_says(stages: Path, tmp_path: P
     assert found.ran == "model.onnx in ONNX Runtime"
     assert found.reason.startswith("the engine has not run: there is no GPU here.")
     assert found.verdict == "undecided" if body == "fp32" else found.verdict != "pass"
+
+
+@pytest.mark.parametrize(("scheme", "body"), [("w8a8", "fp32"), ("w8a8_fp8", "fp16")])
+def test_attention_matmuls_are_quantized_where_that_is_asked_for(
+    stages: Path, tmp_path: Path, scheme: str, body: Body
+) -> None:
+    _exported(_recipe(scheme, body, attention=True), stages, tmp_path)
+    patch = int(scheme == "w8a8")
+    counts = {_SCHEMES[scheme]: _LINEAR + _MATMULS + patch, body: 2 - patch}
+    assert open_bundle(tmp_path).engine.census.counts == counts
 
 
 def test_a_bf16_body_is_built(stages: Path, tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ class _Architecture(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["deit_t", "vit_b", "swin_t"])
-def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Architecture:
+def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Architecture]:
     """A full-size model with random weights, its ranges on an image of noise, and its float ONNX model."""
     model = load_model(request.param, random_weights=True)
     ranges = collect_ranges(
@@ -191,7 +202,8 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     )
     floats = tmp_path_factory.mktemp(request.param) / "float.onnx"
     float_onnx(model, floats)
-    return _Architecture(model, ranges, floats)
+    yield _Architecture(model, ranges, floats)
+    floats.unlink()  # a third of a gigabyte that pytest would keep for days
 
 
 def _planned(architecture: _Architecture, scheme_name: str) -> QuantPlan:
@@ -212,7 +224,9 @@ def _built(architecture: _Architecture, plan: QuantPlan, body: Body, folder: Pat
     save_model(model, folder / "model.onnx")
     built = rtx.build(folder / "model.onnx", plan, options)
     assert (built.state, built.files) == ("built", ("model.engine",))
-    assert (folder / "model.engine").stat().st_size > 1000
+    for name in ("model.onnx", "model.engine"):
+        assert (folder / name).stat().st_size > 1000
+        (folder / name).unlink()
     return built.census
 
 
@@ -224,11 +238,13 @@ _COUNTS = {  # patch and linear layers; head and attention matmuls; Swin-T has t
 }
 
 
-@pytest.mark.parametrize("scheme", _COUNTS)
+@pytest.mark.parametrize(
+    ("scheme", "body"),
+    [("w8a8", "fp32"), ("w8a8", "fp16"), ("w4a16", "fp32"), ("w8a8_fp8", "fp32"), ("float", "fp16")],
+)
 def test_full_size_models_are_computed_in_what_the_plan_says(
-    architecture: _Architecture, tmp_path: Path, scheme: str
+    architecture: _Architecture, tmp_path: Path, scheme: str, body: Body
 ) -> None:
-    body: Body = "fp16" if scheme == "float" else "fp32"
     census = _built(architecture, _planned(architecture, scheme), body, tmp_path)
     name = next(alias for alias in _COUNTS[scheme] if architecture.floats.parent.name.startswith(alias))
     quantized, floats = _COUNTS[scheme][name]

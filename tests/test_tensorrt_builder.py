@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from surfaces import made, surface
-from tiny_quantized import plan_for, quantized
+from tiny_quantized import plan_for, quantized, written
 
 from calibrators.errors import BackendError
 from exporters.tensorrt.builder import BuildSettings, build_engine
@@ -148,10 +148,12 @@ def test_a_timing_cache_of_another_version_is_refused_before_the_build(name: str
 
 
 @pytest.mark.parametrize(("node", "said"), [("boxes", "`boxes` (NonMaxSuppression)"), ("", "a node")])
+@pytest.mark.parametrize(
+    ("text", "why"), [("no importer\nfor it", "no importer for it"), ("false", "UNSUPPORTED_NODE")]
+)
 def test_an_operator_that_the_parser_does_not_know_is_named(
-    name: str, model: Path, engine: Path, node: str, said: str
+    name: str, model: Path, engine: Path, node: str, said: str, text: str, why: str
 ) -> None:
-
     def refuses(parser: Any, path: str) -> bool:
         parser._values["num_errors"] = 1
         return False
@@ -161,15 +163,34 @@ def test_an_operator_that_the_parser_does_not_know_is_named(
     trt.OnnxParser.get_error = lambda parser, index: made(trt.ParserError)
     trt.ParserError.node_name = lambda error: node
     trt.ParserError.node_operator = lambda error: "NonMaxSuppression"
-    trt.ParserError.desc = lambda error: "no importer\nfor it"
+    trt.ParserError.desc = lambda error: text
+    trt.ParserError.code = lambda error: trt.ErrorCode.UNSUPPORTED_NODE
     with pytest.raises(BackendError) as caught:
         build_engine(trt, model, engine, BuildSettings((1, 2, 4)))
     assert str(caught.value) == (
         f"TensorRT's parser does not take {said}.\n"
-        "  why: no importer for it\n"
+        f"  why: {why}\n"
         "  fix: pick another variant of the model, or use --backend ort."
     )
     assert not engine.exists()
+
+
+def test_rtx_names_an_operator_that_it_does_not_know(engine: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    text = "agraph (float[N, 8, 8] images) => (float[N] logits) { [area] logits = Det (images) }"
+    ir.save(written(text), engine.with_name("model.onnx"))
+    with pytest.raises(BackendError, match=r"does not take `area` \(Det\)") as caught:
+        build_engine(trt, engine.with_name("model.onnx"), engine, BuildSettings((1, 2, 4), targets=("sm89",)))
+    assert caught.value.why == "UNSUPPORTED_NODE"
+    assert not engine.exists()
+
+
+def test_rtx_tells_its_layers_though_another_logger_came_first(model: Path, engine: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    others = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    kernels = build_engine(trt, model, engine, BuildSettings((1, 2, 4), targets=("sm89",)))
+    assert any("fc" in kernel.nodes for kernel in kernels)
+    assert others.logger is not None, "it lived until here"
 
 
 def test_a_build_that_gives_nothing_says_what_the_log_said(name: str, model: Path, engine: Path) -> None:

@@ -137,6 +137,11 @@ def _parse_failed(parser: Any) -> BackendError:
     )
     return BackendError(
         what=f"TensorRT's parser does not take {where}.",
-        why=" ".join(error.desc() for error in errors) or "it gives no reason.",
+        why=" ".join(map(_reason, errors)) or "it gives no reason.",
         fix="pick another variant of the model, or use --backend ort.",
     )
+
+
+def _reason(error: Any) -> str:
+    """What the parser says of a node; of an operator that it does not know at all its text is `false`."""
+    return str(error.code().name if error.desc() in ("", "false") else error.desc())
