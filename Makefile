@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test lint bench accuracy float-body clean
+.PHONY: demo test gpu lint bench accuracy float-body latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
 
 test: lint
 	$(BIN)/pytest
+
+gpu: .venv/test.stamp
+	$(BIN)/pytest tests/gpu -rs
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -26,6 +29,9 @@ accuracy: .venv/test.stamp
 
 float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body
+
+latency: .venv/test.stamp
+	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
 
 clean:
 	rm -rf .venv $(OUT)

@@ -26,12 +26,15 @@ class Codes:
         name: The name of its NumPy dtype.
         low: Its smallest code.
         high: Its largest code.
+        lowest: The code that the lower end of a range gets. INT8 leaves -128 unused, so that a weight and its negative
+            have the same codes but for the sign; of INT4's few codes none is left unused.
         mantissa: Bits after the binary point where codes are floating-point numbers; None for integers.
     """
 
     name: str
     low: int
     high: int
+    lowest: int
     mantissa: int | None = None
 
     @property
@@ -48,10 +51,10 @@ class Codes:
 CODES = {
     codes.name: codes
     for codes in (
-        Codes("int8", -128, 127),
-        Codes("uint8", 0, 255),
-        Codes("int4", -8, 7),
-        Codes("float8_e4m3fn", -448, 448, mantissa=3),
+        Codes("int8", -128, 127, lowest=-127),
+        Codes("uint8", 0, 255, lowest=0),
+        Codes("int4", -8, 7, lowest=-8),
+        Codes("float8_e4m3fn", -448, 448, lowest=-448, mantissa=3),
     )
 }
 _SMALLEST_NORMAL = 2.0**-6  # of E4M3; below it the grid is even
@@ -60,19 +63,19 @@ _SMALLEST_NORMAL = 2.0**-6  # of E4M3; below it the grid is even
 def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray]:
     """Scale (float32) and zero-point (`codes.zero_dtype`) that cover the range from `low` to `high`.
 
-    Signed: symmetric, scale = max(|low|, |high|) / high code, zero-point 0. Unsigned: asymmetric; the range is
-    widened to hold 0, so that zero (padding, a ReLU's floor) is exact. A range that holds only 0 gets scale 1.
-    Bounds in float64 are computed with as such and the scale is rounded once: 127 times a scale, which float32 cannot
-    always hold, gives that scale again. Both results have the shape of `low`.
+    Signed: zero-point 0 and the smallest scale with which both ends fit, max(low / lowest, high / high code). Unsigned:
+    asymmetric; the range is widened to hold 0, so that zero (padding, a ReLU's floor) is exact. A range that holds
+    only 0 gets scale 1. Bounds in float64 are computed with as such and the scale is rounded once: 127 times a scale,
+    which float32 cannot always hold, gives that scale again. Both results have the shape of `low`.
     """
     kind = np.result_type(low, high, np.float32)
     low = np.minimum(np.asarray(low, kind), kind.type(0))
     high = np.maximum(np.asarray(high, kind), kind.type(0))
     if codes.signed:
-        span, steps = np.maximum(-low, high), codes.high
+        steps = np.maximum(low / kind.type(codes.lowest), high / kind.type(codes.high))
     else:
-        span, steps = high - low, codes.high - codes.low
-    scale = (span / kind.type(steps)).astype(np.float32)
+        steps = (high - low) / kind.type(codes.high - codes.low)
+    scale = steps.astype(np.float32)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
     if codes.signed:
         return scale, np.zeros(scale.shape, codes.zero_dtype)

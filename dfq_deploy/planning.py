@@ -62,22 +62,22 @@ def plan_of(
     placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
     if scheme.blocked:
         ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
-    if recipe.spare == "auto":
-        spare = layers_to_spare(model, scheme, first_layer=placement.first_layer)
-    else:
-        spare = _asked_for(recipe.spare, model, ranges)
+    asked = [] if recipe.spare == "none" else recipe.spare.split(",")
+    spare = _asked_for([name for name in asked if name != "auto"], model, ranges)
+    if "auto" in asked:
+        spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer)
     return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
 
 
-def _asked_for(names: str, model: Model, ranges: Ranges) -> dict[str, str]:
+def _asked_for(names: list[str], model: Model, ranges: Ranges) -> dict[str, str]:
     layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
-    spare = {} if names == "none" else dict.fromkeys(names.split(","), "asked for with --spare")
+    spare = dict.fromkeys(names, "asked for with --spare")
     unknown = sorted(spare.keys() - set(layers))
     if unknown:
         raise PlanError(
             what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
             why=f"its layers are called like {', '.join(layers[:4])}.",
-            fix="pass auto, none, or such names with commas between them.",
+            fix="pass none, or such names and auto with commas between them.",
         )
     return spare
 

@@ -112,7 +112,7 @@ class CalibrateRecipe(GenerateRecipe):
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
     spare: str = "auto"
-    """Layers that stay float: auto (what quantization serves badly), none, or names with commas between them."""
+    """Layers that stay float: none, or names with commas between them; auto among them is what fares badly."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

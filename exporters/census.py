@@ -63,7 +63,7 @@ class Census:
             raise ExportError(
                 what=f"the engine computes `{fallen[0]}` in float, and {len(fallen) - 1} more layers of the plan.",
                 why=found[fallen[0]],
-                fix=f"spare them with --spare {','.join(fallen)}, or use another backend.",
+                fix=f"spare them with --spare auto,{','.join(fallen)}, or use another backend.",
             )
         precision = {layer: precision_of(plan, layer) for layer in plan.layers}
         spared = {layer_of(site): reason for site, reason in plan.spared.items()}

@@ -99,7 +99,7 @@ def test_a_layer_that_fell_back_to_float_is_told(demo_bundle: Path, tmp_path: Pa
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=rf"computes `{layer}` in float") as caught:
         ort.build(tmp_path / "model.onnx", _plan(demo_bundle), _CPU)
-    assert f"--spare {layer}" in caught.value.fix
+    assert f"--spare auto,{layer}" in caught.value.fix
 
 
 def test_every_layer_that_fell_back_is_in_the_advice(demo_bundle: Path) -> None:
@@ -107,7 +107,7 @@ def test_every_layer_that_fell_back_is_in_the_advice(demo_bundle: Path) -> None:
     plan = _plan(demo_bundle)
     with pytest.raises(ExportError) as caught:
         ort.build(floats, plan, _CPU)
-    assert f"--spare {','.join(plan.layers)}" in caught.value.fix
+    assert f"--spare auto,{','.join(plan.layers)}" in caught.value.fix
 
 
 def test_a_file_that_is_no_onnx_is_refused(demo_bundle: Path, tmp_path: Path) -> None:

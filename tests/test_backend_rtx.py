@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import onnx_ir as ir
 import pytest
 
 import dfq_deploy as dfq
+from calibrators.collectors import Subject
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import BackendError, BundleError, ExportError, NotHereError
 from calibrators.files import sha256_of
-from calibrators.observers import observer_named
 from calibrators.plan import QuantPlan, Ranges, make_plan
 from calibrators.scheme import scheme_named
 from calibrators.sites import block_ranges
@@ -176,11 +175,11 @@ def test_a_layer_that_falls_to_float_fails_the_export_and_is_named(
     qkv = [f"blocks.{block}.attn.qkv" for block in range(6)]
     assert caught.value.what == f"the engine computes `{qkv[0]}` in float, and 5 more layers of the plan."
     assert "reads fp32, int8, or its weight is dequantized by a kernel of its own" in caught.value.why
-    assert caught.value.fix == f"spare them with --spare {','.join(qkv)}, or use another backend."
+    assert caught.value.fix == f"spare them with --spare auto,{','.join(qkv)}, or use another backend."
     assert not (tmp_path / MANIFEST).exists()
-    spared = _recipe("w8a8", spare=",".join(qkv))
+    spared = _recipe("w8a8", spare="auto," + ",".join(qkv))
     dfq.export(spared, tmp_path, limit=2)
-    assert open_bundle(tmp_path).engine.census.counts == {"int8": _LINEAR - 6 + 2, "fp32": _MATMULS + 6}
+    assert open_bundle(tmp_path).engine.census.counts == {"int8": _LINEAR - 6 + 1, "fp32": _MATMULS + 6 + 1}
 
 
 class _Architecture(NamedTuple):
@@ -193,13 +192,8 @@ class _Architecture(NamedTuple):
 def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Architecture]:
     """A full-size model with random weights, its ranges on an image of noise, and its float ONNX model."""
     model = load_model(request.param, random_weights=True)
-    ranges = collect_ranges(
-        model.module,
-        noise.generate(model, GenerateOptions(count=1, seed=0, exact=False)),
-        model_fingerprint=model.fingerprint,
-        observer=partial(observer_named, "minmax", 100),
-        observer_name="minmax",
-    )
+    images = noise.generate(model, GenerateOptions(count=1, seed=0, exact=False))
+    ranges = collect_ranges(Subject(model.module, model.fingerprint), images, observer="minmax", percentile=100)
     floats = tmp_path_factory.mktemp(request.param) / "float.onnx"
     float_onnx(model, floats)
     yield _Architecture(model, ranges, floats)

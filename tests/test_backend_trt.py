@@ -17,7 +17,7 @@ from calibrators.errors import BackendError, BundleError, NotHereError
 from dfq_deploy.cli import run
 from exporters.backends import BuildOptions, trt
 from exporters.bundle import MANIFEST, open_bundle
-from exporters.tensorrt import cuda
+from exporters.tensorrt import builder, cuda
 from exporters.tensorrt.layers import Kernel
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
@@ -119,7 +119,7 @@ def test_with_both_it_builds_for_the_gpu_at_hand(model: Path, monkeypatch: pytes
         asked.extend(arguments)
         return [Kernel("fc", "gemm ", ("int8",), ("int8",), nodes)]
 
-    monkeypatch.setattr(trt, "build_engine", builds)
+    monkeypatch.setattr(builder, "build_engine", builds)
     built = trt.build(model, plan_for("fc"), BuildOptions(batch=(1, 2, 4), level=2, workspace=5))
     assert asked[:3] == [installed, model, model.with_name("model.engine")]
     settings = asked[3]

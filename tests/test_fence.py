@@ -173,7 +173,7 @@ def test_rtx_keeps_the_weight_in_its_codes_only_behind_a_fence(tmp_path: Path, s
     with pytest.raises(ExportError, match="`qkv` in float") as caught:
         _census(tmp_path / "model.onnx", _model(plan, fences=False), plan, "fp32")
     assert "its weight is dequantized by a kernel of its own" in caught.value.why
-    assert caught.value.fix.startswith("spare them with --spare qkv")
+    assert caught.value.fix.startswith("spare them with --spare auto,qkv")
     assert _census(tmp_path / "model.onnx", _model(plan, fences=True), plan, "fp32") == {format: 1}
 
 

@@ -191,7 +191,7 @@ def test_a_layer_that_falls_to_float_is_named_and_the_bundle_stays_pending(
     with pytest.raises(ExportError) as caught:
         dfq.build(tmp_path / "b", backend="rtx")
     qkv = ",".join(layer for layer in QuantPlan.load(tmp_path / "b" / "plan.safetensors").layers if "qkv" in layer)
-    assert caught.value.fix == f"spare them with --spare {qkv}, or use another backend."
+    assert caught.value.fix == f"spare them with --spare auto,{qkv}, or use another backend."
     assert open_bundle(tmp_path / "b") == before
 
 

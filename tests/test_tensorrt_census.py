@@ -139,14 +139,14 @@ def test_every_way_into_float_is_found_and_named(case: str) -> None:
         census_of(kernels, plan, "fp32")
     assert caught.value.what.startswith("the engine computes `fc` in float, and 0 more")
     assert why in caught.value.why
-    assert caught.value.fix.startswith("spare them with --spare fc,")
+    assert caught.value.fix.startswith("spare them with --spare auto,fc,")
 
 
 def test_all_fallen_layers_are_in_the_advice_and_sound_ones_are_not() -> None:
     plan = _plan(_INT8, *[f"{layer}.{role}" for layer in ("fc", "a", "b") for role in ("input", "weight")])
     with pytest.raises(ExportError, match="`a` in float, and 1 more") as caught:
         census_of([_kernel("int8", "int8")], plan, "fp32")
-    assert "--spare a,b," in caught.value.fix
+    assert "--spare auto,a,b," in caught.value.fix
 
 
 def test_a_spared_layer_is_the_bodys_with_its_reason() -> None:

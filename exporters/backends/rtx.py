@@ -21,10 +21,9 @@ from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
-from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.tensorrt.builder import BuildSettings, build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.fence import put_fences
-from exporters.tensorrt.layers import census_of
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
 
@@ -77,9 +76,9 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     if trt is None:
         return Built("pending", Census({}, {}), note="TensorRT for RTX is not installed here.")
     settings = BuildSettings(options.batch, options.targets, options.level, options.workspace)
-    kernels = build_engine(trt, model, model.with_name(_ENGINE), settings)
+    census = build_planned(trt, model, model.with_name(_ENGINE), plan, options.body, settings)
     made_for = {"tensorrt_rtx": trt.__version__, "targets": ",".join(options.targets)}
-    return Built("built", census_of(kernels, plan, options.body), (_ENGINE,), made_for)
+    return Built("built", census, (_ENGINE,), made_for)
 
 
 def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:

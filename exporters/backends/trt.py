@@ -25,10 +25,9 @@ from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
 from exporters.tensorrt import cuda
-from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.tensorrt.builder import BuildSettings, build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.fence import put_fences
-from exporters.tensorrt.layers import census_of
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
 
@@ -79,9 +78,9 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     settings = BuildSettings(
         options.batch, level=options.level, workspace=options.workspace, timing_cache=model.with_name(_TIMINGS)
     )
-    kernels = build_engine(trt, model, model.with_name(_ENGINE), settings)
+    census = build_planned(trt, model, model.with_name(_ENGINE), plan, options.body, settings)
     made_for = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
-    return Built("built", census_of(kernels, plan, options.body), (_ENGINE, _TIMINGS), made_for)
+    return Built("built", census, (_ENGINE, _TIMINGS), made_for)
 
 
 def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
@@ -108,6 +107,6 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     fp8 = any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values())
     settings = BuildSettings(options.batch, targets=("sm89", "sm120") if fp8 else ())
     with TemporaryDirectory() as folder:
-        kernels = build_engine(rtx, model, Path(folder) / _ENGINE, settings)
+        census = build_planned(rtx, model, Path(folder) / _ENGINE, plan, options.body, settings)
     note = f"{missing}; TensorRT for RTX {rtx.__version__} builds the model, with its layers as listed."
-    return Built("pending", census_of(kernels, plan, options.body), note=note)
+    return Built("pending", census, note=note)

@@ -12,13 +12,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibrators.errors import BackendError
+from calibrators.errors import BackendError, ExportError
 from calibrators.files import written_whole
-from exporters.tensorrt.layers import Kernel, kernels_in_json, kernels_in_log
+from calibrators.plan import QuantPlan
+from exporters.census import Body, Census
+from exporters.tensorrt.layers import Kernel, census_of, kernels_in_json, kernels_in_log
 from exporters.tensorrt.log import Recorder, recorder
 from exporters.tensorrt.refusals import refuse_model
 
-__all__ = ["BuildSettings", "build_engine"]
+__all__ = ["BuildSettings", "build_engine", "build_planned"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def build_engine(trt: ModuleType, model: Path, engine: Path, settings: BuildSett
     if not parser.parse_from_file(str(model)):
         raise _parse_failed(parser)
     config = _config(trt, builder, network, settings)
-    cache = _timing_cache(config, settings.timing_cache)
+    cache = _timing_cache(config, settings.timing_cache, log)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BackendError(
@@ -74,6 +76,23 @@ def build_engine(trt: ModuleType, model: Path, engine: Path, settings: BuildSett
         with written_whole(settings.timing_cache) as temporary:
             temporary.write_bytes(cache.serialize())
     return _kernels(trt, log, serialized)
+
+
+def build_planned(
+    trt: ModuleType, model: Path, engine: Path, plan: QuantPlan, body: Body, settings: BuildSettings
+) -> Census:
+    """Build `engine` as `build_engine` does, and keep it only if it computes what `plan` asks for.
+
+    Raises:
+        BackendError: See `build_engine`.
+        ExportError: A layer that the plan quantizes is computed in float.
+    """
+    kernels = build_engine(trt, model, engine, settings)
+    try:
+        return census_of(kernels, plan, body)
+    except ExportError:
+        engine.unlink()
+        raise
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -100,12 +119,16 @@ def _config(trt: ModuleType, builder: Any, network: Any, settings: BuildSettings
     return config
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
+def _timing_cache(config: Any, path: Path | None, log: Recorder) -> Any:
     """The timing cache that the build will use, filled from `path` if that is there; None if none is wanted."""
     if path is None:
         return None
+    log.clear()
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, False):
+    taken = cache is not None and config.set_timing_cache(cache, False)
+    # It takes a damaged one for an empty one, with no more than a warning.
+    warned = any(severity != "INFO" and "timing cache" in text for severity, text in log.messages)
+    if not taken or (path.exists() and warned):
         raise BackendError(
             what=f"`{path}` is no timing cache for this TensorRT and this GPU.",
             why="it was written by another version, for another GPU, or is damaged.",

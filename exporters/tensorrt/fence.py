@@ -25,8 +25,9 @@ def put_fences(model: ir.Model, plan: QuantPlan) -> None:
         if len(users) == 1 and users[0].op_type == "Add":
             output = users[0].outputs[0]
         uses = list(output.uses())
-        if not uses or not {use.node.op_type for use in uses} <= _CUTTING or output.dtype is None:
+        if not uses or not {use.node.op_type for use in uses} <= _CUTTING:
             continue
+        assert output.dtype is not None, "a model of to_onnx knows its types"
         limits = _limits(output.dtype)
         bounds = []
         for end, limit in zip(("lowest", "highest"), limits, strict=True):
