@@ -191,6 +191,8 @@ def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, bool]:
         with contextlib.suppress(NotHereError):
             engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
             return engine, model, False
+    if facts.options.body != "bf16":
+        return OrtEngine(path, "cpu", exact=True), model, True
     with tempfile.TemporaryDirectory() as place:
         save_model(model, Path(place) / "model.onnx")
         return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, True

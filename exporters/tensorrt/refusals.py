@@ -47,17 +47,10 @@ def refuse_model(model: ir.Model, *, targets: Iterable[str] = ()) -> None:
     Raises:
         BackendError: It does not take one of them.
     """
-    opset = model.opset_imports.get("", 0)
     for node in model.graph:
         for applies, why, fix in _RULES:
             if applies(node):
                 raise _refused(node, why, fix)
-    if opset > 22:
-        raise BackendError(
-            what=f"TensorRT does not take this model: its opset is {opset}.",
-            why="from opset 23 on, attention is one operator, which the builder refuses in float32.",
-            fix="export it at opset 22 or below, as `dfq-deploy export` does.",
-        )
     _refuse_fp8({str(v.dtype.numpy()) for v in model.graph.initializers.values() if v.dtype is not None}, targets)
 
 
@@ -113,7 +106,11 @@ def _is_qdq(node: ir.Node) -> bool:
 
 _RULES: tuple[tuple[Callable[[ir.Node], bool], str, str], ...] = (
     (lambda node: node.op_type in _INTEGER_OPS, "it takes explicit Q/DQ only, not integer operators.", _EXPORT_AGAIN),
-    (lambda node: node.domain not in ("", "ai.onnx"), "it takes standard ONNX operators only.", _EXPORT_AGAIN),
+    (
+        lambda node: node.domain not in ("", "ai.onnx"),
+        "of operators that are not standard ONNX it knows few.",
+        _EXPORT_AGAIN,
+    ),
     (lambda node: node.op_type == "Attention", "its builder refuses it in float32.", "export at opset 22 or below."),
     (_is_int32_bias, "a quantized bias is refused; biases stay in float.", _EXPORT_AGAIN),
     (_is_unsigned, "it quantizes with signed codes only.", "use --scheme w8a8, or --backend ort."),
