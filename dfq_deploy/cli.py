@@ -253,7 +253,8 @@ def _progress() -> Iterator[_Bar]:
     try:
         yield _Bar(progress)
     finally:
-        progress.stop()
+        if progress.live.is_started:  # or it would print an empty line
+            progress.stop()
 
 
 def main() -> None:
