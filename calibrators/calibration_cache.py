@@ -72,6 +72,12 @@ def write_cache(
                 why="a cache holds one per tensor, and the plan was put together from several.",
                 fix="make the plan with `dfq-deploy calibrate`.",
             )
+    if not lines:
+        raise PlanError(
+            what="the plan cannot be written as a calibration cache: it quantizes no activation.",
+            why=f"a cache holds the scales of activations, and {plan.scheme} leaves them in float.",
+            fix="make the plan with --scheme w8a8.",
+        )
     with written_whole(path) as temporary:
         temporary.write_text("\n".join([header, *lines.values()]) + "\n", encoding="utf-8", newline="")
 

@@ -205,6 +205,7 @@ class QuantPlan:
             raise _malformed(path, cause) from cause
         for name, q in plan.sites.items():
             whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.zero_dtype
+            whole &= q.block is None or (isinstance(q.block, int) and q.block > 0 and q.scale.ndim == 2)
             if not whole or q.scale.shape != q.zero_point.shape or not (np.isfinite(q.scale) & (q.scale > 0)).all():
                 raise PlanError(
                     what=f"`{path}` has an unusable scale at `{name}`.",

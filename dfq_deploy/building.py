@@ -4,7 +4,8 @@ Comes after calibration and before the check. It decides what lies in a bundle; 
 written and verified.
 """
 
-from importlib.metadata import version
+import contextlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from calibrators.registry import pick
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
 from exporters.backends import Built
-from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, open_bundle, seal_bundle
+from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, files_in, open_bundle, seal_bundle
 from exporters.cast import CastBody
 from exporters.qdq import InsertQDQ
 from exporters.to_onnx import export_float, save_model, torch_parity
@@ -27,12 +28,22 @@ from exporters.to_onnx import export_float, save_model, torch_parity
 __all__ = ["build_bundle", "float_onnx", "is_built", "made_with"]
 
 _MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
+_BUILDERS = ("tensorrt", "tensorrt-rtx-cu13")
 _PARITY_LIMIT = 1e-3  # of the largest logit; a faithful float export is at 1e-5 or better
 
 
 def made_with() -> dict[str, str]:
     """Versions of everything that an artefact depends on."""
     return {name: version(name) for name in _MADE_WITH}
+
+
+def _built_with() -> dict[str, str]:
+    """Versions of everything that an engine depends on."""
+    found = made_with()
+    for name in _BUILDERS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def float_onnx(model: Model, path: Path) -> None:
@@ -52,7 +63,7 @@ def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
     except DeployError:
         return False
     whole = manifest.engine.state == "built" and manifest.backend == recipe.backend
-    return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == made_with()
+    return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == _built_with()
 
 
 def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, images: ImageSet, floats: Path) -> None:
@@ -63,6 +74,7 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
             layer in float.
         BackendError: The run-time cannot load the model.
     """
+    before = files_in(out)
     (out / MANIFEST).unlink(missing_ok=True)  # from here until the manifest is written, this is no bundle
     plan.save(out / "plan.safetensors")
     recipe.save(out / "recipe.toml")
@@ -84,6 +96,8 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
             temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
         files.append("classes.txt")
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
+    for stale in before - set(files):  # of another backend, or another option
+        (out / stale).unlink(missing_ok=True)
     seal_bundle(out, _manifest(recipe, model, images, built, parity), files)
 
 
@@ -117,6 +131,6 @@ def _manifest(recipe: Recipe, model: Model, images: ImageSet, built: Built, pari
         images={"source": images.source, "fingerprint": images.fingerprint},
         float_parity=parity,
         engine=EngineFacts.of(built, recipe.options),
-        versions=made_with(),
+        versions=_built_with(),
         files={},
     )

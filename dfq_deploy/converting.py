@@ -50,4 +50,10 @@ def convert(
             why="they say which model and which TensorRT a calibration cache is for.",
             fix="leave them out, or pass --to cache.",
         )
+    if to not in _WRITERS:
+        raise RecipeError(
+            what=f"there is no `{to}` to convert to.",
+            why=f"there are {', '.join(_WRITERS)} and cache.",
+            fix="pass one.",
+        )
     _WRITERS[to](ImageSet.load(Path(file)), Path(out))

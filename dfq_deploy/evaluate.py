@@ -111,7 +111,7 @@ def evaluate(
     *,
     quantized: ir.Model,
     facts: EngineFacts,
-    stand_in: bool = False,
+    absent: str = "",
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Check:
@@ -123,7 +123,7 @@ def evaluate(
         images: What to compare on, real or synthetic, labelled or not.
         quantized: The ONNX model that the engine was built from; its layers are compared one by one.
         facts: How far the engine is, and what its layers are computed in.
-        stand_in: `engine` is ONNX Runtime with `quantized`, because the engine cannot run here.
+        absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in.
         batch_size: Images per forward pass.
         progress: Called with images done and in all.
     """
@@ -138,10 +138,11 @@ def evaluate(
         done += len(batch)
         progress(done, len(images))
     logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
-    layer_error = _layer_errors(reference, LayerCutter(quantized, exact=stand_in), images.pixels[:1])
+    layer_error = _layer_errors(reference, LayerCutter(quantized, exact=bool(absent)), images.pixels[:1])
     tolerance = {layer: _tolerance(reference.plan, layer, facts.options.body) for layer in layer_error}
-    found = _judged(logits, images, facts, layer_error, tolerance)
-    return _not_run(found) if stand_in else found
+    ran = "model.onnx in ONNX Runtime" if absent else "the engine"
+    found = _judged(logits, images, facts, layer_error, tolerance, ran)
+    return _not_run(found, absent) if absent else found
 
 
 def _judged(
@@ -150,6 +151,7 @@ def _judged(
     facts: EngineFacts,
     layer_error: Mapping[str, float],
     tolerance: Mapping[str, float],
+    ran: str,
 ) -> Check:
     best = {name: values.argmax(1) for name, values in logits.items()}
     pairs = {
@@ -165,9 +167,11 @@ def _judged(
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = _mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
-    verdict, reason = _verdict(layer_error, tolerance, ratio, float(distances["engine_reference"].mean()) <= negligible)
+    verdict, reason = _verdict(
+        layer_error, tolerance, ratio, float(distances["engine_reference"].mean()) <= negligible, ran
+    )
     if not np.isfinite(logits["engine"]).all():
-        verdict, reason = "fail", "the engine puts out NaN or Inf"
+        verdict, reason = "fail", f"{ran} puts out NaN or Inf"
     return Check(
         n=len(images),
         images=images.source,
@@ -179,19 +183,17 @@ def _judged(
         floor_ratio=ratio,
         sqnr_db={name: _sqnr_db(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
         engine=facts,
-        ran="the engine",
+        ran=ran,
         layer_error=layer_error,
         verdict=verdict,
         reason=reason,
     )
 
 
-def _not_run(found: Check) -> Check:
+def _not_run(found: Check, why: str) -> Check:
     """The check of a stand-in: it can show that the engine would be wrong, not that it is right."""
-    why = found.engine.note or "there is no GPU here."
-    reason = f"the engine has not run: {why} In ONNX Runtime, {found.reason}"
     verdict: Verdict = "undecided" if found.verdict == "pass" else found.verdict
-    return replace(found, verdict=verdict, reason=reason, ran="model.onnx in ONNX Runtime")
+    return replace(found, verdict=verdict, reason=f"the engine has not run: {why} But {found.reason}")
 
 
 def _tolerance(plan: QuantPlan, layer: str, body: Body) -> float:
@@ -204,6 +206,7 @@ def _verdict(
     tolerance: Mapping[str, float],
     ratio: tuple[float, float, float],
     negligible: bool,
+    ran: str,
 ) -> tuple[Verdict, str]:
     value, low, high = ratio
     wrong = {layer: error for layer, error in layer_error.items() if error > tolerance[layer]}
@@ -213,14 +216,14 @@ def _verdict(
     if negligible:
         return (
             "pass",
-            f"every layer agrees and the engine differs by under {_NEGLIGIBLE:.0%} of what quantization changes",
+            f"every layer agrees and {ran} differs by under {_NEGLIGIBLE:.0%} of what quantization changes",
         )
     measured = f"{value:.2f} noise floors from the reference (95 % interval {low:.2f} to {high:.2f})"
     if low > _FLOOR_FACTOR:
-        return "fail", f"every layer agrees, but the engine is {measured}"
+        return "fail", f"every layer agrees, but {ran} is {measured}"
     if high > _FLOOR_FACTOR:
-        return "undecided", f"every layer agrees; the engine is {measured}: use more images"
-    return "pass", f"every layer agrees and the engine is {measured}"
+        return "undecided", f"every layer agrees; {ran} is {measured}: use more images"
+    return "pass", f"every layer agrees and {ran} is {measured}"
 
 
 def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray) -> dict[str, float]:

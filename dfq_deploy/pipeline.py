@@ -165,37 +165,41 @@ def check(
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
-    engine, quantized, stand_in = _engine(folder, manifest)
-    found = evaluate(
-        Reference(model, plan),
-        engine,
-        picked,
-        quantized=quantized,
-        facts=manifest.engine,
-        stand_in=stand_in,
-        progress=lambda done, total: watch.progress(done, total, {}),
-    )
-    engine.close()
+    engine, quantized, absent = _engine(folder, manifest)
+    with contextlib.closing(engine):
+        found = evaluate(
+            Reference(model, plan),
+            engine,
+            picked,
+            quantized=quantized,
+            facts=manifest.engine,
+            absent=absent,
+            progress=lambda done, total: watch.progress(done, total, {}),
+        )
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
 
 
-def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, bool]:
-    """The engine and its ONNX model; where the engine cannot run here, ONNX Runtime as a stand-in, and True."""
+def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str]:
+    """The engine and its ONNX model; where the engine cannot run here, ONNX Runtime as a stand-in, and why."""
     facts, path = manifest.engine, folder / "model.onnx"
     model = ir.load(path)
     if facts.options.body == "bf16":
         widen(model)  # ONNX Runtime's CPU provider has no bf16
+    absent = facts.note
     if facts.state == "built":
-        with contextlib.suppress(NotHereError):
+        try:
             engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
-            return engine, model, False
+        except NotHereError as error:
+            absent = f"{error.what.removesuffix('.')}: {error.why}"
+        else:
+            return engine, model, ""
     if facts.options.body != "bf16":
-        return OrtEngine(path, "cpu", exact=True), model, True
+        return OrtEngine(path, "cpu", exact=True), model, absent
     with tempfile.TemporaryDirectory() as place:
         save_model(model, Path(place) / "model.onnx")
-        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, True
+        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, absent
 
 
 def _writable(out: Path) -> Path:

@@ -153,11 +153,12 @@ class Recipe(CalibrateRecipe):
         sound = len(sizes) == 3 and all(size.isdecimal() for size in sizes) and sorted(sizes, key=int) == sizes
         wrong = f"--batch {self.batch} names no sizes."
         why = "it takes the smallest, the usual and the largest number of images, in this order and from 1 on."
-        _check(sound and int(sizes[0]) > 0, wrong, why, "three numbers such as 1,8,32")
+        _check(sound and int(sizes[0]) > 0 and int(sizes[2]) < 2**31, wrong, why, "three numbers such as 1,8,32")
         wrong = f"--optimization-level {self.optimization_level} does not exist."
         _check(self.optimization_level in (None, *range(6)), wrong, "TensorRT has 0 to 5.", "one of them")
         wrong = f"--workspace {self.workspace} is no size."
-        _check(self.workspace is None or self.workspace > 0, wrong, "it is a number of bytes.", "1073741824 for 1 GiB")
+        sound = self.workspace is None or 0 < self.workspace < 2**63
+        _check(sound, wrong, "it is a number of bytes.", "1073741824 for 1 GiB")
 
     @property
     def options(self) -> BuildOptions:
@@ -166,7 +167,7 @@ class Recipe(CalibrateRecipe):
         return BuildOptions(
             body=self.float,  # type: ignore[arg-type]  # the Literal is known at run time only
             provider=self.provider,
-            targets=tuple(target for target in self.target.split(",") if target),
+            targets=tuple(dict.fromkeys(target for target in self.target.split(",") if target)),
             batch=(smallest, usual, largest),
             level=self.optimization_level,
             workspace=self.workspace,

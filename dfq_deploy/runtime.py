@@ -12,9 +12,10 @@ from types import TracebackType
 import numpy as np
 from PIL import Image
 
-from calibrators.errors import BundleError, ImagesError
+from calibrators.errors import BackendError, BundleError, ImagesError
+from calibrators.plan import QuantPlan
 from calibrators.registry import pick
-from exporters.backends import Engine
+from exporters.backends import BuildOptions, Engine
 from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["Runner", "load"]
@@ -50,7 +51,8 @@ class Runner:
                 why=f"it takes (N, {', '.join(map(str, self.manifest.preprocess.shape))}).",
                 fix="make them with Runner.preprocess.",
             )
-        on_gpu = hasattr(images, "__cuda_array_interface__")  # a torch or CuPy tensor, for a TensorRT engine
+        # a torch or CuPy tensor: TensorRT reads it where it lies, NumPy says that it cannot have it
+        on_gpu = self.manifest.backend != "ort" and hasattr(images, "__cuda_array_interface__")
         return self._engine(images if on_gpu else np.ascontiguousarray(images, np.float32))
 
     def close(self) -> None:
@@ -64,6 +66,20 @@ class Runner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _options_for(folder: Path, manifest: Manifest, provider: str) -> BuildOptions:
+    """The options of a bundle for ONNX Runtime, with another provider that its model suits."""
+    backend, made_with = pick("exporters.backends", manifest.backend), manifest.engine.options
+    options = replace(made_with, provider=provider)
+    if manifest.backend != "ort" or backend.placement(options) != backend.placement(made_with):
+        raise BackendError(
+            what=f"`{folder}` does not run on ONNX Runtime's `{provider}`.",
+            why=f"it was made for {manifest.backend if manifest.backend != 'ort' else made_with.provider}.",
+            fix=f"leave --provider out, or export with --backend ort --provider {provider}.",
+        )
+    backend.check(QuantPlan.load(folder / "plan.safetensors"), options)
+    return options
 
 
 def load(folder: str | Path, *, provider: str | None = None) -> Runner:
@@ -81,13 +97,14 @@ def load(folder: str | Path, *, provider: str | None = None) -> Runner:
     manifest = open_bundle(folder)
     named = "classes.txt" in manifest.files
     classes = (folder / "classes.txt").read_text(encoding="utf-8").splitlines() if named else None
-    facts = manifest.engine
-    if facts.state == "pending":
+    facts, backend = manifest.engine, pick("exporters.backends", manifest.backend)
+    options = facts.options
+    if provider is not None:
+        options = _options_for(folder, manifest, provider)
+    if facts.state == "pending" and options == facts.options:
         raise BundleError(
             what=f"the engine of `{folder}` is not built yet.",
             why=facts.note,
             fix=f"run this on the machine that will run the engine: dfq-deploy build {folder}",
         )
-    options = facts.options if provider is None else replace(facts.options, provider=provider)
-    backend = pick("exporters.backends", manifest.backend)
     return Runner(manifest, backend.load(folder / "model.onnx", facts.made_for, options), classes)

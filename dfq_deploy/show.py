@@ -97,7 +97,7 @@ def print_plan(plan: QuantPlan) -> None:
         table.add_column(column)
     for name, q in plan.sites.items():
         per = (
-            f"{q.scale.min():.4g} to {q.scale.max():.4g}, {q.scale.size} channels"
+            f"{q.scale.min():.4g} to {q.scale.max():.4g}, {q.scale.size} scales"
             if q.scale.size > 1
             else f"{q.scale:.4g}"
         )

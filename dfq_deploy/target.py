@@ -1,14 +1,15 @@
 """On the target machine: the engine of a bundle that was exported elsewhere. No torch, no timm.
 
 `model.onnx` and the plan in the bundle are all that a build needs. What it finds out replaces what the manifest and the
-report say of the engine; nothing else in the bundle changes.
+report say of the engine; the report's other numbers stay, and its verdict is open until the next check.
 """
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from calibrators.errors import BundleError
+from calibrators.errors import BundleError, NotHereError
 from calibrators.files import written_whole
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
@@ -28,7 +29,7 @@ def build(folder: str | Path, *, backend: str | None = None) -> Manifest:
 
     Raises:
         BundleError: The bundle is incomplete or altered, or was placed for another kind of run-time.
-        BackendError: The run-time does not take the model.
+        BackendError: The run-time does not take the model, or is missing while the bundle has an engine already.
         ExportError: A layer that the plan quantizes is computed in float.
     """
     folder = Path(folder)
@@ -41,24 +42,42 @@ def build(folder: str | Path, *, backend: str | None = None) -> Manifest:
             why=f"what it quantizes was chosen for `{manifest.backend}`.",
             fix=f"export it again with --backend {name}.",
         )
-    plan, model = QuantPlan.load(folder / "plan.safetensors"), folder / "model.onnx"
     if name != manifest.backend:
         options = replace(options, targets=())
+    plan, report = QuantPlan.load(folder / "plan.safetensors"), _report(folder)
     chosen.check(plan, options)
-    built: Built = chosen.build(model, plan, options)
+    built: Built = chosen.build(folder / "model.onnx", plan, options)
+    if built.state == "pending" and manifest.engine.state == "built":
+        raise NotHereError(
+            what=f"the engine of `{folder}` cannot be built here; the one that it has stays.",
+            why=built.note,
+            fix="run this on the machine that will run the engine.",
+        )
     facts = EngineFacts.of(built, options)
     kept = [file for file in manifest.files if file not in manifest.engine.files]
-    updated = manifest.model_copy(update={"backend": name, "engine": facts})
-    seal_bundle(folder, updated, [*kept, *built.files])
+    seal_bundle(folder, manifest.model_copy(update={"backend": name, "engine": facts}), [*kept, *built.files])
     for stale in set(manifest.engine.files) - set(built.files):
         (folder / stale).unlink(missing_ok=True)
-    _tell_report(folder / "report.json", facts)
+    if report is not None and facts != manifest.engine:
+        told = {**report, "engine": facts.report()}
+        if report.get("verdict") != "fail":
+            told |= {"verdict": "undecided", "reason": "the engine was built after this check: run dfq-deploy check"}
+        with written_whole(folder / "report.json") as temporary:
+            temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")
     return open_bundle(folder)
 
 
-def _tell_report(path: Path, facts: EngineFacts) -> None:
-    """What the last check found of the numbers stays as it was."""
-    if path.exists():
-        report = json.loads(path.read_text(encoding="utf-8"))
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps({**report, "engine": facts.report()}, indent=1), encoding="utf-8")
+def _report(folder: Path) -> dict[str, Any] | None:
+    """What the last check found, if there was one."""
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8"))}
+    except (TypeError, ValueError) as cause:
+        raise BundleError(
+            what=f"`{path}` is not a whole report.",
+            why=f"{cause}.",
+            fix="delete it: the next `dfq-deploy check` writes a new one.",
+        ) from cause
+    return report

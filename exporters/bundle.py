@@ -17,7 +17,7 @@ from calibrators.images import Preprocess
 from exporters.backends import BuildOptions, Built
 from exporters.census import Census, Precision
 
-__all__ = ["MANIFEST", "EngineFacts", "Manifest", "ModelFacts", "open_bundle", "seal_bundle"]
+__all__ = ["MANIFEST", "EngineFacts", "Manifest", "ModelFacts", "files_in", "open_bundle", "seal_bundle"]
 
 MANIFEST = "manifest.json"
 _ALWAYS = ("model.onnx", "plan.safetensors")
@@ -130,6 +130,14 @@ def seal_bundle(folder: Path, manifest: Manifest, files: list[str]) -> None:
     sealed = manifest.model_copy(update={"files": {name: sha256_of(folder / name) for name in files}})
     with written_whole(folder / MANIFEST) as temporary:
         temporary.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of the files of the bundle in `folder`, unverified; none where there is none."""
+    try:
+        return set(Manifest.model_validate_json((folder / MANIFEST).read_bytes()).files)
+    except (OSError, ValidationError, ImagesError):
+        return set()
 
 
 def open_bundle(folder: Path, *, engine: bool = True) -> Manifest:

@@ -25,9 +25,9 @@ from onnxscript.version_converter import ConvertVersionPass
 from calibrators.errors import ExportError
 from exporters.contract import ContractPass
 
-__all__ = ["Body", "CastBody", "widen"]
+__all__ = ["CastBody", "NarrowBody", "widen"]
 
-Body = Literal["fp16", "bf16"]
+NarrowBody = Literal["fp16", "bf16"]
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FP32 = ir.DataType.FLOAT
 _BF16_OPSET = 22  # the first in which Conv and the pools take bfloat16
@@ -50,7 +50,7 @@ class CastBody(ContractPass):
         body: The type to compute in.
     """
 
-    def __init__(self, body: Body) -> None:
+    def __init__(self, body: NarrowBody) -> None:
         super().__init__()
         self._body = body
         self._type = _TYPES[body]

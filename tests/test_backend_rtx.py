@@ -80,7 +80,7 @@ def test_every_layer_is_computed_in_what_the_plan_says(stages: Path, tmp_path: P
     assert manifest.files["model.engine"] == sha256_of(tmp_path / "model.engine")
     assert json.loads((tmp_path / "report.json").read_text())["engine"] == facts.report()
     assert found.ran == "model.onnx in ONNX Runtime"
-    assert found.reason.startswith("the engine has not run: there is no GPU here.")
+    assert found.reason.startswith("the engine has not run: there is no NVIDIA GPU that can be used here: ")
     assert found.verdict == "undecided" if body == "fp32" else found.verdict != "pass"
 
 
@@ -153,17 +153,16 @@ def test_an_engine_of_another_version_is_refused_before_it_is_read(copied: Path)
     assert caught.value.fix.endswith(f"dfq-deploy build {copied}")
 
 
-def test_without_tensorrt_rtx_the_bundle_is_pending_and_the_engine_not_loaded(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_tensorrt_rtx_the_engine_is_not_loaded_and_stays(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtx, "trt", None)
     with pytest.raises(NotHereError) as caught:
         dfq.load(copied)
     assert caught.value.fix == "pip install 'dfq-deploy[rtx]'."
-    manifest = dfq.build(copied)
-    assert (manifest.engine.state, manifest.engine.precision) == ("pending", {})
-    assert manifest.engine.note == "TensorRT for RTX is not installed here."
-    assert not (copied / "model.engine").exists(), "an engine that the manifest does not name"
+    before = open_bundle(copied)
+    with pytest.raises(NotHereError, match="the one that it has stays") as caught:
+        dfq.build(copied)
+    assert caught.value.why == "TensorRT for RTX is not installed here."
+    assert open_bundle(copied) == before
 
 
 def test_a_layer_that_falls_to_float_fails_the_export_and_is_named(

@@ -123,6 +123,13 @@ def _three_lines(error: DeployError, *named: str) -> None:
     assert all(name in what + why for name in named)
 
 
+def test_a_plan_without_activations_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="quantizes no activation") as caught:
+        write_cache(QuantPlan({}, {}, "w4a16", "m", "i"), tmp_path / "cache")
+    assert "w4a16 leaves them in float" in caught.value.why
+    assert not (tmp_path / "cache").exists()
+
+
 def test_an_asymmetric_plan_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         write_cache(small_plan(), tmp_path / "plan.cache")

@@ -16,12 +16,12 @@ from calibrators.affine import CODES
 from calibrators.errors import ExportError
 from calibrators.plan import QParams, QuantPlan
 from dfq_deploy.models.loading import load_model
-from exporters.cast import Body, CastBody
+from exporters.cast import CastBody, NarrowBody
 from exporters.cut import LayerCutter
 from exporters.qdq import InsertQDQ
 from exporters.to_onnx import export_float, save_model
 
-_BODIES = get_args(Body)
+_BODIES = get_args(NarrowBody)
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FP32, _FP16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _HEAD = '<ir_version: 10, opset_import: ["": 20]>'
@@ -85,7 +85,7 @@ def _quantized(model: ir.Model, sites: Mapping[str, QParams]) -> ir.Model:
     return InsertQDQ(QuantPlan(sites, {}, scheme="w8a8", model="m", images="i"))(model).model
 
 
-def _cast(model: ir.Model, body: Body = "fp16") -> ir.Model:
+def _cast(model: ir.Model, body: NarrowBody = "fp16") -> ir.Model:
     """`model` with that body, after ONNX's own check that the types of every operator agree."""
     cast = CastBody(body)(model).model
     onnx.checker.check_model(ir.to_proto(cast), full_check=True)
@@ -125,7 +125,7 @@ def _values(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("body", _BODIES)
-def test_the_body_computes_in_its_type_between_inputs_and_outputs_in_fp32(body: Body) -> None:
+def test_the_body_computes_in_its_type_between_inputs_and_outputs_in_fp32(body: NarrowBody) -> None:
     model = _cast(_linear(), body)
     (x,), (y,) = model.graph.inputs, model.graph.outputs
     assert (x.name, x.dtype, y.name, y.dtype) == ("x", _FP32, "y", _FP32)
@@ -156,7 +156,7 @@ def test_one_cast_serves_all_readers_and_none_undoes_another() -> None:
 
 
 @pytest.mark.parametrize("body", _BODIES)
-def test_a_quantized_layer_stays_in_fp32_from_its_codes_to_its_bias(body: Body) -> None:
+def test_a_quantized_layer_stays_in_fp32_from_its_codes_to_its_bias(body: NarrowBody) -> None:
     plain = _quantized(_linear(_NORMED, g=_values(4)), _SITES)
     before = {name: _constant(plain, name).copy() for name in plain.graph.initializers}
     model = _cast(plain, body)
@@ -168,14 +168,14 @@ def test_a_quantized_layer_stays_in_fp32_from_its_codes_to_its_bias(body: Body) 
 
 
 @pytest.mark.parametrize("body", _BODIES)
-def test_a_quantized_layer_computes_the_same_to_the_last_bit_in_any_body(body: Body) -> None:
+def test_a_quantized_layer_computes_the_same_to_the_last_bit_in_any_body(body: NarrowBody) -> None:
     x, g = 3 * _values(50, 4, seed=3), _values(4)
     plain, cast = _quantized(_linear(_NORMED, g=g), _SITES), _cast(_quantized(_linear(_NORMED, g=g), _SITES), body)
     np.testing.assert_array_equal(LayerCutter(cast).run("fc", [x]), LayerCutter(plain).run("fc", [x]))
 
 
 @pytest.mark.parametrize("body", _BODIES)
-def test_a_weight_alone_is_dequantized_to_the_type_of_the_body(body: Body) -> None:
+def test_a_weight_alone_is_dequantized_to_the_type_of_the_body(body: NarrowBody) -> None:
     codes, scale = np.array([[5, -7, 3], [1, 2, 4]] * 2, np.int8), np.array([0.1, 0.2, 1e-12])
     model = _cast(_model(_WEIGHT_ONLY, c=codes, s=scale, b=_values(3)), body)
     assert set(_reads(model, "fc")) == {_TYPES[body]}
@@ -219,7 +219,7 @@ def test_masks_stay_masks() -> None:
 
 
 @pytest.mark.parametrize(("body", "largest"), [("fp16", 65504.0), ("bf16", 3.3895313892515355e38)])
-def test_a_bound_beyond_the_body_becomes_its_largest_number(body: Body, largest: float) -> None:
+def test_a_bound_beyond_the_body_becomes_its_largest_number(body: NarrowBody, largest: float) -> None:
     text = "agraph (float[N, 4] x) => (float[N, 4] y) { y = Clip (x, low, high) }"
     limit = float(np.finfo(np.float32).max)
     model = _cast(_model(text, low=-limit, high=limit), body)

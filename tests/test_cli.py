@@ -74,6 +74,7 @@ _MISTAKES = {
     "no provider": ["infer", "bundle", "digit.png", "--provider", "tpu"],
     "a batch out of order": ["export", *_NOISE, "--out", "o", "--batch", "8,1,32"],
     "a batch of nothing": ["export", *_NOISE, "--out", "o", "--batch", "00,1,2"],
+    "a batch of too many": ["export", *_NOISE, "--out", "o", "--batch", "1,8,3000000000"],
     "a batch of letters": ["export", *_NOISE, "--out", "o", "--batch", "a,b,c"],
     "a workspace of nothing": ["export", *_NOISE, "--out", "o", "--workspace", "0"],
     "no such optimization level": ["export", *_NOISE, "--out", "o", "--optimization-level", "9"],

@@ -187,9 +187,7 @@ def pending(bundle: Path) -> Path:
 def test_an_engine_that_has_not_run_never_passes(pending: Path) -> None:
     found = dfq.check(pending, limit=16)
     assert found.verdict == "undecided"
-    assert found.reason.startswith(
-        "the engine has not run: TensorRT is not installed here. In ONNX Runtime, every layer"
-    )
+    assert found.reason.startswith("the engine has not run: TensorRT is not installed here. But every layer")
     assert found.ran == _report(pending)["ran"] == "model.onnx in ONNX Runtime"
     assert found.layer_error.keys() == set(QuantPlan.load(pending / "plan.safetensors").layers)
 
@@ -198,9 +196,9 @@ def test_an_engine_that_has_not_run_never_passes(pending: Path) -> None:
 def test_a_stand_in_can_show_that_an_engine_is_wrong_not_that_it_is_right(
     demo_run: tuple[Path, Check], verdict: evaluate.Verdict
 ) -> None:
-    found = evaluate._not_run(dataclasses.replace(demo_run[1], verdict=verdict, reason="so it is"))
+    found = evaluate._not_run(dataclasses.replace(demo_run[1], verdict=verdict, reason="so it is"), "there is no GPU.")
     assert found.verdict == ("undecided" if verdict == "pass" else verdict)
-    assert found.reason == "the engine has not run: there is no GPU here. In ONNX Runtime, so it is"
+    assert found.reason == "the engine has not run: there is no GPU. But so it is"
 
 
 @pytest.mark.parametrize("site", ["input", "weight"])
@@ -224,7 +222,7 @@ def test_a_built_engine_that_cannot_run_here_has_a_stand_in(bundle: Path, monkey
     monkeypatch.setattr(ort, "load", absent)
     found = dfq.check(bundle, limit=16)
     assert (found.verdict, found.ran, found.engine.state) == ("undecided", "model.onnx in ONNX Runtime", "built")
-    assert found.reason.startswith("the engine has not run: there is no GPU here.")
+    assert found.reason.startswith("the engine has not run: there is no GPU: none was found. But every layer")
 
 
 def test_an_engine_that_is_broken_has_no_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

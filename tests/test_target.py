@@ -12,12 +12,14 @@ import pytest
 from pending import export_pending
 
 import dfq_deploy as dfq
-from calibrators.errors import BackendError, BundleError, DeployError, ExportError
+from calibrators.errors import BackendError, BundleError, DeployError, ExportError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from dfq_deploy.cli import run
 from exporters.backends import rtx, trt
 from exporters.bundle import MANIFEST, open_bundle
+from exporters.census import Census
+from exporters.tensorrt import builder
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
@@ -66,7 +68,9 @@ def test_a_pending_bundle_is_built_by_the_run_time_that_is_there(pending: Path) 
     assert manifest.files == {**before.files, "model.engine": sha256_of(pending / "model.engine")}
     changed = {name for name, content in _contents(pending).items() if files.get(name) != content}
     assert changed == {"model.engine", MANIFEST, "report.json"}
-    assert _report(pending) == {**report, "engine": manifest.engine.report()}
+    told = {"engine": manifest.engine.report(), "reason": "the engine was built after this check: run dfq-deploy check"}
+    assert _report(pending) == {**report, **told}
+    assert report["verdict"] == "undecided"
     unchanged = {"backend", "engine", "files"}
     assert manifest.model_dump(exclude=unchanged) == before.model_dump(exclude=unchanged)
 
@@ -75,6 +79,31 @@ def test_a_bundle_without_a_report_is_built_as_well(pending: Path) -> None:
     (pending / "report.json").unlink()
     assert dfq.build(pending, backend="rtx").engine.state == "built"
     assert not (pending / "report.json").exists(), "numbers that nobody measured"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7"])
+def test_a_damaged_report_is_told_before_anything_is_built(pending: Path, text: str) -> None:
+    (pending / "report.json").write_text(text)
+    before = _contents(pending)
+    with pytest.raises(BundleError, match="is not a whole report") as caught:
+        dfq.build(pending, backend="rtx")
+    assert "delete it" in caught.value.fix
+    assert _contents(pending) == before
+
+
+def test_an_engine_that_would_not_keep_to_the_plan_does_not_replace_the_one_that_does(
+    pending: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dfq.build(pending, backend="rtx")
+    before = _contents(pending)
+
+    def falls(*_: object) -> Census:
+        raise ExportError(what="a layer is float.", why="so it is.", fix="spare it.")
+
+    monkeypatch.setattr(builder, "census_of", falls)
+    with pytest.raises(ExportError, match="a layer is float"):
+        dfq.build(pending)
+    assert _contents(pending) == before
 
 
 def test_where_tensorrt_is_missing_it_stays_pending_and_the_exit_code_is_2(
@@ -103,16 +132,20 @@ def test_the_old_engine_is_not_needed_and_does_not_stay(pending: Path) -> None:
     assert caught.value.fix == f"build the engine again: dfq-deploy build {pending}"
     assert dfq.build(pending, backend="rtx").engine.files == ["model.engine"]
     assert not (pending / "timing.cache").exists()
-    back = dfq.build(pending, backend="trt")
-    assert (back.backend, back.engine.state) == ("trt", "pending")
-    assert not (pending / "model.engine").exists(), "an engine that the manifest does not name"
+    before = _contents(pending)
+    with pytest.raises(NotHereError, match="the one that it has stays") as caught:
+        dfq.build(pending, backend="trt")
+    assert "TensorRT is not installed here" in caught.value.why
+    assert _contents(pending) == before
 
 
 def test_targets_are_of_the_run_time_that_they_were_named_for(pending: Path) -> None:
     _rewrite(pending, lambda facts: facts.update(backend="rtx"))
     _rewrite(pending, lambda facts: facts["engine"]["options"].update(targets=["sm89"]))
-    assert dfq.build(pending).engine.options.targets == ("sm89",)
     assert dfq.build(pending, backend="trt").engine.options.targets == ()
+    _rewrite(pending, lambda facts: facts.update(backend="rtx"))
+    _rewrite(pending, lambda facts: facts["engine"]["options"].update(targets=["sm89"]))
+    assert dfq.build(pending).engine.options.targets == ("sm89",)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "plan.safetensors"])

@@ -47,6 +47,7 @@ def _answering(name: str, *, table: str = _TABLE, built: bytes | None = _ENGINE,
     trt.INetworkDefinition.get_input = lambda network, index: made(trt.ITensor, name="images", shape=(-1, 16, 64))
     trt.IOptimizationProfile.set_shape = lambda profile, name, smallest, usual, largest: None
     trt.config = made(trt.IBuilderConfig)
+    trt.IBuilderConfig.clear_flag = lambda config, flag: None
     trt.IBuilderConfig.add_optimization_profile = lambda config, profile: 0
     trt.IBuilderConfig.set_memory_pool_limit = lambda config, pool, size: None
     trt.IBuilderConfig.create_timing_cache = lambda config, data: made(trt.ITimingCache)
@@ -87,6 +88,7 @@ def test_the_network_is_strongly_typed_and_the_engine_can_be_inspected(name: str
     assert flags == {"tensorrt-10.16": 2, "tensorrt-11.4": 1}[name]
     assert _called(trt, "OnnxParser.parse_from_file") == (str(model),)
     assert trt.config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
+    assert _called(trt, "IBuilderConfig.clear_flag") == (trt.BuilderFlag.TF32,), "fp32 is fp32"
     assert _called(trt, "IOptimizationProfile.set_shape") == ("images", (1, 16, 64), (8, 16, 64), (32, 16, 64))
     assert len(_called(trt, "IBuilderConfig.add_optimization_profile")) == 1
 
@@ -197,7 +199,7 @@ def test_a_build_that_gives_nothing_says_what_the_log_said(name: str, model: Pat
     with pytest.raises(BackendError) as caught:
         build_engine(_answering(name, built=None), model, engine, BuildSettings((1, 2, 4)))
     assert (caught.value.what, caught.value.why) == (
-        f"TensorRT {surface(name).__version__} cannot build this model.",
+        f"{surface(name).__name__} {surface(name).__version__} cannot build this model.",
         "no kernel for fc.",
     )
     assert list(engine.parent.iterdir()) == []

@@ -94,6 +94,14 @@ _FLOAT: dict[str, tuple[QuantPlan, list[Kernel], str]] = {
         ],
         "`fc_myl0_1` reads fp32, or its weight",
     ),
+    "int4 is unpacked before in TensorRT 10": (
+        _WEIGHT_ONLY,
+        [
+            _kernel("", None, frozenset({"fc.weight.dequantize"}), "kgen "),
+            _kernel("fp32", None, frozenset({"fc", "fc.weight.dequantize"})),
+        ],
+        "reads fp32, or its weight",
+    ),
     "int4 is unpacked by a kernel that names the layer": (
         _WEIGHT_ONLY,
         [_kernel("", "int4 fp32", frozenset({"fc", "fc.weight.dequantize"}), "kgen ")],
@@ -166,7 +174,9 @@ def test_a_spared_layer_is_the_bodys_with_its_reason() -> None:
         ("kgen _gemm_mha_v2_0x1", "qk av", "attention"),
         ("kgen __myl_MulMinMaxRounCast_0x1", "fc.input.quantize", "q/dq alone"),
         ("kgen __myl_CastMul_0x1", "fc.weight.dequantize", "q/dq alone"),
-        ("kgen __myl_MulMinMaxRounCast_0x1", "fc.input.quantize norm", "other"),
+        ("kgen __myl_MulMinMaxRounCastReshTran_0x1", "fc.input.quantize transpose", "q/dq alone"),
+        ("kgen __myl_MeanSubMulMinMaxRounCast_0x1", "fc.input.quantize norm", "other"),
+        ("kgen __myl_MoveReplConc_0x1", "qk", "reformat"),
         ("Reformat ", "", "reformat"),
         ("kgen __myl_Move_0x1", "", "reformat"),
         ("shape_call ", "", "other"),

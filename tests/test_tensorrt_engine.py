@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_engine import build_tiny
 
-from calibrators.errors import BackendError
+from calibrators.errors import BackendError, NotHereError
 from exporters.tensorrt import cuda, loading
 from exporters.tensorrt.engine import TensorRTEngine, chunks
 from exporters.tensorrt.jit import keep_kernels
@@ -59,6 +59,17 @@ def test_without_a_driver_there_is_no_device() -> None:
 
 
 @without_gpu
+@pytest.mark.parametrize("failing", ["cudaDriverGetVersion", "cudaGetDeviceProperties"])
+def test_a_driver_without_a_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    monkeypatch.setattr(cuda.runtime, "cudaDriverGetVersion", lambda: (0, 13000))
+    monkeypatch.setattr(cuda.runtime, failing, lambda *_: (runtime.cudaError_t.cudaErrorNoDevice, None))
+    with pytest.raises(NotHereError, match="no NVIDIA GPU that can be used") as caught:
+        cuda.require()
+    assert "cudaErrorNoDevice" in caught.value.why
+    assert "CUDA_VISIBLE_DEVICES" in caught.value.fix
+
+
 @pytest.mark.parametrize("take", [cuda.Stream, lambda: cuda.DeviceBuffer(8), lambda: cuda.HostBuffer((2, 2))])
 def test_what_cuda_refuses_is_said_in_three_lines(take: type) -> None:
     pytest.importorskip("cuda.bindings.runtime")

@@ -21,7 +21,7 @@ import onnxruntime
 import platformdirs
 
 from calibrators.errors import BackendError, NotHereError
-from calibrators.files import sha256_of
+from calibrators.files import fingerprint_of, sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census, Precision, precision_of
@@ -41,6 +41,11 @@ _PROVIDERS = {
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
 _TENSORRT = ("tensorrt", "rtx")
+_TENSORRT_FORMATS = {
+    "int8": onnx.TensorProto.INT8,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+}
 _BLOCKS = (32, 64, 128)
 _SERIAL_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime appends when it renames a fused node
 
@@ -172,7 +177,7 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         try:
             OrtEngine(model, provider, options).close()
         except NotHereError as absent:
-            return Built("pending", unknown, note=f"{absent.what} {absent.why}")
+            return Built("pending", unknown, note=f"{absent.what.removesuffix('.')}: {absent.why}")
         if provider in _TENSORRT:
             note = "ONNX Runtime does not say what TensorRT computes in: --backend trt does."
             return Built("built", unknown, made_for=made_for, note=note)
@@ -209,9 +214,12 @@ def _provider_options(provider: str, model: Path, options: BuildOptions) -> dict
     if provider not in _TENSORRT:
         return {}
     # Engines are code, and the manifest vouches for all code in a bundle: they stay outside it.
-    cache = str(platformdirs.user_cache_path("dfq-deploy", ensure_exists=True) / f"ort-{sha256_of(model)[:16]}")
+    weights = model.with_name(f"{model.name}.data")
+    key = fingerprint_of([sha256_of(file) for file in (model, weights) if file.exists()])
+    cache = str(platformdirs.user_cache_path("dfq-deploy", ensure_exists=True) / f"ort-{key[:16]}")
     prefix = "nv" if provider == "rtx" else "trt"
-    (images,) = onnx.load(model, load_external_data=False).graph.input
+    graph = onnx.load(model, load_external_data=False).graph
+    (images,) = graph.input
     image = "x".join(str(size.dim_value) for size in images.type.tensor_type.shape.dim[1:])
     found = {
         f"{prefix}_profile_{end}_shapes": f"{images.name}:{size}x{image}"
@@ -223,6 +231,9 @@ def _provider_options(provider: str, model: Path, options: BuildOptions) -> dict
         return {**found, "nv_runtime_cache_path": cache}
     if options.level is not None:
         found["trt_builder_optimization_level"] = str(options.level)
+    formats = {tensor.data_type for tensor in graph.initializer}
+    for name, wanted in _TENSORRT_FORMATS.items():  # TensorRT 10 asks to be told what Q/DQ and types say already
+        found[f"trt_{name}_enable"] = str(int(wanted in formats))
     kept = {"trt_engine_cache_path": cache, "trt_timing_cache_path": cache}
     return {**found, **kept, "trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 
@@ -256,10 +267,11 @@ def _operators(model: Path, provider: str) -> dict[str, str]:
 
 
 def _not_here(provider: str, there: list[str]) -> NotHereError:
+    package = "a build with TensorRT for RTX" if provider == "rtx" else "onnxruntime-gpu, with its libraries,"
     return NotHereError(
         what=f"ONNX Runtime does not run on `{provider}` here.",
         why=f"it has {', '.join(name for name, provider in _PROVIDERS.items() if provider in there)}.",
-        fix="install onnxruntime-gpu in place of onnxruntime, with its libraries, or use --provider cpu.",
+        fix=f"install {package} in place of onnxruntime, or use --provider cpu.",
     )
 
 

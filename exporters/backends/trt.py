@@ -20,7 +20,7 @@ try:
 except ImportError:  # the extra [rtx] brings it
     rtx = None
 
-from calibrators.errors import BackendError, NotHereError
+from calibrators.errors import BackendError, ExportError, NotHereError
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
@@ -34,7 +34,6 @@ from exporters.tensorrt.refusals import refuse_plan
 __all__ = ["build", "check", "load", "placement", "prepare"]
 
 _ENGINE = "model.engine"
-_TIMINGS = "timing.cache"
 _BLOCKS = (64, 128)
 
 
@@ -75,12 +74,13 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         return _pending(model, plan, options)
     check_gpu = [gpu.capability] if any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values()) else []
     refuse_plan(plan, targets=check_gpu, blocks=_BLOCKS)
+    timings = f"timing-{trt.__version__}-{gpu.capability}.cache"  # no other version or GPU takes it
     settings = BuildSettings(
-        options.batch, level=options.level, workspace=options.workspace, timing_cache=model.with_name(_TIMINGS)
+        options.batch, level=options.level, workspace=options.workspace, timing_cache=model.with_name(timings)
     )
     census = build_planned(trt, model, model.with_name(_ENGINE), plan, options.body, settings)
     made_for = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
-    return Built("built", census, (_ENGINE, _TIMINGS), made_for)
+    return Built("built", census, (_ENGINE, timings), made_for)
 
 
 def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
@@ -106,7 +106,11 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         return Built("pending", Census({}, {}), note=f"{missing}.")
     fp8 = any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values())
     settings = BuildSettings(options.batch, targets=("sm89", "sm120") if fp8 else ())
-    with TemporaryDirectory() as folder:
-        census = build_planned(rtx, model, Path(folder) / _ENGINE, plan, options.body, settings)
+    try:
+        with TemporaryDirectory() as folder:
+            census = build_planned(rtx, model, Path(folder) / _ENGINE, plan, options.body, settings)
+    except ExportError as error:
+        asked = f"TensorRT for RTX, asked in TensorRT's place, would not keep to the plan: {error.what}"
+        raise ExportError(what=asked, why=error.why, fix=error.fix) from error
     note = f"{missing}; TensorRT for RTX {rtx.__version__} builds the model, with its layers as listed."
     return Built("pending", census, note=note)

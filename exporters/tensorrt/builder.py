@@ -5,6 +5,7 @@ Polygraphy's loaders are not used: they hold one binding and one logger per proc
 the logger.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibrators.errors import BackendError, ExportError
+from calibrators.errors import BackendError
 from calibrators.files import written_whole
 from calibrators.plan import QuantPlan
 from exporters.census import Body, Census
@@ -42,7 +43,13 @@ class BuildSettings:
     timing_cache: Path | None = None
 
 
-def build_engine(trt: ModuleType, model: Path, engine: Path, settings: BuildSettings) -> list[Kernel]:
+def build_engine(
+    trt: ModuleType,
+    model: Path,
+    engine: Path,
+    settings: BuildSettings,
+    check: Callable[[list[Kernel]], object] = lambda _: None,
+) -> list[Kernel]:
     """Build `engine` from the ONNX file `model`; returns its kernels.
 
     Args:
@@ -50,6 +57,7 @@ def build_engine(trt: ModuleType, model: Path, engine: Path, settings: BuildSett
         model: A quantized model with input `images`, N free.
         engine: File to write, whole or not at all.
         settings: How.
+        check: Shown the kernels before anything is written; what it raises leaves the old files as they are.
 
     Raises:
         BackendError: TensorRT does not take the model or the settings, or cannot say what it built.
@@ -66,33 +74,31 @@ def build_engine(trt: ModuleType, model: Path, engine: Path, settings: BuildSett
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BackendError(
-            what=f"TensorRT {trt.__version__} cannot build this model.",
+            what=f"{trt.__name__} {trt.__version__} cannot build this model.",
             why=" ".join(log.errors()) or "it gives no reason.",
             fix="spare the layer that it names with --spare, or report this model.",
         )
+    kernels = _kernels(trt, log, serialized)
+    check(kernels)
     with written_whole(engine) as temporary:
         temporary.write_bytes(serialized)
     if cache is not None and settings.timing_cache is not None:
         with written_whole(settings.timing_cache) as temporary:
             temporary.write_bytes(cache.serialize())
-    return _kernels(trt, log, serialized)
+    return kernels
 
 
 def build_planned(
     trt: ModuleType, model: Path, engine: Path, plan: QuantPlan, body: Body, settings: BuildSettings
 ) -> Census:
-    """Build `engine` as `build_engine` does, and keep it only if it computes what `plan` asks for.
+    """Build `engine` as `build_engine` does, and write it only if it computes what `plan` asks for.
 
     Raises:
         BackendError: See `build_engine`.
         ExportError: A layer that the plan quantizes is computed in float.
     """
-    kernels = build_engine(trt, model, engine, settings)
-    try:
-        return census_of(kernels, plan, body)
-    except ExportError:
-        engine.unlink()
-        raise
+    kernels = build_engine(trt, model, engine, settings, check=lambda kernels: census_of(kernels, plan, body))
+    return census_of(kernels, plan, body)
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -104,6 +110,8 @@ def _network_flags(trt: ModuleType) -> int:
 def _config(trt: ModuleType, builder: Any, network: Any, settings: BuildSettings) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it multiplies fp32 with the 10-bit mantissas of fp16
     if settings.level is not None:
         config.builder_optimization_level = settings.level
     if settings.workspace is not None:

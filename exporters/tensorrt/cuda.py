@@ -51,15 +51,19 @@ def require() -> Device:
     """The GPU that is used.
 
     Raises:
-        BackendError: There is none, or no driver, or no `cuda-bindings`.
+        NotHereError: There is none, or no driver, or no `cuda-bindings`.
     """
     what = "there is no NVIDIA GPU that can be used here."
     if runtime is None:
         raise NotHereError(what=what, why="`cuda-bindings` is not installed.", fix="pip install cuda-bindings.")
-    if check(runtime.cudaDriverGetVersion()) == 0:
+    try:
+        driver = check(runtime.cudaDriverGetVersion())
+        found = check(runtime.cudaGetDeviceProperties(0)) if driver else None
+    except BackendError as error:
+        raise NotHereError(what=what, why=f"{error.what} {error.why}", fix=error.fix) from error
+    if found is None:
         fix = "run this on a machine with an NVIDIA GPU and its driver."
         raise NotHereError(what=what, why="no NVIDIA driver is installed.", fix=fix)
-    found = check(runtime.cudaGetDeviceProperties(0))
     return Device(found.name.decode(), f"sm{found.major}{found.minor}", int(found.totalGlobalMem))
 
 

@@ -41,7 +41,7 @@ class DeviceImages(Protocol):
 
 
 def chunks(n: int, batch: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """How `n` images go through an engine for (smallest, best, largest) batches: (start, stop, size to run) of each."""
+    """How `n` images go through an engine for (smallest, usual, largest) batches: (start, stop, size) of each run."""
     smallest, _, largest = batch
     starts = range(0, n, largest)
     return [(start, min(start + largest, n), max(smallest, min(largest, n - start))) for start in starts]
@@ -62,7 +62,7 @@ class TensorRTEngine:
     Args:
         trt: The binding, `tensorrt` or `tensorrt_rtx`.
         path: The engine file, in the folder of its bundle.
-        batch: Smallest, best and largest batch that it was built for.
+        batch: Smallest, usual and largest batch that it was built for.
         cache: Where TensorRT for RTX keeps the kernels that it compiles, from one process to the next: read if it is
             there, and trusted as the engine is; `close` writes what is new. Without effect elsewhere.
 

@@ -26,6 +26,10 @@ _DATATYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
+_MOVES = {"Move", "Repl", "Conc", "Resh", "Tran", "Slic", "Pad"}
+_ROUNDS = {"Mul", "Div", "Min", "Max", "Roun", "Cast"}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel of an engine.
@@ -109,11 +113,12 @@ def _why_float(kernels: list[Kernel], plan: QuantPlan, layer: str) -> str:
     roles = [role for role in ("input", "weight", "lhs", "rhs") if f"{layer}.{role}" in plan.sites]
     needed = {layer} | {f"{layer}.{role}.dequantize" for role in roles}
     named = [kernel for kernel in kernels if layer in kernel.nodes]
+    apart = any(f"{layer}.weight.dequantize" in kernel.nodes for kernel in kernels if layer not in kernel.nodes)
     for kernel in named:
         operands = kernel.inputs + (kernel.constants or ())
         missing = len(roles) - operands.count(wanted)
         unlisted = kernel.constants is None and "weight" in roles  # TensorRT 10 lists no constants
-        if needed <= kernel.nodes and missing <= unlisted and kernel.inputs:
+        if needed <= kernel.nodes and missing <= unlisted and kernel.inputs and not apart:
             return ""
     if not named:
         return "no kernel of the engine comes from it."
@@ -127,14 +132,18 @@ def _counts(kernels: list[Kernel]) -> dict[str, int]:
 
 
 def _kind(kernel: Kernel) -> str:
-    if "mha" in kernel.kind:
+    """Generated kernels are called by what they do: `__myl_MulMinMaxRounCastReshTran_0x81aa4c9d`."""
+    if "mha" in kernel.name + kernel.kind:
         return "attention"
     if re.match(r"gemm|correlation|convolution|runtime_fusion|.*xmma|.*_Fc", kernel.kind, re.IGNORECASE):
         return "matmul"
-    if kernel.nodes and all(node.endswith((".quantize", ".dequantize")) for node in kernel.nodes):
-        return "q/dq alone"
-    if re.search(r"reformat|_myl_Move_|copy", kernel.kind, re.IGNORECASE):
+    named = re.search(r"__myl_([A-Za-z]+)_", kernel.kind)
+    steps = set(re.findall(r"[A-Z][a-z]*", named[1])) if named else set()
+    if "reformat" in kernel.kind.lower() or (steps and steps <= _MOVES):
         return "reformat"
+    rounds = any(node.endswith((".quantize", ".dequantize")) for node in kernel.nodes)
+    if rounds and (steps <= _MOVES | _ROUNDS if steps else all("quantize" in node for node in kernel.nodes)):
+        return "q/dq alone"
     return "other"
 
 
