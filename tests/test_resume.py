@@ -232,6 +232,7 @@ def _run_in_child(folder: Path, moment: str | None, name: str | None) -> dict[st
     errors = folder.with_name("stderr")
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
         os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         replace = Path.replace
