@@ -54,6 +54,8 @@ def build(folder: str | Path, *, backend: str | None = None) -> Manifest:
             fix="run this on the machine that will run the engine.",
         )
     facts = EngineFacts.of(built, options)
+    if built.state == "pending" and not built.census.precision:  # what is known of its layers stays known
+        facts = manifest.engine.model_copy(update={"options": options, "note": built.note})
     kept = [file for file in manifest.files if file not in manifest.engine.files]
     seal_bundle(folder, manifest.model_copy(update={"backend": name, "engine": facts}), [*kept, *built.files])
     for stale in set(manifest.engine.files) - set(built.files):

@@ -159,6 +159,14 @@ def test_what_an_engine_is_made_from_must_be_as_the_manifest_says(pending: Path,
     assert _contents(pending) == before
 
 
+def test_a_machine_that_knows_less_does_not_unsay_the_forecast(pending: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_bundle(pending).engine
+    monkeypatch.setattr(trt, "rtx", None)
+    found = dfq.build(pending).engine
+    assert (found.state, found.precision, found.kernels) == ("pending", before.precision, before.kernels)
+    assert found.note == "TensorRT is not installed here."
+
+
 @pytest.mark.parametrize("backend", ["rtx", "trt"])
 def test_a_bundle_that_was_placed_for_onnx_runtime_is_refused(demo_bundle: Path, tmp_path: Path, backend: str) -> None:
     shutil.copytree(demo_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("work"))
