@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from calibrators.collectors import Subject
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet
-from calibrators.observers import Observer
+from calibrators.observers import MinMax, Observer
 from calibrators.plan import SiteRange
 from calibrators.sites import Mode, set_mode, sites_of
+from calibrators.tensors import tensors_of
 
-__all__ = ["observed"]
+__all__ = ["observed", "observed_for"]
 
 
 def observed(
@@ -59,6 +61,27 @@ def observed(
     finally:
         set_mode(module, Mode.OFF)
     return seen
+
+
+def observed_for(
+    subject: Subject, images: ImageSet, progress: Callable[[int, int], object]
+) -> tuple[dict[str, SiteRange], dict[str, str]]:
+    """What a collector that runs the ONNX model starts from: minmax ranges, and the tensors whose ranges it replaces.
+
+    The torch model sees the images first: it refuses NaN, gives the ranges of weights and knows which are fixed.
+
+    Args:
+        subject: A model with its ONNX form.
+        images: Calibration images.
+        progress: Called with images done and in all, which is twice their number: the collector does the other half.
+
+    Raises:
+        PlanError: NaN or Inf passed a site, or the ONNX model is another one.
+    """
+    assert subject.onnx is not None
+    seen = observed(subject.module, images, MinMax, progress=lambda done, _: progress(done, 2 * len(images)))
+    free = [name for name, site in sites_of(subject.module).items() if name in seen and site.fixed is None]
+    return seen, tensors_of(free, subject.onnx)
 
 
 def _range_of(name: str, observer: Observer) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,7 @@ def evaluate(
     *,
     quantized: ir.Model,
     facts: EngineFacts,
-    absent: str = "",
+    absent: str | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Check:
@@ -123,7 +123,8 @@ def evaluate(
         images: What to compare on, real or synthetic, labelled or not.
         quantized: The ONNX model that the engine was built from; its layers are compared one by one.
         facts: How far the engine is, and what its layers are computed in.
-        absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in.
+        absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in. None if
+            it is the engine.
         batch_size: Images per forward pass.
         progress: Called with images done and in all.
     """
@@ -138,11 +139,11 @@ def evaluate(
         done += len(batch)
         progress(done, len(images))
     logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
-    layer_error = _layer_errors(reference, LayerCutter(quantized, exact=bool(absent)), images.pixels[:1])
+    layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
     tolerance = {layer: _tolerance(reference.plan, layer, facts.options.body) for layer in layer_error}
-    ran = "model.onnx in ONNX Runtime" if absent else "the engine"
+    ran = "the engine" if absent is None else "model.onnx in ONNX Runtime"
     found = _judged(logits, images, facts, layer_error, tolerance, ran)
-    return _not_run(found, absent) if absent else found
+    return found if absent is None else _not_run(found, absent)
 
 
 def _judged(

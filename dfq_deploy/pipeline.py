@@ -181,8 +181,8 @@ def check(
     return found
 
 
-def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str]:
-    """The engine and its ONNX model; where the engine cannot run here, ONNX Runtime as a stand-in, and why."""
+def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:
+    """The engine, its ONNX model and None; where it cannot run here, ONNX Runtime as a stand-in, and why."""
     facts, path = manifest.engine, folder / "model.onnx"
     model = ir.load(path)
     if facts.options.body == "bf16":
@@ -194,7 +194,7 @@ def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str]:
         except NotHereError as error:
             absent = f"{error.what.removesuffix('.')}: {error.why}"
         else:
-            return engine, model, ""
+            return engine, model, None
     if facts.options.body != "bf16":
         return OrtEngine(path, "cpu", exact=True), model, absent
     with tempfile.TemporaryDirectory() as place:

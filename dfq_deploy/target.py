@@ -62,7 +62,7 @@ def build(folder: str | Path, *, backend: str | None = None) -> Manifest:
         (folder / stale).unlink(missing_ok=True)
     if report is not None and facts != manifest.engine:
         told = {**report, "engine": facts.report()}
-        if report.get("verdict") != "fail":
+        if facts.state == "built" and report.get("verdict") != "fail":
             told |= {"verdict": "undecided", "reason": "the engine was built after this check: run dfq-deploy check"}
         with written_whole(folder / "report.json") as temporary:
             temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")

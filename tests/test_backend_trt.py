@@ -116,19 +116,17 @@ def test_with_both_it_builds_for_the_gpu_at_hand(model: Path, monkeypatch: pytes
     asked: list[Any] = []
     nodes = frozenset({"fc", "fc.input.dequantize", "fc.weight.dequantize"})
 
-    def builds(*arguments: Any, check: Callable[[list[Kernel]], object]) -> list[Kernel]:
-        asked.extend(arguments)
-        kernels = [Kernel("fc", "gemm ", ("int8",), ("int8",), nodes)]
-        check(kernels)
-        return kernels
+    def builds(*arguments: Any, timing_cache: Path, judge: Callable[[list[Kernel]], object]) -> object:
+        asked.extend([*arguments, timing_cache])
+        return judge([Kernel("fc", "gemm ", ("int8",), ("int8",), nodes)])
 
     monkeypatch.setattr(builder, "build_engine", builds)
     built = trt.build(model, plan_for("fc"), BuildOptions(batch=(1, 2, 4), level=2, workspace=5))
     assert asked[:3] == [installed, model, model.with_name("model.engine")]
-    settings = asked[3]
-    assert (settings.batch, settings.targets, settings.level, settings.workspace) == ((1, 2, 4), (), 2, 5)
-    assert settings.timing_cache == model.with_name(f"timing-{installed.__version__}-sm89.cache")
-    assert (built.state, built.files, built.note) == ("built", ("model.engine", settings.timing_cache.name), "")
+    options, timings = asked[3:]
+    assert (options.batch, options.targets, options.level, options.workspace) == ((1, 2, 4), (), 2, 5)
+    assert timings == model.with_name(f"timing-{installed.__version__}-sm89.cache")
+    assert (built.state, built.files, built.note) == ("built", ("model.engine", timings.name), "")
     assert built.made_for == {"tensorrt": installed.__version__, "gpu": "NVIDIA L4 (sm89)"}
 
 

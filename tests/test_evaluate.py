@@ -209,6 +209,14 @@ def test_a_wrong_model_fails_although_its_engine_has_not_run(pending: Path, site
     assert "layer blocks.1.mlp.fc2 is off" in found.reason
 
 
+def test_a_pending_engine_without_a_note_does_not_pass_either(pending: Path) -> None:
+    facts = json.loads((pending / MANIFEST).read_text())
+    facts["engine"]["note"] = ""
+    (pending / MANIFEST).write_text(json.dumps(facts))
+    found = dfq.check(pending, limit=16)
+    assert (found.verdict, found.ran) == ("undecided", "model.onnx in ONNX Runtime")
+
+
 def test_a_wrong_float_part_fails_although_its_engine_has_not_run(pending: Path) -> None:
     _change(pending, ["norm.weight"], lambda values: values * np.linspace(0.8, 1.2, values.size))
     found = dfq.check(pending, limit=64)

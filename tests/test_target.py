@@ -162,7 +162,9 @@ def test_what_an_engine_is_made_from_must_be_as_the_manifest_says(pending: Path,
 def test_a_machine_that_knows_less_does_not_unsay_the_forecast(pending: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_bundle(pending).engine
     monkeypatch.setattr(trt, "rtx", None)
+    told = _report(pending)
     found = dfq.build(pending).engine
+    assert _report(pending) == {**told, "engine": found.report()}, "nothing was built after the check"
     assert (found.state, found.precision, found.kernels) == ("pending", before.precision, before.kernels)
     assert found.note == "TensorRT is not installed here."
 

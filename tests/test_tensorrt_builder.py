@@ -14,7 +14,8 @@ from surfaces import made, surface
 from tiny_quantized import plan_for, quantized, written
 
 from calibrators.errors import BackendError
-from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.backends import BuildOptions
+from exporters.tensorrt.builder import build_engine
 
 _TABLE = (
     "Layers:\n"
@@ -80,7 +81,7 @@ def engine(tmp_path: Path) -> Path:
 
 def test_the_network_is_strongly_typed_and_the_engine_can_be_inspected(name: str, model: Path, engine: Path) -> None:
     trt = _answering(name)
-    (kernel,) = build_engine(trt, model, engine, BuildSettings((1, 8, 32)))
+    (kernel,) = build_engine(trt, model, engine, BuildOptions(batch=(1, 8, 32)))
     assert (kernel.inputs, kernel.constants) == (("int8",), ("int8",))
     assert kernel.nodes == {"fc", "fc.input.dequantize"}
     assert engine.read_bytes() == _ENGINE
@@ -95,7 +96,7 @@ def test_the_network_is_strongly_typed_and_the_engine_can_be_inspected(name: str
 
 def test_what_is_not_asked_for_is_left_to_tensorrt(name: str, model: Path, engine: Path) -> None:
     trt = _answering(name)
-    build_engine(trt, model, engine, BuildSettings((1, 8, 32)))
+    build_engine(trt, model, engine, BuildOptions(batch=(1, 8, 32)))
     called = {name for name, _ in trt.calls}
     assert not called & {"IBuilderConfig.set_memory_pool_limit", "IBuilderConfig.create_timing_cache"}
     with pytest.raises(NotImplementedError, match="no value"):
@@ -105,7 +106,7 @@ def test_what_is_not_asked_for_is_left_to_tensorrt(name: str, model: Path, engin
 
 def test_level_and_workspace_are_passed_on(name: str, model: Path, engine: Path) -> None:
     trt = _answering(name)
-    build_engine(trt, model, engine, BuildSettings((1, 8, 32), level=0, workspace=1 << 30))
+    build_engine(trt, model, engine, BuildOptions(batch=(1, 8, 32), level=0, workspace=1 << 30))
     assert trt.config.builder_optimization_level == 0
     assert _called(trt, "IBuilderConfig.set_memory_pool_limit") == (trt.MemoryPoolType.WORKSPACE, 1 << 30)
 
@@ -114,7 +115,7 @@ def test_targets_go_to_the_binding_that_has_them(model: Path, engine: Path) -> N
     trt = _answering("tensorrt_rtx-1.7")
     set_targets: list[tuple[Any, int]] = []
     trt.IBuilderConfig.set_compute_capability = lambda config, target, index: set_targets.append((target, index))
-    build_engine(trt, model, engine, BuildSettings((1, 2, 4), targets=("sm89", "sm120")))
+    build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4), targets=("sm89", "sm120")))
     assert trt.config.num_compute_capabilities == 2
     assert set_targets == [(trt.ComputeCapability.SM89, 0), (trt.ComputeCapability.SM120, 1)]
 
@@ -123,7 +124,7 @@ def test_a_timing_cache_is_read_used_and_written_again(name: str, model: Path, e
     timings = engine.with_name("timing.cache")
     for before in (b"", b"timings"):
         trt = _answering(name)
-        build_engine(trt, model, engine, BuildSettings((1, 2, 4), timing_cache=timings))
+        build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)), timing_cache=timings)
         assert _called(trt, "IBuilderConfig.create_timing_cache") == (before,)
         cache, ignore_mismatch = _called(trt, "IBuilderConfig.set_timing_cache")
         assert type(cache) is trt.ITimingCache
@@ -139,7 +140,7 @@ def test_a_timing_cache_of_another_version_is_refused_before_the_build(name: str
     timings.write_bytes(b"of another version")
     trt = _answering(name, cached=False)
     with pytest.raises(BackendError) as caught:
-        build_engine(trt, model, engine, BuildSettings((1, 2, 4), timing_cache=timings))
+        build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)), timing_cache=timings)
     assert str(caught.value) == (
         f"`{timings}` is no timing cache for this TensorRT and this GPU.\n"
         "  why: it was written by another version, for another GPU, or is damaged.\n"
@@ -168,7 +169,7 @@ def test_an_operator_that_the_parser_does_not_know_is_named(
     trt.ParserError.desc = lambda error: text
     trt.ParserError.code = lambda error: trt.ErrorCode.UNSUPPORTED_NODE
     with pytest.raises(BackendError) as caught:
-        build_engine(trt, model, engine, BuildSettings((1, 2, 4)))
+        build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)))
     assert str(caught.value) == (
         f"TensorRT's parser does not take {said}.\n"
         f"  why: {why}\n"
@@ -182,7 +183,7 @@ def test_rtx_names_an_operator_that_it_does_not_know(engine: Path) -> None:
     text = "agraph (float[N, 8, 8] images) => (float[N] logits) { [area] logits = Det (images) }"
     ir.save(written(text), engine.with_name("model.onnx"))
     with pytest.raises(BackendError, match=r"does not take `area` \(Det\)") as caught:
-        build_engine(trt, engine.with_name("model.onnx"), engine, BuildSettings((1, 2, 4), targets=("sm89",)))
+        build_engine(trt, engine.with_name("model.onnx"), engine, BuildOptions(batch=(1, 2, 4), targets=("sm89",)))
     assert caught.value.why == "UNSUPPORTED_NODE"
     assert not engine.exists()
 
@@ -190,14 +191,14 @@ def test_rtx_names_an_operator_that_it_does_not_know(engine: Path) -> None:
 def test_rtx_tells_its_layers_though_another_logger_came_first(model: Path, engine: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     others = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
-    kernels = build_engine(trt, model, engine, BuildSettings((1, 2, 4), targets=("sm89",)))
+    kernels = build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4), targets=("sm89",)))
     assert any("fc" in kernel.nodes for kernel in kernels)
     assert others.logger is not None, "it lived until here"
 
 
 def test_a_build_that_gives_nothing_says_what_the_log_said(name: str, model: Path, engine: Path) -> None:
     with pytest.raises(BackendError) as caught:
-        build_engine(_answering(name, built=None), model, engine, BuildSettings((1, 2, 4)))
+        build_engine(_answering(name, built=None), model, engine, BuildOptions(batch=(1, 2, 4)))
     assert (caught.value.what, caught.value.why) == (
         f"{surface(name).__name__} {surface(name).__version__} cannot build this model.",
         "no kernel for fc.",
@@ -215,7 +216,7 @@ def _inspecting(trt: Any, information: str) -> None:
 def test_where_the_log_holds_no_layers_the_inspector_is_asked(name: str, model: Path, engine: Path, table: str) -> None:
     trt = _answering(name, table=table)
     _inspecting(trt, _INSPECTED)
-    (kernel,) = build_engine(trt, model, engine, BuildSettings((1, 2, 4)))
+    (kernel,) = build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)))
     assert (kernel.name, kernel.inputs, kernel.constants) == ("fc", ("int8",), None)
     assert _called(trt, "Runtime.deserialize_cuda_engine") == (_ENGINE,)
     assert _called(trt, "EngineInspector.get_engine_information") == (trt.LayerInformationFormat.JSON,)
@@ -225,7 +226,7 @@ def test_where_nobody_can_say_what_was_built_nothing_is_claimed(name: str, model
     trt = _answering(name, table="")
     trt.Runtime.deserialize_cuda_engine = lambda runtime, data: None
     with pytest.raises(BackendError, match="nobody can say what it computes in") as caught:
-        build_engine(trt, model, engine, BuildSettings((1, 2, 4)))
+        build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)))
     assert "dfq-deploy build" in caught.value.fix
 
 
@@ -256,7 +257,11 @@ def test_a_full_disk_and_ctrl_c_leave_the_old_file_or_none(
     monkeypatch.setattr(Path, "write_bytes", _fails(file, error))
     with pytest.raises(type(error)):
         build_engine(
-            _answering(name), model, engine, BuildSettings((1, 2, 4), timing_cache=engine.with_name("timing.cache"))
+            _answering(name),
+            model,
+            engine,
+            BuildOptions(batch=(1, 2, 4)),
+            timing_cache=engine.with_name("timing.cache"),
         )
     left = {path.name: path.read_bytes() for path in engine.parent.iterdir()}
     whole = {"model.engine": _ENGINE} if file == "timing.cache" else {}
@@ -270,5 +275,5 @@ def test_ctrl_c_while_tensorrt_builds_leaves_nothing(name: str, model: Path, eng
     trt = _answering(name)
     trt.Builder.build_serialized_network = interrupted
     with pytest.raises(KeyboardInterrupt):
-        build_engine(trt, model, engine, BuildSettings((1, 2, 4), timing_cache=engine.with_name("timing.cache")))
+        build_engine(trt, model, engine, BuildOptions(batch=(1, 2, 4)), timing_cache=engine.with_name("timing.cache"))
     assert list(engine.parent.iterdir()) == []

@@ -52,7 +52,7 @@ def test_a_table_in_another_form_is_refused_and_shown(line: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "planned"), [("w8a8", "int8"), ("w8a8_fp8", "fp8"), ("w4a16", "int4")])
-@pytest.mark.parametrize(("body", "computes"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "BFloat16")])
+@pytest.mark.parametrize(("body", "computes"), [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")])
 def test_the_table_of_a_real_build_is_read(
     tmp_path: Path, scheme: str, planned: str, body: Body, computes: str
 ) -> None:

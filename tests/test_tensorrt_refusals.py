@@ -15,7 +15,8 @@ import pytest
 from tiny_quantized import asked, float_model, values, written
 
 from calibrators.errors import BackendError
-from exporters.tensorrt.builder import BuildSettings, build_engine
+from exporters.backends import BuildOptions
+from exporters.tensorrt.builder import build_engine
 from exporters.tensorrt.layers import Kernel, kernels_in_log
 from exporters.tensorrt.refusals import refuse_model
 
@@ -211,4 +212,4 @@ def test_the_first_refusal_comes_before_any_call_of_tensorrt(tmp_path: Path) -> 
     nothing = ModuleType("tensorrt")
     for name in _REFUSED:
         with pytest.raises(BackendError, match="TensorRT does not take"):
-            build_engine(nothing, _saved(_REFUSED[name][0](), tmp_path), tmp_path / "e", BuildSettings((1, 2, 4)))
+            build_engine(nothing, _saved(_REFUSED[name][0](), tmp_path), tmp_path / "e", BuildOptions(batch=(1, 2, 4)))

@@ -22,11 +22,8 @@ from calibrators.collectors import Subject, check_observer, described
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader
-from calibrators.observers import MinMax
-from calibrators.observing import observed
+from calibrators.observing import observed_for
 from calibrators.plan import Ranges
-from calibrators.sites import sites_of
-from calibrators.tensors import tensors_of
 
 __all__ = ["NEEDS_ONNX", "OBSERVERS", "check", "collect_ranges"]
 
@@ -69,9 +66,7 @@ def collect_ranges(
     check(observer)
     assert subject.onnx is not None
     n = len(images)
-    seen = observed(subject.module, images, MinMax, progress=lambda done, _: progress(done, 2 * n))
-    fixed = {name for name, site in sites_of(subject.module).items() if site.fixed is not None}
-    tensors = tensors_of([name for name in seen if name not in fixed], subject.onnx)
+    seen, tensors = observed_for(subject, images, progress)
     options: dict[str, Any] = {"entropy": _ENTROPY, "percentile": {"percentile": 2 * percentile - 100}}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # it prints
         calibrator = _watching(_CALIBRATORS[observer], set(tensors.values()))(

@@ -22,11 +22,8 @@ from calibrators.collectors import Subject, check_observer
 from calibrators.errors import BackendError
 from calibrators.images import ImageSet
 from calibrators.interchange import INPUT
-from calibrators.observers import MinMax
-from calibrators.observing import observed
+from calibrators.observing import observed_for
 from calibrators.plan import Ranges
-from calibrators.sites import sites_of
-from calibrators.tensors import tensors_of
 
 try:
     import tensorrt as trt
@@ -92,9 +89,7 @@ def collect_ranges(
     check(observer)
     assert subject.onnx is not None
     n = len(images)
-    seen = observed(subject.module, images, MinMax, progress=lambda done, _: progress(done, 2 * n))
-    fixed = {name for name, site in sites_of(subject.module).items() if site.fixed is not None}
-    tensors = tensors_of([name for name in seen if name not in fixed], subject.onnx)
+    seen, tensors = observed_for(subject, images, progress)
     with _DeviceBatch() as device, tempfile.TemporaryDirectory() as folder:
         feed = _subclassed(_Feed, _CALIBRATORS[observer])(images, device, lambda done: progress(n + done, 2 * n))
         _build(subject.onnx, feed)

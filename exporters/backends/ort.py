@@ -3,8 +3,8 @@
 On the CPU, `build` lets ONNX Runtime optimise the graph and reads the result: a layer is quantized when its node has
 become a quantized operator there. CUDA runs Q/DQ as a float simulation, so it is offered for weight-only and float
 models. The TensorRT providers compile the graph with TensorRT and keep their engines in the user's cache folder; ONNX
-Runtime does not say what those compute in. Which provider really runs is asked of the session: ONNX Runtime's list has
-what was compiled in, with and without a driver.
+Runtime does not say what those compute in. Whether a provider is there is asked of the session: ONNX Runtime's list
+has what was compiled in, with and without a driver.
 """
 
 import re

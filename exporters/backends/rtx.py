@@ -8,7 +8,6 @@ user's cache folder, not in the bundle: it is code, and the manifest vouches for
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx_ir as ir
 import platformdirs
 
 try:
@@ -19,24 +18,19 @@ except ImportError:  # the extra [rtx] brings it
 from calibrators.errors import BackendError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
-from exporters.backends import BuildOptions, Built, Placement
+from exporters.backends import BuildOptions, Built
 from exporters.census import Census
-from exporters.tensorrt.builder import BuildSettings, build_planned
+from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
-from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
+from exporters.tensorrt.verbs import placement, prepare
 
 __all__ = ["build", "check", "load", "placement", "prepare"]
 
 _ENGINE = "model.engine"
 _BLOCKS = (16, 32, 64, 128)
 _TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-
-
-def placement(options: BuildOptions) -> Placement:
-    """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False)
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:
@@ -61,11 +55,6 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     refuse_plan(plan, targets=options.targets, blocks=_BLOCKS)
 
 
-def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
-    """Put fences behind what TensorRT would cut."""
-    put_fences(model, plan)
-
-
 def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     """Build `model.engine` beside the model; pending where TensorRT for RTX is not installed.
 
@@ -75,8 +64,7 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     """
     if trt is None:
         return Built("pending", Census({}, {}), note="TensorRT for RTX is not installed here.")
-    settings = BuildSettings(options.batch, options.targets, options.level, options.workspace)
-    census = build_planned(trt, model, model.with_name(_ENGINE), plan, options.body, settings)
+    census = build_planned(trt, model, model.with_name(_ENGINE), options, plan)
     made_for = {"tensorrt_rtx": trt.__version__, "targets": ",".join(options.targets)}
     return Built("built", census, (_ENGINE,), made_for)
 

@@ -6,10 +6,9 @@ computed in: its parser is the same, its kernels need not be.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import onnx_ir as ir
 
 try:
     import tensorrt as trt
@@ -22,24 +21,19 @@ except ImportError:  # the extra [rtx] brings it
 
 from calibrators.errors import BackendError, ExportError, NotHereError
 from calibrators.plan import QuantPlan
-from exporters.backends import BuildOptions, Built, Placement
+from exporters.backends import BuildOptions, Built
 from exporters.census import Census
 from exporters.tensorrt import cuda
-from exporters.tensorrt.builder import BuildSettings, build_planned
+from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
-from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
+from exporters.tensorrt.verbs import placement, prepare
 
 __all__ = ["build", "check", "load", "placement", "prepare"]
 
 _ENGINE = "model.engine"
 _BLOCKS = (64, 128)
-
-
-def placement(options: BuildOptions) -> Placement:
-    """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False)
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:
@@ -57,11 +51,6 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     refuse_plan(plan, targets=(), blocks=_BLOCKS)
 
 
-def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
-    """Put fences behind what TensorRT would cut."""
-    put_fences(model, plan)
-
-
 def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     """Build `model.engine` beside the model; pending where TensorRT or a GPU is missing.
 
@@ -72,15 +61,11 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     gpu = cuda.device()
     if trt is None or gpu is None:
         return _pending(model, plan, options)
-    check_gpu = [gpu.capability] if any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values()) else []
-    refuse_plan(plan, targets=check_gpu, blocks=_BLOCKS)
-    timings = f"timing-{trt.__version__}-{gpu.capability}.cache"  # no other version or GPU takes it
-    settings = BuildSettings(
-        options.batch, level=options.level, workspace=options.workspace, timing_cache=model.with_name(timings)
-    )
-    census = build_planned(trt, model, model.with_name(_ENGINE), plan, options.body, settings)
+    refuse_plan(plan, targets=[gpu.capability], blocks=_BLOCKS)
+    timings = model.with_name(f"timing-{trt.__version__}-{gpu.capability}.cache")  # no other version or GPU takes it
+    census = build_planned(trt, model, model.with_name(_ENGINE), options, plan, timing_cache=timings)
     made_for = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}
-    return Built("built", census, (_ENGINE, timings), made_for)
+    return Built("built", census, (_ENGINE, timings.name), made_for)
 
 
 def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
@@ -105,10 +90,10 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     if rtx is None:
         return Built("pending", Census({}, {}), note=f"{missing}.")
     fp8 = any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values())
-    settings = BuildSettings(options.batch, targets=("sm89", "sm120") if fp8 else ())
+    forecast = replace(options, targets=("sm89", "sm120") if fp8 else ())
     try:
         with TemporaryDirectory() as folder:
-            census = build_planned(rtx, model, Path(folder) / _ENGINE, plan, options.body, settings)
+            census = build_planned(rtx, model, Path(folder) / _ENGINE, forecast, plan)
     except ExportError as error:
         asked = f"TensorRT for RTX, asked in TensorRT's place, would not keep to the plan: {error.what}"
         raise ExportError(what=asked, why=error.why, fix=error.fix) from error

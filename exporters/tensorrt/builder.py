@@ -6,7 +6,6 @@ the logger.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,61 +15,46 @@ import onnx_ir as ir
 from calibrators.errors import BackendError
 from calibrators.files import written_whole
 from calibrators.plan import QuantPlan
-from exporters.census import Body, Census
+from exporters.backends import BuildOptions
+from exporters.census import Census
 from exporters.tensorrt.layers import Kernel, census_of, kernels_in_json, kernels_in_log
 from exporters.tensorrt.log import Recorder, recorder
 from exporters.tensorrt.refusals import refuse_model
 
-__all__ = ["BuildSettings", "build_engine", "build_planned"]
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """How an engine is built.
-
-    Attributes:
-        batch: Smallest, usual and largest number of images per call.
-        targets: GPUs to build for, as `sm89`; empty for the one at hand, or for all that TensorRT for RTX knows.
-        level: The builder's optimisation level, 0 to 5; None leaves TensorRT's own.
-        workspace: Scratch memory that a kernel may use, in bytes; None leaves TensorRT's own.
-        timing_cache: File that keeps the timings of kernels from build to build; None for none.
-    """
-
-    batch: tuple[int, int, int]
-    targets: tuple[str, ...] = ()
-    level: int | None = None
-    workspace: int | None = None
-    timing_cache: Path | None = None
+__all__ = ["build_engine", "build_planned"]
 
 
 def build_engine(
     trt: ModuleType,
     model: Path,
     engine: Path,
-    settings: BuildSettings,
-    check: Callable[[list[Kernel]], object] = lambda _: None,
-) -> list[Kernel]:
-    """Build `engine` from the ONNX file `model`; returns its kernels.
+    options: BuildOptions,
+    *,
+    timing_cache: Path | None = None,
+    judge: Callable[[list[Kernel]], Any] = list,
+) -> Any:
+    """Build `engine` from the ONNX file `model`; returns what `judge` makes of its kernels: a list of them.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         model: A quantized model with input `images`, N free.
         engine: File to write, whole or not at all.
-        settings: How.
-        check: Shown the kernels before anything is written; what it raises leaves the old files as they are.
+        options: What it is built for.
+        timing_cache: File that keeps the timings of kernels from build to build; None for none.
+        judge: Shown the kernels before anything is written; what it raises leaves the old files as they are.
 
     Raises:
         BackendError: TensorRT does not take the model or the settings, or cannot say what it built.
     """
-    refuse_model(ir.load(model), targets=settings.targets)
+    refuse_model(ir.load(model), targets=options.targets)
     log = recorder(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
         raise _parse_failed(parser)
-    config = _config(trt, builder, network, settings)
-    cache = _timing_cache(config, settings.timing_cache, log)
+    config = _config(trt, builder, network, options)
+    cache = _timing_cache(config, timing_cache, log)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BackendError(
@@ -78,18 +62,23 @@ def build_engine(
             why=" ".join(log.errors()) or "it gives no reason.",
             fix="spare the layer that it names with --spare, or report this model.",
         )
-    kernels = _kernels(trt, log, serialized)
-    check(kernels)
+    judged = judge(_kernels(trt, log, serialized))
     with written_whole(engine) as temporary:
         temporary.write_bytes(serialized)
-    if cache is not None and settings.timing_cache is not None:
-        with written_whole(settings.timing_cache) as temporary:
+    if timing_cache is not None:
+        with written_whole(timing_cache) as temporary:
             temporary.write_bytes(cache.serialize())
-    return kernels
+    return judged
 
 
 def build_planned(
-    trt: ModuleType, model: Path, engine: Path, plan: QuantPlan, body: Body, settings: BuildSettings
+    trt: ModuleType,
+    model: Path,
+    engine: Path,
+    options: BuildOptions,
+    plan: QuantPlan,
+    *,
+    timing_cache: Path | None = None,
 ) -> Census:
     """Build `engine` as `build_engine` does, and write it only if it computes what `plan` asks for.
 
@@ -97,8 +86,12 @@ def build_planned(
         BackendError: See `build_engine`.
         ExportError: A layer that the plan quantizes is computed in float.
     """
-    kernels = build_engine(trt, model, engine, settings, check=lambda kernels: census_of(kernels, plan, body))
-    return census_of(kernels, plan, body)
+
+    def judge(kernels: list[Kernel]) -> Census:
+        return census_of(kernels, plan, options.body)
+
+    census: Census = build_engine(trt, model, engine, options, timing_cache=timing_cache, judge=judge)
+    return census
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -107,22 +100,22 @@ def _network_flags(trt: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _config(trt: ModuleType, builder: Any, network: Any, settings: BuildSettings) -> Any:
+def _config(trt: ModuleType, builder: Any, network: Any, options: BuildOptions) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, it multiplies fp32 with the 10-bit mantissas of fp16
-    if settings.level is not None:
-        config.builder_optimization_level = settings.level
-    if settings.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     profile = builder.create_optimization_profile()
     images = network.get_input(0)
-    profile.set_shape(images.name, *[(n, *tuple(images.shape)[1:]) for n in settings.batch])
+    profile.set_shape(images.name, *[(n, *tuple(images.shape)[1:]) for n in options.batch])
     config.add_optimization_profile(profile)
-    if settings.targets:
-        config.num_compute_capabilities = len(settings.targets)
-        for index, target in enumerate(settings.targets):
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
     return config
 

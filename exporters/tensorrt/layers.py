@@ -17,6 +17,7 @@ from exporters.census import Body, Census, precision_of
 __all__ = ["Kernel", "census_of", "kernels_in_json", "kernels_in_log"]
 
 _TYPES = {"Int8": "int8", "Int4": "int4", "FP8": "fp8", "Float": "fp32", "FP32": "fp32", "Half": "fp16", "FP16": "fp16"}
+_TYPES |= {"BFloat16": "bf16", "BF16": "bf16"}
 _ROW = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: .*?, Metadata: (?P<metadata>.*)$"
@@ -24,8 +25,6 @@ _ROW = re.compile(
 _END_OF_TABLE = "\nI/O Tensors:"
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-
-
 _MOVES = {"Move", "Repl", "Conc", "Resh", "Tran", "Slic", "Pad"}
 _ROUNDS = {"Mul", "Div", "Min", "Max", "Roun", "Cast"}
 

@@ -1,0 +1,19 @@
+"""The verbs of a backend that TensorRT and TensorRT for RTX answer alike."""
+
+import onnx_ir as ir
+
+from calibrators.plan import QuantPlan
+from exporters.backends import BuildOptions, Placement
+from exporters.tensorrt.fence import put_fences
+
+__all__ = ["placement", "prepare"]
+
+
+def placement(options: BuildOptions) -> Placement:
+    """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
+    return Placement(first_layer=True, convolution_outputs=False)
+
+
+def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
+    """Put fences behind what TensorRT would cut."""
+    put_fences(model, plan)
