@@ -12,11 +12,11 @@ from rich.text import Text
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, is_image_set
 from calibrators.plan import QuantPlan
-from dfq_deploy.doctor import Finding
 from dfq_deploy.runtime import Runner
 from exporters.bundle import EngineFacts, open_bundle
 
-if TYPE_CHECKING:  # evaluate.py needs scipy and torch, and a process that only runs engines has neither
+if TYPE_CHECKING:  # doctor.py asks for CUDA, evaluate.py needs torch: --help and a run of an engine wait for neither
+    from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
 
 __all__ = [
@@ -150,7 +150,7 @@ def print_converted(file: Path, out: Path, to: str) -> None:
     _console.print(f"{out}: {file} as {to}")
 
 
-def print_findings(findings: list[Finding]) -> int:
+def print_findings(findings: "list[Finding]") -> int:
     """What the doctor found; returns 1 if there is a problem."""
     for finding in findings:
         state = (f"{finding.state:>8}", _COLOURS[finding.state])
