@@ -15,7 +15,7 @@ from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.observers import MinMax, Observer
 from calibrators.plan import SiteRange
-from calibrators.sites import Mode, set_mode, sites_of
+from calibrators.sites import Mode, QuantSite, set_mode, sites_of
 from calibrators.tensors import tensors_of
 
 __all__ = ["observed", "observed_for"]
@@ -24,7 +24,7 @@ __all__ = ["observed", "observed_for"]
 def observed(
     module: nn.Module,
     images: ImageSet,
-    observer: Callable[[], Observer],
+    observer: Callable[[str], Observer],
     *,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
@@ -34,29 +34,32 @@ def observed(
     Args:
         module: A model with sites, in evaluation mode.
         images: Calibration images.
-        observer: Makes the observer of one activation site; weights are watched by per-channel MinMax.
+        observer: Makes an activation site's observer, by name; weights are watched by per-channel MinMax.
         batch_size: Images per forward pass.
         progress: Called with images done and in all.
 
     Raises:
-        PlanError: NaN or Inf passed a site; the message names it.
+        PlanError: NaN or Inf passed a site; the message names it and the image.
     """
     set_mode(module, Mode.OBSERVE, observer=observer)
+    sites = sites_of(module)
     device = next(module.parameters()).device
     try:
         done = 0
         with torch.inference_mode():
             for batch in images.batches(batch_size):
                 module(torch.from_numpy(batch).to(device))
+                for site in sites.values():
+                    if site.broken is not None:
+                        raise _not_finite(site, site.broken, images.source, range(done, done + len(batch)))
                 done += len(batch)
                 progress(done, len(images))
         seen = {}
-        for name, site in sites_of(module).items():
+        for name, site in sites.items():
             if site.shape is None or site.observer is None:
                 continue
-            low, high = _range_of(name, site.observer)
-            if site.fixed is not None:
-                low, high = (np.float32(end) + np.zeros_like(low) for end in site.fixed)
+            fixed = site.fixed and tuple(np.array(end, np.float32) for end in site.fixed)
+            low, high = fixed or site.observer.range()
             seen[name] = SiteRange(low, high, site.role, site.axis, site.shape[1:] if site.axis is None else site.shape)
     finally:
         set_mode(module, Mode.OFF)
@@ -79,13 +82,20 @@ def observed_for(
         PlanError: NaN or Inf passed a site, or the ONNX model is another one.
     """
     assert subject.onnx is not None
-    seen = observed(subject.module, images, MinMax, progress=lambda done, _: progress(done, 2 * len(images)))
+    n = len(images)
+    seen = observed(subject.module, images, lambda _: MinMax(), progress=lambda done, _: progress(done, 2 * n))
     free = [name for name, site in sites_of(subject.module).items() if name in seen and site.fixed is None]
     return seen, tensors_of(free, subject.onnx)
 
 
-def _range_of(name: str, observer: Observer) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return observer.range()
-    except PlanError as cause:
-        raise PlanError(what=f"site `{name}`: {cause.what}", why=cause.why, fix=cause.fix) from cause
+def _not_finite(site: QuantSite, row: int, source: str, images: range) -> PlanError:
+    """What to raise after a batch of `images`, by index, with NaN or Inf in the row `row` of what passed `site`."""
+    assert site.shape is not None
+    # An image may have several rows, as it has in windows; the batch is outermost all the same.
+    image = images[row * len(images) // site.shape[0]]
+    where = "" if site.role == "weight" else f" for image {image} of {source}, counted from 0,"
+    return PlanError(
+        what=f"site `{site.name}`: the values{where} hold NaN or Inf.",
+        why="the weights hold it." if site.role == "weight" else "the model puts it out.",
+        fix="check the checkpoint and the images.",
+    )

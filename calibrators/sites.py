@@ -29,6 +29,7 @@ __all__ = [
     "SitedLinear",
     "attach_sites",
     "block_ranges",
+    "channel_weights",
     "set_mode",
     "sites_of",
 ]
@@ -55,6 +56,7 @@ class QuantSite(nn.Module):
         axis: The axis with one scale per index, or None for one scale per tensor.
         fixed: The range by definition, such as (0, 1) for a softmax's output; it is not observed.
         shape: The shape that last passed under `observe`; None where nothing has.
+        broken: First row, along the outermost axis, with NaN or Inf of the first tensor with one under `observe`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class QuantSite(nn.Module):
         self.mode = Mode.OFF
         self.observer: Observer | None = None
         self.shape: tuple[int, ...] | None = None
+        self.broken: int | None = None
         self._fake: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, values: Tensor) -> Tensor:
@@ -76,6 +79,8 @@ class QuantSite(nn.Module):
             assert self.observer is not None
             self.observer.update(values)
             self.shape = tuple(values.shape)
+            if self.broken is None and not self.observer.finite:
+                self.broken = int((~values.isfinite()).flatten(1).any(1).int().argmax())
         elif self.mode is Mode.FAKE and self._fake is not None:
             return self._fake(values)
         elif self.mode is Mode.MARK:
@@ -178,12 +183,29 @@ def block_ranges(module: nn.Module, block: int) -> dict[str, SiteRange]:
     return found
 
 
+def channel_weights(module: nn.Module) -> dict[str, Tensor]:
+    """What a squared error in each channel of a layer's input adds to that of its output, by the input's site.
+
+    The squared norm of the weight's column, summed over a convolution's window: (in_features,) or (in_channels, 1, 1),
+    which broadcast against the input, float64.
+    """
+    found = {}
+    for layer in module.modules():
+        if isinstance(layer, SitedLinear):
+            found[layer.input_site.name] = layer.weight.detach().double().square().sum(0)
+        elif isinstance(layer, SitedConv2d):
+            squares = layer.weight.detach().double().square()
+            groups = squares.reshape(layer.groups, -1, *squares.shape[1:])
+            found[layer.input_site.name] = groups.sum((1, 3, 4)).reshape(-1, 1, 1)
+    return found
+
+
 def set_mode(
     module: nn.Module,
     mode: Mode,
     *,
     qparams: Mapping[str, QParams] | None = None,
-    observer: Callable[[], Observer] | None = None,
+    observer: Callable[[str], Observer] | None = None,
 ) -> None:
     """Switch all sites of `module`.
 
@@ -191,12 +213,12 @@ def set_mode(
         module: A model with sites.
         mode: What they do from now on.
         qparams: For `fake`: what each site rounds to; sites that are not named let their tensor pass.
-        observer: For `observe`: makes the observer of an activation. Weights are watched by per-channel MinMax.
+        observer: For `observe`: makes an activation site's observer, by name. Weights get a per-channel MinMax.
     """
     for site in sites_of(module).values():
         site.mode = mode
         site.set_qparams(qparams.get(site.name) if qparams and mode is Mode.FAKE else None)
         if mode is Mode.OBSERVE:
             assert observer is not None
-            site.observer = MinMax(site.axis) if site.role == "weight" else observer()
-            site.shape = None
+            site.observer = MinMax(site.axis) if site.role == "weight" else observer(site.name)
+            site.shape = site.broken = None

@@ -32,10 +32,10 @@ def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
     """Return if the collector can begin and the backend takes what the recipe asks for, whatever the model.
 
     Raises:
-        RecipeError: The collector has no such observer.
+        RecipeError: The collector has no such observer, or none for the scheme's activations.
         BackendError: A run-time is missing, or takes no such plan.
     """
-    _collector(recipe).check(_observer(recipe))
+    _collector(recipe).check(_observer(recipe), scheme_named(recipe.scheme).activation)
     pick("exporters.backends", recipe.backend).check(_one_layer_plan(recipe), options)
 
 
@@ -89,7 +89,7 @@ def _ranges(
     work: Workspace,
     progress: Callable[[int, int, Mapping[str, float]], object],
 ) -> Ranges:
-    collector, observer = _collector(recipe), _observer(recipe)
+    collector, observer, codes = _collector(recipe), _observer(recipe), scheme_named(recipe.scheme).activation
     subject = Subject(model.module, model.fingerprint, float_stage(model, work) if collector.NEEDS_ONNX else None)
 
     def make(path: Path) -> None:
@@ -98,10 +98,11 @@ def _ranges(
             images,
             observer=observer,
             percentile=recipe.percentile,
+            codes=codes,
             progress=lambda done, total: progress(done, total, {}),
         ).save(path)
 
-    used = described(observer, recipe.percentile)
+    used = described(observer, recipe.percentile, codes)
     facts = [model.fingerprint, images.fingerprint, recipe.collector, used, made_with()]
     return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
 

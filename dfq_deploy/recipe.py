@@ -17,7 +17,7 @@ from exporters.backends import BuildOptions
 
 __all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe"]
 
-_OBSERVERS = ("auto", "minmax", "percentile", "entropy")
+_OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _FLOATS = ("fp32", "fp16", "bf16")
 _BLOCKS = (16, 32, 64, 128)
@@ -106,7 +106,7 @@ class CalibrateRecipe(GenerateRecipe):
     collector: CollectorName = "pytorch"
     """Who reads activation ranges: pytorch, or ONNX Runtime's (ort) or TensorRT 10's (trt) calibrators to compare."""
     observer: ObserverName = "auto"
-    """How ranges are read off the images; auto: what suits the scheme; entropy: for collectors ort and trt only."""
+    """How ranges are read off the images: minmax, percentile, entropy, mse, hessian; auto: what suits the scheme."""
     percentile: float = 99.999
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False

@@ -192,7 +192,9 @@ def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """A full-size model with random weights, its ranges on an image of noise, and its float ONNX model."""
     model = load_model(request.param, random_weights=True)
     images = noise.generate(model, GenerateOptions(count=1, seed=0, exact=False))
-    ranges = collect_ranges(Subject(model.module, model.fingerprint), images, observer="minmax", percentile=100)
+    ranges = collect_ranges(
+        Subject(model.module, model.fingerprint), images, observer="minmax", percentile=100, codes=None
+    )
     floats = tmp_path_factory.mktemp(request.param) / "float.onnx"
     float_onnx(model, floats)
     yield _Architecture(model, ranges, floats)

@@ -21,6 +21,7 @@ from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 _NOISE = ["--model", "demo", "--generator", "noise"]
 _RTX = ["export", *_NOISE, "--out", "o", "--backend", "rtx"]
 _W4 = ["--scheme", "w4a16"]
+_MSE = ["--observer", "mse"]
 _RECIPES = {
     "good.toml": b'model = "demo"\ngenerator = "noise"\ncount = 4\nseed = 3\n',
     "misspelt.toml": b'modle = "demo"\n',
@@ -59,7 +60,8 @@ _MISTAKES = {
     "two sources of weights": ["export", *_NOISE, "--out", "o", "--checkpoint", "file", "--random-weights"],
     "an unknown generator": ["export", "--model", "demo", "--out", "o", "--generator", "noize"],
     "an unknown layer": ["calibrate", *_NOISE, "--count", "2", "--out", "o/plan.safetensors", "--spare", "block.1"],
-    "an observer of another collector": ["calibrate", *_NOISE, "--out", "o/plan", "--observer", "entropy"],
+    "an observer of another collector": ["calibrate", *_NOISE, "--out", "o/plan", "--collector", "ort", *_MSE],
+    "an observer without a format": ["calibrate", *_NOISE, "--out", "o/plan", *_W4, *_MSE],
     "an unknown collector": ["calibrate", *_NOISE, "--out", "o/plan", "--collector", "openvino"],
     "another kind of file": ["convert", "bundle/plan.safetensors", "--to", "npz", "--out", "o"],
     "no such checkpoint": ["export", *_NOISE, "--out", "o", "--checkpoint", "nothing.safetensors"],

@@ -111,7 +111,9 @@ def ten(monkeypatch: pytest.MonkeyPatch, gpu: _Gpu) -> Iterator[Any]:
 
 def _collect(small: tuple[Subject, ImageSet], observer: str = "entropy", **changes: Any) -> Any:
     subject, images = small
-    return trt.collect_ranges(subject, dataclasses.replace(images, **changes), observer=observer, percentile=99.9)
+    return trt.collect_ranges(
+        subject, dataclasses.replace(images, **changes), observer=observer, percentile=99.9, codes=None
+    )
 
 
 @pytest.mark.parametrize("observer", trt.OBSERVERS)
@@ -228,14 +230,14 @@ def _three_lines(error: DeployError, named: str) -> None:
 def test_tensorrt_11_is_refused_and_told_what_to_use(monkeypatch: pytest.MonkeyPatch, gpu: _Gpu, name: str) -> None:
     monkeypatch.setattr(trt, "trt", surface(name))
     with pytest.raises(BackendError, match="cannot calibrate") as caught:
-        trt.check("entropy")
+        trt.check("entropy", None)
     _three_lines(caught.value, "--collector pytorch, whose plan becomes explicit Q/DQ")
 
 
 def test_a_machine_with_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, ten: Any) -> None:
     monkeypatch.setattr(cudart, "cudaGetDeviceCount", lambda: (cudart.cudaError_t.cudaErrorNoDevice, None))
     with pytest.raises(BackendError, match="cannot run here") as caught:
-        trt.check("minmax")
+        trt.check("minmax", None)
     _three_lines(caught.value, "cudaErrorNoDevice")
 
 

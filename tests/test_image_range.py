@@ -20,7 +20,7 @@ _NAMES = ("demo", "deit_t", "swin_t")
 def _first_range(model: Model, pixels: np.ndarray, observer: type = MinMax) -> tuple[SiteRange, SiteRange]:
     """Ranges of the input and of the output of the layer that reads the image, seen on `pixels`."""
     images = ImageSet.of(pixels, model.preprocess, source="test")
-    sites = observed(model.module, images, observer)
+    sites = observed(model.module, images, lambda _: observer())
     return sites["patch_embed.proj.input"], sites["patch_embed.proj.output"]
 
 

@@ -10,14 +10,24 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from calibrators.affine import CODES, Codes, choose_qparams
 from calibrators.errors import PlanError, RecipeError
-from calibrators.observers import OBSERVERS, MinMax, Observer, Percentile, observer_named
+from calibrators.observers import OBSERVERS, Entropy, MinMax, Observer, Percentile, SquaredError, observer_named
 
 FLOATS = st.floats(-(2.0**20), 2.0**20, width=32, allow_subnormal=False)
 BATCHES = st.lists(arrays(np.float32, array_shapes(max_dims=2, max_side=6), elements=FLOATS), min_size=1, max_size=6)
 
 unhurried = settings(deadline=None)
-every_observer = pytest.mark.parametrize("make", [MinMax, Percentile, lambda: Percentile(75.0)])
+every_observer = pytest.mark.parametrize(
+    "make",
+    [
+        MinMax,
+        Percentile,
+        lambda: Percentile(75.0),
+        lambda: Entropy(CODES["int8"]),
+        lambda: SquaredError(CODES["int8"]),
+    ],
+)
 
 
 def _seen(observer: Observer, *batches: np.ndarray) -> Observer:
@@ -51,6 +61,36 @@ def test_merged_shards_equal_all_at_once(make: Callable[[], Observer], shards: l
     for shard in shards:
         merged.merge(_seen(make(), *shard))
     assert merged.range() == _seen(make(), *(batch for shard in shards for batch in shard)).range()
+
+
+@unhurried
+@given(
+    shards=st.lists(
+        arrays(np.float32, st.tuples(st.integers(1, 5), st.just(3)), elements=FLOATS), min_size=2, max_size=4
+    ),
+    weight=arrays(np.float32, 3, elements=st.floats(0, 100, width=32)),
+)
+def test_merged_shards_of_weighted_values_equal_all_at_once(shards: list[np.ndarray], weight: np.ndarray) -> None:
+    def make() -> SquaredError:
+        return SquaredError(CODES["int8"], torch.from_numpy(weight))
+
+    merged = make()
+    for shard in shards:
+        merged.merge(_seen(make(), shard))
+    whole = _seen(make(), np.concatenate(shards))
+    assert merged.range() == whole.range()
+    assert _tensors(merged) == _tensors(whole)  # to the last bit, where the same range could be luck
+
+
+def _tensors(observer: Observer) -> dict[str, list[float]]:
+    return {name: part.tolist() for name, part in vars(observer).items() if isinstance(part, torch.Tensor)}
+
+
+def test_observers_with_other_weights_are_not_merged() -> None:
+    weights = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    one, other = (SquaredError(CODES["int8"], weight) for weight in weights)
+    with pytest.raises(AssertionError):
+        one.merge(other)
 
 
 @every_observer
@@ -101,7 +141,10 @@ def test_minmax_per_channel_keeps_one_pair_per_index(axis: int) -> None:
 @every_observer
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_are_refused(make: Callable[[], Observer], bad: float) -> None:
-    observer = _seen(make(), np.float32([1, 2]), np.float32([1, bad]), np.float32([3]))
+    observer = _seen(make(), np.float32([1, 2]))
+    assert observer.finite
+    _seen(observer, np.float32([1, bad]), np.float32([3]))
+    assert not observer.finite
     with pytest.raises(PlanError, match="NaN or Inf"):
         observer.range()
 
@@ -112,7 +155,15 @@ def test_a_place_that_nothing_passed_has_no_range(make: Callable[[], Observer]) 
         make().range()
 
 
-@pytest.mark.parametrize("make", [MinMax, lambda: MinMax(0), Percentile])
+@every_observer
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES.keys())
+def test_a_place_that_only_zeros_pass_gets_scale_one(make: Callable[[], Observer], codes: Codes) -> None:
+    low, high = _seen(make(), np.zeros((3, 4), np.float32)).range()
+    assert (low, high) == (0, 0)
+    assert choose_qparams(low, high, codes) == (1, 0)
+
+
+@pytest.mark.parametrize("make", [MinMax, lambda: MinMax(0), Percentile, lambda: SquaredError(CODES["int8"])])
 def test_what_is_held_does_not_grow_with_the_images(make: Callable[[], Observer]) -> None:
     batches = np.random.default_rng(0).standard_normal((50, 4, 1000), dtype=np.float32)
     batches *= np.arange(1, 51, dtype=np.float32)[:, None, None]
@@ -130,15 +181,26 @@ def _bytes_held(thing: object) -> int:
 @pytest.mark.parametrize("percentile", [50.0, 100.001, 0.999, float("nan")])
 def test_a_percentile_that_is_none_is_refused(percentile: float) -> None:
     with pytest.raises(RecipeError, match="no usable percentile"):
-        observer_named("percentile", percentile)
+        observer_named("percentile", percentile, CODES["int8"])
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
-def test_an_observer_is_made_by_its_name(name: str) -> None:
-    assert type(observer_named(name, 99.0)) is OBSERVERS[name]
+def test_each_observer_made_by_its_name_sees_something_else(name: str) -> None:
+    values = np.float32(np.random.default_rng(0).standard_t(3, (5000, 2)) * [1, 9])
+    weight = torch.tensor([1.0, 1e-3])
+    ranges = {n: _seen(observer_named(n, 99.0, CODES["int8"], weight), values).range() for n in OBSERVERS}
+    assert [other for other, found in ranges.items() if found == ranges[name]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "codes"), [("entropy", None), ("mse", None), ("hessian", None), ("entropy", CODES["float8_e4m3fn"])]
+)
+def test_a_search_without_a_format_to_search_for_is_refused(name: str, codes: Codes | None) -> None:
+    with pytest.raises(RecipeError, match=f"`{name}` has nothing to search"):
+        observer_named(name, 99.0, codes)
 
 
 def test_an_unknown_observer_is_told_with_those_that_there_are() -> None:
     with pytest.raises(RecipeError) as caught:
-        observer_named("entropie", 99.0)
+        observer_named("entropie", 99.0, CODES["int8"])
     assert all(name in caught.value.why for name in OBSERVERS)

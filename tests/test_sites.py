@@ -78,7 +78,7 @@ def test_attention_written_out_equals_the_fused_kernel(make: Callable[[], nn.Mod
     for attention in (layer for layer in module.modules() if hasattr(layer, "fused_attn")):
         attention.fused_attn = True  # timm leaves it off in Swin
     fused = module(images)
-    set_mode(module, Mode.OBSERVE, observer=MinMax)
+    set_mode(module, Mode.OBSERVE, observer=lambda _: MinMax())
     written_out = module(images)
     assert all(site.shape for site in sites_of(module).values() if site.role == "operand")  # they were at work
     torch.testing.assert_close(written_out, fused, rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_attention_written_out_equals_the_fused_kernel(make: Callable[[], nn.Mod
 @torch.inference_mode()
 def test_the_mask_of_shifted_windows_is_kept() -> None:
     module, images = _sited(_drawn(_swin())), _images(56)
-    set_mode(module, Mode.OBSERVE, observer=MinMax)
+    set_mode(module, Mode.OBSERVE, observer=lambda _: MinMax())
     masked = module(images)
     shifted = module.get_submodule("layers.0.blocks.1")
     assert shifted.attn_mask is not None
@@ -119,7 +119,7 @@ def test_every_variant_of_timms_attention_is_written_out(variant: dict[str, Any]
     tokens = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     fused = module["attn"](tokens, **call)
     vit.attach_attention(module)
-    set_mode(module, Mode.OBSERVE, observer=MinMax)
+    set_mode(module, Mode.OBSERVE, observer=lambda _: MinMax())
     torch.testing.assert_close(module["attn"](tokens, **call), fused, rtol=1e-5, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ def _linear() -> tuple[nn.Sequential, Tensor]:
 def test_observing_sees_inputs_and_weights_and_changes_nothing() -> None:
     module, x = _linear()
     plain = module(x)
-    set_mode(module, Mode.OBSERVE, observer=MinMax)
+    set_mode(module, Mode.OBSERVE, observer=lambda _: MinMax())
     assert torch.equal(module(x), plain)
     sites = sites_of(module)
     assert {name: site.shape for name, site in sites.items()} == {"0.input": (5, 6), "0.weight": (4, 6)}
@@ -212,13 +212,13 @@ def test_a_convolution_is_rounded_at_its_input_weight_and_output() -> None:
     assert torch.equal(module(x), F.conv2d(x.round(), module[0].weight.round(), module[0].bias, padding=1).round())
 
 
-def _image_set(edge: int) -> ImageSet:
+def _image_set(edge: int, count: int = 3) -> ImageSet:
     preprocess = Preprocess((edge, edge), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
-    return ImageSet.of(_images(edge).numpy(), preprocess, source="test")
+    return ImageSet.of(_images(edge, count).numpy(), preprocess, source="test")
 
 
 def _collected(module: nn.Module, edge: int) -> Ranges:
-    return collect_ranges(Subject(module, "m"), _image_set(edge), observer="minmax", percentile=99.9)
+    return collect_ranges(Subject(module, "m"), _image_set(edge), observer="minmax", percentile=99.9, codes=None)
 
 
 @every_model
@@ -241,7 +241,7 @@ def test_collected_shapes_leave_the_batch_out_of_activations() -> None:
 
 def test_collecting_is_the_same_in_any_batch_size() -> None:
     module = _sited(_drawn(_swin()))
-    one, three = (observed(module, _image_set(56), MinMax, batch_size=size) for size in (1, 3))
+    one, three = (observed(module, _image_set(56), lambda _: MinMax(), batch_size=size) for size in (1, 3))
     for name, seen in one.items():
         np.testing.assert_allclose(three[name].low, seen.low, rtol=1e-4, err_msg=name)
         np.testing.assert_allclose(three[name].high, seen.high, rtol=1e-4, err_msg=name)
@@ -255,10 +255,34 @@ def test_a_layer_that_the_model_never_runs_has_no_range() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_site_that_nan_passes_is_named_and_all_are_off_again(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("bias", r"site `blocks\.2\.mlp\.fc2\.input`: the values for image 0 "),
+        ("weight", r"site `blocks\.2\.mlp\.fc1\.weight`: the values hold"),
+    ],
+)
+def test_a_site_that_nan_passes_is_named_and_all_are_off_again(bad: float, tensor: str, named: str) -> None:
     module = _sited(_vit())
     with torch.no_grad():
-        module.get_submodule("blocks.2.mlp.fc1").bias[0] = bad
-    with pytest.raises(PlanError, match=r"blocks\.2\.mlp\.fc2\.input"):
+        getattr(module.get_submodule("blocks.2.mlp.fc1"), tensor)[0] = bad
+    with pytest.raises(PlanError, match=named):
         _collected(module, 160)
     assert all(site.mode is Mode.OFF for site in sites_of(module).values())
+
+
+@pytest.mark.parametrize(("window", "image"), [(0, 2), (3, 2), (4, 3), (7, 3)])
+def test_the_image_that_inf_comes_from_is_named_in_windows_too(window: int, image: int) -> None:
+    module = _sited(_swin())
+    windows: list[Tensor] = []
+
+    def spoil(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        windows.append(inputs[0].clone())  # (2 images of 4 windows, 49 tokens, 16 channels)
+        if len(windows) == 2:
+            windows[1][window, 3, 1] = np.inf
+        return (windows[-1],)
+
+    module.get_submodule("layers.0.blocks.0.attn").register_forward_pre_hook(spoil)
+    with pytest.raises(PlanError, match=rf"`layers\.0\.blocks\.0\.attn\.qkv\.input`: .* image {image} of test"):
+        observed(module, _image_set(56, 6), lambda _: MinMax(), batch_size=2)
+    assert [len(batch) for batch in windows] == [8, 8], "nothing runs after that"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from calibrators.affine import Codes
 from calibrators.errors import RecipeError
 from calibrators.images import ImageSet
 from calibrators.plan import Ranges
@@ -40,8 +41,8 @@ class Collector(Protocol):
     OBSERVERS: tuple[str, ...]
     NEEDS_ONNX: bool
 
-    def check(self, observer: str) -> None:
-        """Nothing, if this collector could begin now: the run-time is there and `observer` is one of `OBSERVERS`."""
+    def check(self, observer: str, codes: Codes | None) -> None:
+        """Nothing, if this collector could begin now: the run-time is there, and the observer is, for that format."""
         ...
 
     def collect_ranges(
@@ -51,9 +52,19 @@ class Collector(Protocol):
         *,
         observer: str,
         percentile: float,
+        codes: Codes | None,
         progress: Callable[[int, int], object] = ...,
     ) -> Ranges:
-        """Ranges of every site of the subject that `images` reach; `percentile` matters to that observer only."""
+        """Ranges of every site of the subject that `images` reach.
+
+        Args:
+            subject: The model.
+            images: Calibration images.
+            observer: One of `OBSERVERS`.
+            percentile: Matters to that observer only.
+            codes: The format that activations shall get, or None; matters to observers that search its best range.
+            progress: Called with images done and in all.
+        """
         ...
 
 
@@ -71,6 +82,8 @@ def check_observer(collector: str, observer: str, offered: tuple[str, ...]) -> N
         )
 
 
-def described(observer: str, percentile: float) -> str:
-    """The observer with what it was set to, for people and fingerprints."""
-    return f"percentile {percentile}" if observer == "percentile" else observer
+def described(observer: str, percentile: float, codes: Codes | None) -> str:
+    """The observer with what it was set to, for people and fingerprints; only where it depends on it."""
+    if observer == "percentile":
+        return f"percentile {percentile}"
+    return observer if codes is None or observer == "minmax" else f"{observer} for {codes.name}"

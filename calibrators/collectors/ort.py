@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from onnxruntime.quantization import calibrate
 
+from calibrators.affine import Codes
 from calibrators.collectors import Subject, check_observer, described
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet
@@ -38,7 +39,7 @@ _ENTROPY = {"num_bins": 4096, "num_quantized_bins": 255}
 _BATCH = 8
 
 
-def check(observer: str) -> None:
+def check(observer: str, codes: Codes | None) -> None:  # noqa: ARG001, its observers know no formats
     """Nothing, if `observer` is one of `OBSERVERS`.
 
     Raises:
@@ -53,6 +54,7 @@ def collect_ranges(
     *,
     observer: str,
     percentile: float,
+    codes: Codes | None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Ranges:
     """Ranges of every site that `images` reach, in float32; those of activations are ONNX Runtime's.
@@ -63,7 +65,7 @@ def collect_ranges(
     Raises:
         PlanError: NaN or Inf passed a site, or the ONNX model is another one.
     """
-    check(observer)
+    check(observer, codes)
     assert subject.onnx is not None
     n = len(images)
     seen, tensors = observed_for(subject, images, progress)
@@ -93,7 +95,7 @@ def collect_ranges(
     for site, tensor in tensors.items():
         low, high = (np.asarray(end, np.float32).reshape(()) for end in found[tensor].range_value)
         seen[site] = dataclasses.replace(seen[site], low=low, high=high)
-    used = f"ONNX Runtime's {described(observer, percentile)}"
+    used = f"ONNX Runtime's {described(observer, percentile, None)}"
     return Ranges(seen, subject.fingerprint, images.fingerprint, used)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from calibrators.affine import Codes
 from calibrators.calibration_cache import read_cache
 from calibrators.collectors import Subject, check_observer
 from calibrators.errors import BackendError
@@ -42,7 +43,7 @@ NEEDS_ONNX = True
 _LARGEST_BATCH = 16
 
 
-def check(observer: str) -> None:
+def check(observer: str, codes: Codes | None) -> None:  # noqa: ARG001, its observers are for INT8
     """Nothing, if TensorRT can calibrate here with `observer`.
 
     Raises:
@@ -78,6 +79,7 @@ def collect_ranges(
     *,
     observer: str,
     percentile: float,  # noqa: ARG001, a setting of observers that this collector does not have
+    codes: Codes | None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Ranges:
     """Ranges of every site that `images` reach; those of activations are TensorRT's scales, exactly, in float64.
@@ -86,7 +88,7 @@ def collect_ranges(
         BackendError: TensorRT cannot calibrate here, cannot build the model, or left out images.
         PlanError: NaN or Inf passed a site, or the cache has no scale for one.
     """
-    check(observer)
+    check(observer, codes)
     assert subject.onnx is not None
     n = len(images)
     seen, tensors = observed_for(subject, images, progress)
