@@ -23,12 +23,15 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "plot_sensitivity",
+    "sensitivity",
 ]
 
 if TYPE_CHECKING:
+    from dfq_deploy.charts import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
-    from dfq_deploy.pipeline import calibrate, check, export, generate
+    from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity
     from dfq_deploy.recipe import Recipe
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
@@ -46,6 +49,8 @@ _HOMES = {
     "export": "pipeline",
     "generate": "pipeline",
     "load": "runtime",
+    "plot_sensitivity": "charts",
+    "sensitivity": "pipeline",
 }
 
 

@@ -6,8 +6,6 @@ Nothing is computed here. Errors come out as three lines, results as tables; the
 
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,12 +13,11 @@ import cyclopts
 from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError, RecipeError
 from dfq_deploy import show as shown
+from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe
 
 __all__ = ["app", "main"]
@@ -55,7 +52,7 @@ def export(
         images: Check on these: folder:PATH, npz:PATH or an ImageSet file.
         limit: Check on this many of them, evenly spaced.
     """
-    with _progress() as watch:
+    with shown_progress() as watch:
         found = dfq.export(recipe, out, images=images, limit=limit, watch=watch)
     shown.print_check(found, out)
     return _EXIT[found.verdict]
@@ -69,7 +66,7 @@ def generate(recipe: Annotated[GenerateRecipe, Parameter(name="*")], *, out: Pat
         recipe: The model and the method.
         out: File to write, .safetensors.
     """
-    with _progress() as watch:
+    with shown_progress() as watch:
         images = dfq.generate(recipe, out, watch=watch)
     shown.print_images(images, out)
     return 0
@@ -83,7 +80,7 @@ def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: P
         recipe: The model, the images and the number formats.
         out: File to write, .safetensors.
     """
-    with _progress() as watch:
+    with shown_progress() as watch:
         plan = dfq.calibrate(recipe, out, watch=watch)
     shown.print_plan(plan)
     return 0
@@ -115,10 +112,43 @@ def check(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now.
     """
-    with _progress() as watch:
+    with shown_progress() as watch:
         found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
     shown.print_check(found, folder)
     return _EXIT[found.verdict]
+
+
+@app.command
+def sensitivity(
+    folder: Path,
+    /,
+    *,
+    images: str | None = None,
+    limit: int = 16,
+    checkpoint: Path | None = None,
+    json: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
+    plot: Annotated[Path | None, Parameter(validator=validators.Path(ext=("pdf", "png", "svg")))] = None,
+) -> int:
+    """Show which layers of a bundle quantization hurts most, and what sparing each would gain.
+
+    Args:
+        folder: A bundle; its engine is not run.
+        images: folder:PATH, npz:PATH or an ImageSet file; labels are not needed. Without it: the images that it was
+            calibrated on, or noise where those are gone.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now.
+        json: File for all the numbers.
+        plot: File for a bar chart, .png, .svg or .pdf.
+    """
+    draw = None if plot is None else dfq.plot_sensitivity  # told now if matplotlib is missing, not at the end
+    with shown_progress() as watch:
+        found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+    shown.print_sensitivity(found)
+    if json is not None:
+        found.save(json)
+    if plot is not None and draw is not None:
+        draw(found, plot)
+    return 0
 
 
 @app.command
@@ -214,47 +244,6 @@ def _fields_in(recipe: Path) -> cyclopts.config.Dict:
             fix="take the line out.",
         )
     return cyclopts.config.Dict(fields, source=str(recipe), use_commands_as_keys=False)
-
-
-class _Bar:
-    """A stage's line and its progress bar."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def stage(self, name: str, already_done: bool) -> None:
-        """Stop the last stage's clock and begin the next."""
-        self._progress.start()
-        if self._task is not None:
-            self._progress.stop_task(self._task)
-        note = "already done" if already_done else ""
-        self._task = self._progress.add_task(name, total=1 if already_done else None, terms=note)
-        if already_done:
-            self._progress.update(self._task, completed=1)
-
-    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
-        """Move the bar."""
-        assert self._task is not None
-        text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        self._progress.update(self._task, completed=done, total=total, terms=text)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bar]:
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(bar_width=16),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-    )
-    progress = Progress(*columns, console=Console(stderr=True), expand=True)
-    try:
-        yield _Bar(progress)
-    finally:
-        if progress.live.is_started:  # or it would print an empty line
-            progress.stop()
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
 from exporters.cut import LayerCutter
 
-__all__ = ["Check", "Share", "evaluate"]
+__all__ = ["Check", "Share", "evaluate", "sqnr_db", "without_nan"]
 
 _CONFIDENCE = 0.95
 _FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
@@ -96,7 +96,7 @@ class Check:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
         shares = {**{f"top1_{k}": v for k, v in (self.top1 or {}).items()}, **self.agreement}
         return {
-            **_without_nan(asdict(self)),
+            **without_nan(asdict(self)),
             "top1": {k: v.percent for k, v in self.top1.items()} if self.top1 else None,
             "agreement": {k: v.percent for k, v in self.agreement.items()},
             "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},
@@ -182,7 +182,7 @@ def _judged(
         distance={name: float(d.mean()) for name, d in distances.items()},
         cosine={name: float(_cosine(logits[a], logits[b]).mean()) for name, (a, b) in pairs.items()},
         floor_ratio=ratio,
-        sqnr_db={name: _sqnr_db(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
+        sqnr_db={name: _sqnr_of(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
         engine=facts,
         ran=ran,
         layer_error=layer_error,
@@ -242,11 +242,12 @@ def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray)
     return errors
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """`value` as JSON has it: None for what is not finite."""
     if isinstance(value, dict):
-        return {name: _without_nan(inner) for name, inner in value.items()}
+        return {name: without_nan(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -261,9 +262,13 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray((a * b).sum(1) / np.maximum(lengths, 1e-30))
 
 
-def _sqnr_db(wanted: np.ndarray, found: np.ndarray) -> float:
-    noise = float(np.square(wanted - found).sum())
-    return round(10 * float(np.log10(np.square(wanted).sum() / max(noise, 1e-30))), 2)
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio of two powers, in dB; infinite where there is no noise."""
+    return round(10 * (math.log10(max(signal, 1e-30)) - math.log10(noise)), 2) if noise else math.inf
+
+
+def _sqnr_of(wanted: np.ndarray, found: np.ndarray) -> float:
+    return sqnr_db(float(np.square(wanted).sum()), float(np.square(wanted - found).sum()))
 
 
 def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:

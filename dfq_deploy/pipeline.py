@@ -15,17 +15,19 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from calibrators.errors import BundleError, ImagesError, NotHereError, RecipeError
+from calibrators.errors import NotHereError, PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
-from calibrators.registry import names, pick
+from calibrators.registry import pick
+from dfq_deploy.analysis import Sensitivity, analyse
 from dfq_deploy.building import build_bundle, is_built, made_with
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.planning import check_recipe, float_stage, plan_of
+from dfq_deploy.opening import calibration_images, images_to_check, labelled_for, load_again, open_images
+from dfq_deploy.planning import check_recipe, float_stage, formats_for_spared, plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.workspace import Workspace
@@ -35,7 +37,7 @@ from exporters.bundle import Manifest, open_bundle
 from exporters.cast import widen
 from exporters.to_onnx import save_model
 
-__all__ = ["Watch", "calibrate", "check", "export", "generate"]
+__all__ = ["Watch", "calibrate", "check", "export", "generate", "sensitivity"]
 
 
 class Watch(Protocol):
@@ -84,7 +86,7 @@ def export(
     watch.stage("model", False)
     model = _load(recipe)
     if images is not None:
-        _labelled_for(model, _open_images(images, model.preprocess))  # told now if it is wrong, not at the end
+        labelled_for(model, open_images(images, model.preprocess))  # told now if it is wrong, not at the end
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
@@ -154,14 +156,8 @@ def check(
     """
     folder = Path(folder)
     manifest = open_bundle(folder)
-    model = model or _load_again(manifest, checkpoint)
-    if model.fingerprint != manifest.model.fingerprint:
-        raise BundleError(
-            what=f"these are not the weights that `{folder}` was made from.",
-            why="the fingerprint of the model differs from the manifest's.",
-            fix="pass the right file with --checkpoint.",
-        )
-    picked = _labelled_for(model, _check_images(folder, manifest, model, images))
+    model = model or load_again(folder, manifest, checkpoint)
+    picked = labelled_for(model, images_to_check(folder, manifest, model, images))
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
@@ -179,6 +175,53 @@ def check(
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
+
+
+def sensitivity(
+    folder: str | Path,
+    *,
+    images: str | None = None,
+    limit: int = 16,
+    checkpoint: Path | None = None,
+    watch: Watch = _SILENT,
+) -> Sensitivity:
+    """Measure what quantizing each layer of the bundle in `folder` costs, on its reference.
+
+    Args:
+        folder: A bundle; its engine is not run.
+        images: `folder:PATH`, `npz:PATH` or an ImageSet file, labelled or not. None: the images that the plan was
+            calibrated on, or noise where those were synthetic and are gone.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now, if not where the export found them.
+        watch: Told how it goes.
+
+    Raises:
+        BundleError: The bundle is incomplete or altered, or the weights are others than it was made from.
+        PlanError: The plan quantizes nothing.
+        DeployError: The images cannot be had.
+    """
+    folder = Path(folder)
+    manifest = open_bundle(folder)
+    plan = QuantPlan.load(folder / "plan.safetensors")
+    if not plan.sites:
+        raise PlanError(
+            what=f"there is nothing to measure in `{folder}`.",
+            why=f"its scheme, {plan.scheme}, quantizes nothing.",
+            fix="export the model with another --scheme.",
+        )
+    watch.stage("model", False)
+    model = load_again(folder, manifest, checkpoint)
+    found = open_images(images, model.preprocess) if images else calibration_images(folder, manifest, model)
+    if found is None:
+        found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
+    watch.stage("layers", False)
+    return analyse(
+        model,
+        plan,
+        found.spread(limit),
+        spared=formats_for_spared(plan, model, folder / "work", block=manifest.recipe["block"]),
+        progress=lambda done, total: watch.progress(done, total, {}),
+    )
 
 
 def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:
@@ -221,14 +264,6 @@ def _load(recipe: ModelRecipe) -> Model:
     )
 
 
-def _load_again(manifest: Manifest, checkpoint: Path | None) -> Model:
-    facts = manifest.model
-    recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
-    return load_model(
-        facts.name, checkpoint=checkpoint or recorded, random_weights=facts.random_weights, seed=facts.seed
-    )
-
-
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
     generator = pick("dfq_deploy.generation.generators", recipe.generator)
     options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact)
@@ -237,7 +272,7 @@ def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) ->
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
     if recipe.calib != "synthetic":
-        return _open_images(recipe.calib, model.preprocess)
+        return open_images(recipe.calib, model.preprocess)
     facts = [
         recipe.generator,
         recipe.count,
@@ -248,51 +283,3 @@ def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, 
     ]
     path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))
     return ImageSet.load(path)
-
-
-def _open_images(place: str, preprocess: Preprocess) -> ImageSet:
-    kind, colon, path = place.partition(":")
-    if colon and kind in names("calibrators.sources"):
-        images: ImageSet = pick("calibrators.sources", kind).open_images(Path(path), preprocess)
-        return images
-    if not Path(place).is_file():
-        raise ImagesError(
-            what=f"`{place}` names no images.",
-            why=f"it is neither a file nor one of {', '.join(f'{k}:PATH' for k in names('calibrators.sources'))}.",
-            fix="check the path.",
-        )
-    images = ImageSet.load(Path(place))
-    if images.preprocess != preprocess:
-        raise ImagesError(
-            what=f"the images in `{place}` were made for another model.",
-            why=f"they have {images.preprocess}, the model takes {preprocess}.",
-            fix="make them with the same --model.",
-        )
-    return images
-
-
-def _check_images(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
-    if place is not None:
-        return _open_images(place, model.preprocess)
-    if model.labelled is not None:
-        return _open_images(f"npz:{model.labelled}", model.preprocess)
-    calib = str(manifest.recipe["calib"])
-    kept = sorted((folder / "work").glob("images-*.safetensors"))
-    if calib == "synthetic" and not kept:
-        raise ImagesError(
-            what="there are no images to check on.",
-            why=f"`{folder / 'work'}`, where the synthetic ones lay, is gone.",
-            fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
-        )
-    return _open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
-
-
-def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
-    """`images`, whose labels, if there are any, are classes of `model`."""
-    if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
-        raise ImagesError(
-            what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",
-            why=f"`{model.name}` has {model.classes} classes, counted from 0.",
-            fix="use images of the classes that the model was trained on, or drop their labels.",
-        )
-    return images

@@ -14,7 +14,7 @@ import numpy as np
 from calibrators.collectors import Collector, Subject, described
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet
-from calibrators.plan import QuantPlan, Ranges, SiteRange, layer_of, make_plan
+from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
 from calibrators.registry import pick
 from calibrators.scheme import scheme_named
 from calibrators.sites import block_ranges
@@ -25,7 +25,7 @@ from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 
-__all__ = ["check_recipe", "float_stage", "plan_of"]
+__all__ = ["check_recipe", "float_stage", "formats_for_spared", "plan_of"]
 
 
 def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
@@ -67,6 +67,26 @@ def plan_of(
     if "auto" in asked:
         spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer)
     return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
+
+
+def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int) -> dict[str, QParams]:
+    """What sites that `plan` spares would be rounded to, where `work` holds the ranges that it was made from.
+
+    Args:
+        plan: A plan.
+        model: The model that it is for.
+        work: A run's `work/`; it may be gone.
+        block: Input channels per block, where the plan's scheme has blocks.
+    """
+    scheme = scheme_named(plan.scheme)
+    kept = (Ranges.load(path) for path in sorted(work.glob("ranges-*.safetensors")))
+    ranges = next((ranges for ranges in kept if (ranges.model, ranges.images) == (plan.model, plan.images)), None)
+    if ranges is None:
+        return {}
+    if scheme.blocked:
+        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, block)})
+    full = make_plan(ranges, scheme, attention=True)
+    return {site: full.sites[site] for site in plan.spared if site in full.sites}
 
 
 def _asked_for(names: list[str], model: Model, ranges: Ranges) -> dict[str, str]:

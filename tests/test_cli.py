@@ -72,6 +72,9 @@ _MISTAKES = {
     "a folder for a file": ["generate", *_NOISE, "--count", "2", "--out", "bundle"],
     "a folder that cannot be": ["generate", *_NOISE, "--count", "2", "--out", "file/images.safetensors"],
     "no bundle": ["check", "nothing"],
+    "no bundle to analyse": ["sensitivity", "file"],
+    "a chart of no format": ["sensitivity", "bundle", "--plot", "chart.bmp"],
+    "a folder for numbers": ["sensitivity", "bundle", "--json", "bundle"],
     "no image": ["infer", "bundle", "file"],
     "no provider": ["infer", "bundle", "digit.png", "--provider", "tpu"],
     "a batch out of order": ["export", *_NOISE, "--out", "o", "--batch", "8,1,32"],
@@ -253,7 +256,18 @@ def test_the_help_of_a_command_lists_every_field(
 def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     said = capsys.readouterr().out
-    for command in ("export", "generate", "calibrate", "build", "check", "infer", "show", "convert", "doctor"):
+    for command in (
+        "export",
+        "generate",
+        "calibrate",
+        "build",
+        "check",
+        "sensitivity",
+        "infer",
+        "show",
+        "convert",
+        "doctor",
+    ):
         assert f" {command} " in said
 
 

@@ -60,9 +60,31 @@ def test_the_commands_for_another_machine_run(tmp_path: Path, monkeypatch: pytes
     assert open_bundle(tmp_path / "runs" / "demo").engine.state == ("built" if find_spec("tensorrt_rtx") else "pending")
 
 
+def test_the_command_for_layers_that_hurt_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    (command,) = re.findall(r"^dfq-deploy (sensitivity .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run(command.split()) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "sensitivity.json", "sensitivity.png"}
+
+
 def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"`dfq-deploy (\w+)", README))
-    assert {"export", "generate", "calibrate", "build", "check", "infer", "show", "convert", "doctor"} <= commands
+    assert {
+        "export",
+        "generate",
+        "calibrate",
+        "build",
+        "check",
+        "sensitivity",
+        "infer",
+        "show",
+        "convert",
+        "doctor",
+    } <= commands
     for command in commands:
         assert app[command] is not None
     for command in commands:

@@ -1,0 +1,232 @@
+"""Sensitivity analysis: what quantizing each layer does to the logits, and what sparing it gains.
+
+A plan and a few images go in, labelled or not; which layers and which of their sites hurt comes out. The float model is
+what all is compared with. Each number is a forward pass of the reference under a part of the plan, so it says what the
+plan does, not what an engine makes of it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from calibrators.files import written_whole
+from calibrators.images import ImageSet
+from calibrators.plan import QParams, QuantPlan, layer_of
+from calibrators.sites import OperandSites
+from dfq_deploy.evaluate import Share, sqnr_db, without_nan
+from dfq_deploy.models import Model
+from dfq_deploy.reference import Reference
+from dfq_deploy.sparing import Massive, massive_activations
+
+__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What quantizing some sites, with all others in float, does to the logits.
+
+    Attributes:
+        noise: Power of their change, |logits - float|², summed over images.
+        sqnr_db: Power of the float logits over that; infinite where nothing changes.
+        agreement: Top-1 agreement with float.
+    """
+
+    noise: float
+    sqnr_db: float
+    agreement: Share
+
+
+@dataclass(frozen=True)
+class LayerEffect:
+    """What a quantized layer costs.
+
+    Attributes:
+        name: The layer, or attention matmul.
+        alone: It alone is quantized.
+        others: All that the plan quantizes but it.
+        gain_db: By how much sparing it raises the whole plan's SQNR.
+        noise_percent: Its share of the noise that all layers make, each quantized alone.
+        macs_percent: Its share of the model's multiply-accumulates: what sparing it costs in time, roughly.
+        sites: Each of its sites quantized alone.
+    """
+
+    name: str
+    alone: Effect
+    others: Effect
+    gain_db: float
+    noise_percent: float
+    macs_percent: float
+    sites: Mapping[str, Effect]
+
+
+@dataclass(frozen=True)
+class SparedLayer:
+    """A layer that the plan leaves in float.
+
+    Attributes:
+        name: The layer, or attention matmul.
+        reason: Why.
+        macs_percent: Its share of the model's multiply-accumulates.
+        alone: What quantizing it alone would do; None where the ranges for that are not at hand, or no format fits.
+    """
+
+    name: str
+    reason: str
+    macs_percent: float
+    alone: Effect | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Which layers hurt.
+
+    Attributes:
+        model: The model's name.
+        scheme: The plan's scheme.
+        n: Number of images.
+        images: Where they come from.
+        whole: All that the plan quantizes.
+        summed_db: SQNR if the noises of the layers, each quantized alone, just added up. Where it is far from the whole
+            plan's, layers amplify or cancel one another's noise.
+        layers: The quantized layers, the most harmful first.
+        spared: The others, in the model's order.
+        massive: Massive activations; they are found on noise, whatever the images.
+    """
+
+    model: str
+    scheme: str
+    n: int
+    images: str
+    whole: Effect
+    summed_db: float
+    layers: tuple[LayerEffect, ...]
+    spared: tuple[SparedLayer, ...]
+    massive: tuple[Massive, ...]
+
+    def report(self) -> dict[str, Any]:
+        """The analysis as JSON; None for what is not finite."""
+        massive = [finding.report() for finding in self.massive]
+        report: dict[str, Any] = without_nan({**asdict(self), "massive": massive})
+        return report
+
+    def save(self, path: Path) -> None:
+        """Write the report as a JSON file."""
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.report(), indent=1), encoding="utf-8")
+
+
+def analyse(
+    model: Model,
+    plan: QuantPlan,
+    images: ImageSet,
+    *,
+    spared: Mapping[str, QParams],
+    batch_size: int = 16,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> Sensitivity:
+    """Quantize each layer and each site of `plan` alone, and each layer's rest.
+
+    Args:
+        model: The model.
+        plan: What is quantized, and how.
+        images: What to run, real or synthetic; labels are not looked at.
+        spared: Formats for sites that the plan spares, as far as they are known.
+        batch_size: Images per forward pass.
+        progress: Called with measurements done and in all.
+
+    Raises:
+        PlanError: The plan was made for another model.
+    """
+    layers = {layer: _sites_of(layer, plan.sites) for layer in plan.layers}
+    refused = {layer_of(site): why for site, why in plan.spared.items() if layer_of(site) not in layers}
+    possible = {layer: _sites_of(layer, spared) for layer in refused}
+    whole = frozenset(plan.sites)
+    asked = [whole, *layers.values(), *(whole - sites for sites in layers.values())]
+    asked += [frozenset([site]) for site in plan.sites]
+    asked += [sites for sites in possible.values() if sites]
+    formats = {**spared, **plan.sites}
+    macs = _macs_percent(model)
+    batches = list(images.batches(batch_size))
+    wanted = _logits(Reference(model, plan).float, batches)
+    effects: dict[frozenset[str], Effect] = {}
+    todo = dict.fromkeys(asked)
+    for done, sites in enumerate(todo, 1):
+        part = Reference(model, replace(plan, sites={site: formats[site] for site in sites}))
+        effects[sites] = _effect(_logits(part.quantized, batches), wanted)
+        progress(done, len(todo))
+    summed = sum(effects[sites].noise for sites in layers.values())
+    found = [
+        _layer_effect(name, sites, effects, whole=whole, summed=summed, macs_percent=macs[name])
+        for name, sites in layers.items()
+    ]
+    return Sensitivity(
+        model=model.name,
+        scheme=plan.scheme,
+        n=len(images),
+        images=images.source,
+        whole=effects[whole],
+        summed_db=sqnr_db(float(np.square(wanted).sum()), summed),
+        layers=tuple(sorted(found, key=lambda layer: -layer.alone.noise)),
+        spared=tuple(SparedLayer(name, why, macs[name], effects.get(possible[name])) for name, why in refused.items()),
+        massive=tuple(massive_activations(model)),
+    )
+
+
+def _sites_of(layer: str, sites: Iterable[str]) -> frozenset[str]:
+    return frozenset(site for site in sites if layer_of(site) == layer)
+
+
+def _logits(run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([run(batch) for batch in batches]).astype(np.float64)
+
+
+def _effect(found: np.ndarray, wanted: np.ndarray) -> Effect:
+    noise = float(np.square(found - wanted).sum())
+    agreement = Share.of(found.argmax(1) == wanted.argmax(1))
+    return Effect(noise, sqnr_db(float(np.square(wanted).sum()), noise), agreement)
+
+
+def _macs_percent(model: Model) -> dict[str, float]:
+    """Share of the model's multiply-accumulates, in percent, by layer and attention matmul.
+
+    torch counts them. The fused attention kernel is taken apart so that every version of torch counts its two matmuls;
+    they are of one size.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.module(torch.zeros(1, *model.preprocess.shape))
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    total = counter.get_total_flops()
+    for name, module in model.module.named_modules():
+        if any(isinstance(child, OperandSites) for child in module.children()):
+            children = (f"{name}.{child}" for child, _ in module.named_children())
+            matmuls = counts.get(name, 0) - sum(counts.get(child, 0) for child in children)
+            counts |= {f"{name}.qk": matmuls / 2, f"{name}.av": matmuls / 2}
+    return {name: round(100 * count / total, 3) for name, count in counts.items()}
+
+
+def _layer_effect(
+    name: str,
+    sites: frozenset[str],
+    effects: Mapping[frozenset[str], Effect],
+    *,
+    whole: frozenset[str],
+    summed: float,
+    macs_percent: float,
+) -> LayerEffect:
+    alone, others = effects[sites], effects[whole - sites]
+    return LayerEffect(
+        name=name,
+        alone=alone,
+        others=others,
+        gain_db=round(others.sqnr_db - effects[whole].sqnr_db, 2),
+        noise_percent=round(100 * alone.noise / summed, 2) if summed else 0.0,
+        macs_percent=macs_percent,
+        sites={site: effects[frozenset([site])] for site in sorted(sites)},
+    )

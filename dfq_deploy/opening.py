@@ -1,0 +1,108 @@
+"""What a bundle names, opened again: its model, and the images to run on it.
+
+Comes before whatever compares something on a finished bundle. The bundle itself is opened by `exporters.bundle`.
+"""
+
+from pathlib import Path
+
+from calibrators.errors import BundleError, ImagesError
+from calibrators.images import ImageSet, Preprocess
+from calibrators.registry import names, pick
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+from exporters.bundle import Manifest
+
+__all__ = ["calibration_images", "images_to_check", "labelled_for", "load_again", "open_images"]
+
+
+def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Model:
+    """The model of the bundle in `folder`, its weights from `checkpoint` or from where the export found them.
+
+    Raises:
+        ModelError: The weights cannot be had.
+        BundleError: They are others than the bundle was made from.
+    """
+    facts = manifest.model
+    recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
+    model = load_model(
+        facts.name, checkpoint=checkpoint or recorded, random_weights=facts.random_weights, seed=facts.seed
+    )
+    if model.fingerprint != facts.fingerprint:
+        raise BundleError(
+            what=f"these are not the weights that `{folder}` was made from.",
+            why="the fingerprint of the model differs from the manifest's.",
+            fix="pass the right file with --checkpoint.",
+        )
+    return model
+
+
+def open_images(place: str, preprocess: Preprocess) -> ImageSet:
+    """The images at `folder:PATH`, `npz:PATH` or in an ImageSet file.
+
+    Raises:
+        ImagesError: There are none, or they were made for another model.
+    """
+    kind, colon, path = place.partition(":")
+    if colon and kind in names("calibrators.sources"):
+        images: ImageSet = pick("calibrators.sources", kind).open_images(Path(path), preprocess)
+        return images
+    if not Path(place).is_file():
+        raise ImagesError(
+            what=f"`{place}` names no images.",
+            why=f"it is neither a file nor one of {', '.join(f'{k}:PATH' for k in names('calibrators.sources'))}.",
+            fix="check the path.",
+        )
+    images = ImageSet.load(Path(place))
+    if images.preprocess != preprocess:
+        raise ImagesError(
+            what=f"the images in `{place}` were made for another model.",
+            why=f"they have {images.preprocess}, the model takes {preprocess}.",
+            fix="make them with the same --model.",
+        )
+    return images
+
+
+def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
+    """The images at `place`; without one the labelled images of `model`, else those that it was calibrated on.
+
+    Raises:
+        ImagesError: They cannot be had.
+    """
+    if place is None and model.labelled is not None:
+        place = f"npz:{model.labelled}"
+    images = calibration_images(folder, manifest, model) if place is None else open_images(place, model.preprocess)
+    if images is None:
+        raise ImagesError(
+            what="there are no images to check on.",
+            why=f"`{folder / 'work'}`, where the synthetic ones lay, is gone.",
+            fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
+        )
+    return images
+
+
+def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageSet | None:
+    """The images that the bundle in `folder` was calibrated on; None where they were synthetic and are gone.
+
+    Raises:
+        ImagesError: They are elsewhere and cannot be had.
+    """
+    calib = str(manifest.recipe["calib"])
+    kept = sorted((folder / "work").glob("images-*.safetensors"))
+    if calib == "synthetic" and not kept:
+        return None
+    return open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
+
+
+def labelled_for(model: Model, images: ImageSet) -> ImageSet:
+    """`images`, whose labels, if there are any, are classes of `model`.
+
+    Raises:
+        ImagesError: A label is no class of it.
+    """
+    if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
+        raise ImagesError(
+            what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",
+            why=f"`{model.name}` has {model.classes} classes, counted from 0.",
+            fix="use images of the classes that the model was trained on, or drop their labels.",
+        )
+    return images
