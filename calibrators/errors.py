@@ -6,6 +6,7 @@ Whoever raises knows the facts; whoever prints (the command line) only prints. N
 __all__ = [
     "BackendError",
     "BundleError",
+    "CalibrationWarning",
     "DeployError",
     "ExportError",
     "ImagesError",
@@ -14,6 +15,10 @@ __all__ = [
     "PlanError",
     "RecipeError",
 ]
+
+
+class CalibrationWarning(UserWarning):
+    """The result can be had, but calibration images or settings make it worse than it could be."""
 
 
 class DeployError(Exception):

@@ -24,6 +24,7 @@ class QuantScheme:
         activation: Format of activations; None leaves them in float.
         blocked: Weights have a scale per block (`--block`). Only matrices can: convolutions stay in float.
         observer: The observer that `--observer auto` stands for.
+        refine: The refine passes that `--refine default` stands for.
         note: For people.
     """
 
@@ -32,6 +33,7 @@ class QuantScheme:
     activation: Codes | None
     blocked: bool
     observer: str
+    refine: tuple[str, ...]
     note: str
 
 
@@ -40,11 +42,19 @@ _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", "symmetric INT8, portable"),
-        QuantScheme("w8a8_asym", _INT8, _UINT8, False, "percentile", "INT8 weights, asymmetric UINT8 activations, ORT"),
-        QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", "FP8 (E4M3), for GPUs from SM89 on"),
-        QuantScheme("w4a16", _INT4, None, True, "minmax", "blocks of INT4 weights, float activations"),
-        QuantScheme("float", None, None, False, "minmax", "nothing quantized: what the others are compared with"),
+        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", ("smooth", "reach"), "symmetric INT8, portable"),
+        QuantScheme(
+            "w8a8_asym",
+            _INT8,
+            _UINT8,
+            False,
+            "percentile",
+            ("smooth", "reach"),
+            "INT8 weights, asymmetric UINT8 inputs, ORT",
+        ),
+        QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
+        QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
+        QuantScheme("float", None, None, False, "minmax", (), "nothing quantized: what the others are compared with"),
     )
 }
 

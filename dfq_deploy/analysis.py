@@ -17,15 +17,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calibrators.files import written_whole
+from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, layer_of
 from calibrators.sites import OperandSites
 from dfq_deploy.evaluate import Share, sqnr_db, without_nan
 from dfq_deploy.models import Model
 from dfq_deploy.reference import Reference
+from dfq_deploy.refined import copy_of
 from dfq_deploy.sparing import Massive, massive_activations
 
-__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse"]
+__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse", "noisy_layers"]
+
+_FEW = 8  # images that tell how noisy a layer is
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,19 @@ def analyse(
     images: ImageSet,
     *,
     spared: Mapping[str, QParams],
+    refined: Model | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Sensitivity:
     """Quantize each layer and each site of `plan` alone, and each layer's rest.
 
     Args:
-        model: The model.
+        model: The model before any layer was corrected.
         plan: What is quantized, and how.
         images: What to run, real or synthetic; labels are not looked at.
         spared: Formats for sites that the plan spares, as far as they are known.
+        refined: The model with the weights that the plan is for, where corrections changed them: a quantized layer has
+            its corrected weight, one that stays float does not.
         batch_size: Images per forward pass.
         progress: Called with measurements done and in all.
 
@@ -154,12 +161,15 @@ def analyse(
     formats = {**spared, **plan.sites}
     macs = _macs_percent(model)
     batches = list(images.batches(batch_size))
-    wanted = _logits(Reference(model, plan).float, batches)
+    refined = refined or model
+    mixed = copy_of(refined)
+    wanted = _logits(Reference(refined, plan, model).float, batches)
     effects: dict[frozenset[str], Effect] = {}
     todo = dict.fromkeys(asked)
     for done, sites in enumerate(todo, 1):
-        part = Reference(model, replace(plan, sites={site: formats[site] for site in sites}))
-        effects[sites] = _effect(_logits(part.quantized, batches), wanted)
+        part = replace(plan, sites={site: formats[site] for site in sites})
+        _give_weights(mixed, {layer_of(site) for site in sites}, refined, model)
+        effects[sites] = _effect(_logits(Reference(mixed, part).quantized, batches), wanted)
         progress(done, len(todo))
     summed = sum(effects[sites].noise for sites in layers.values())
     found = [
@@ -177,6 +187,45 @@ def analyse(
         spared=tuple(SparedLayer(name, why, macs[name], effects.get(possible[name])) for name, why in refused.items()),
         massive=tuple(massive_activations(model)),
     )
+
+
+def noisy_layers(
+    model: Model,
+    plan: QuantPlan,
+    images: ImageSet,
+    *,
+    wanted_db: float,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> dict[str, str]:
+    """The layers without which the rest of `plan` keeps the logits' SQNR at `wanted_db`, with the reason.
+
+    Each layer is quantized alone on a few of `images`, and their noises are taken to add up. Layers go in the order of
+    noise per multiply-accumulate, so that as little time as may be is given for the SQNR.
+    """
+    few = list(images.spread(_FEW).batches(_FEW))
+    wanted = _logits(Reference(model, plan).float, few)
+    macs = _macs_percent(model)
+    noises = {}
+    for done, layer in enumerate(plan.layers, 1):
+        sites = {site: plan.sites[site] for site in _sites_of(layer, plan.sites)}
+        noises[layer] = _effect(_logits(Reference(model, replace(plan, sites=sites)).quantized, few), wanted).noise
+        progress(done, len(plan.layers))
+    power = float(np.square(wanted).sum())
+    left, total = sum(noises.values()), sum(noises.values())
+    found = {}
+    for layer in sorted(noises, key=lambda layer: -noises[layer] / max(macs[layer], 1e-3)):
+        if sqnr_db(power, left) >= wanted_db:
+            break
+        left -= noises[layer]
+        found[layer] = f"it makes {noises[layer] / total:.0%} of the noise in the logits"
+    return found
+
+
+def _give_weights(mixed: Model, quantized: set[str], refined: Model, model: Model) -> None:
+    """Give the layers `quantized` of `mixed` the weights of `refined`, and the others those of `model`."""
+    for name, layer in layers_of(mixed.module).items():
+        source = layers_of((refined if name in quantized else model).module)[name]
+        layer.load_state_dict(source.state_dict())
 
 
 def _sites_of(layer: str, sites: Iterable[str]) -> frozenset[str]:

@@ -66,8 +66,28 @@ def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
     return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == _built_with()
 
 
-def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, images: ImageSet, floats: Path) -> None:
+def build_bundle(
+    out: Path,
+    recipe: Recipe,
+    model: Model,
+    refined: Model,
+    weights: tuple[Path, ...],
+    *,
+    plan: QuantPlan,
+    images: ImageSet,
+    floats: Path,
+) -> None:
     """Make the bundle in `out` from the float ONNX model `floats`.
+
+    Args:
+        out: The bundle's folder.
+        recipe: The run.
+        model: The model as it was loaded.
+        refined: The model with the weights that the plan is for.
+        weights: The files in the run folder with what refine passes changed.
+        plan: The plan.
+        images: The calibration images.
+        floats: The float ONNX form of `refined`.
 
     Raises:
         ExportError: The float model differs from torch, the plan does not fit it, or the engine computes a planned
@@ -78,7 +98,7 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
     (out / MANIFEST).unlink(missing_ok=True)  # from here until the manifest is written, this is no bundle
     plan.save(out / "plan.safetensors")
     recipe.save(out / "recipe.toml")
-    parity = _parity(model, floats)
+    parity = _parity(refined, floats)
     backend = pick("exporters.backends", recipe.backend)
     quantized = InsertQDQ(plan)(ir.load(floats)).model
     options = recipe.options
@@ -98,7 +118,7 @@ def build_bundle(out: Path, recipe: Recipe, model: Model, *, plan: QuantPlan, im
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
     for stale in before - set(files):  # of another backend, or another option
         (out / stale).unlink(missing_ok=True)
-    seal_bundle(out, _manifest(recipe, model, images, built, parity), files)
+    seal_bundle(out, _manifest(recipe, model, weights, images, built, parity), files)
 
 
 def _parity(model: Model, floats: Path) -> float:
@@ -113,7 +133,9 @@ def _parity(model: Model, floats: Path) -> float:
     return parity
 
 
-def _manifest(recipe: Recipe, model: Model, images: ImageSet, built: Built, parity: float) -> Manifest:
+def _manifest(
+    recipe: Recipe, model: Model, weights: tuple[Path, ...], images: ImageSet, built: Built, parity: float
+) -> Manifest:
     facts = recipe.facts()
     return Manifest(
         model=ModelFacts(
@@ -123,6 +145,7 @@ def _manifest(recipe: Recipe, model: Model, images: ImageSet, built: Built, pari
             seed=recipe.seed,
             fingerprint=model.fingerprint,
             classes=model.classes,
+            refined=tuple(path.name for path in weights),
         ),
         preprocess=model.preprocess,
         backend=recipe.backend,

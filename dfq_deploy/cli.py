@@ -6,8 +6,11 @@ Nothing is computed here. Errors come out as three lines, results as tables; the
 
 import sys
 import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter, validators
@@ -15,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import dfq_deploy as dfq
-from calibrators.errors import DeployError, RecipeError
+from calibrators.errors import CalibrationWarning, DeployError, RecipeError
 from dfq_deploy import show as shown
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe
@@ -254,7 +257,8 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code, and prints nothing but messages whatever the input."""
     try:
-        result = app.meta(arguments, exit_on_error=False, print_error=False)
+        with _warnings_in_one_line():
+            result = app.meta(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as wrong:
         return _fail(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
     except DeployError as error:
@@ -264,6 +268,23 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings come out without the place in the code that gave them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, CalibrationWarning):
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+            console.print(f"[bold yellow]note:[/] {escape(str(message))}")
+        else:
+            usual(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _fail(what: str, why: str, fix: str) -> int:

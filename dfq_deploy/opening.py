@@ -10,9 +10,18 @@ from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.refined import load_refined
 from exporters.bundle import Manifest
 
-__all__ = ["calibration_images", "images_to_check", "labelled_for", "load_again", "open_images"]
+__all__ = [
+    "calibration_images",
+    "folded_again",
+    "images_to_check",
+    "labelled_for",
+    "load_again",
+    "open_images",
+    "refined_again",
+]
 
 
 def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Model:
@@ -34,6 +43,26 @@ def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Mod
             fix="pass the right file with --checkpoint.",
         )
     return model
+
+
+def refined_again(folder: Path, manifest: Manifest, model: Model) -> Model:
+    """`model` with the weights that the bundle's engine has: those that refine passes gave it.
+
+    Raises:
+        BundleError: The file with these weights is gone, damaged or of another model.
+    """
+    refined = manifest.model.refined
+    return load_refined(model, folder / "work" / refined[-1]) if refined else model
+
+
+def folded_again(folder: Path, manifest: Manifest, model: Model) -> Model:
+    """`model` with the weights before any correction: as float, but for the transforms.
+
+    Raises:
+        BundleError: The file with these weights is gone, damaged or of another model.
+    """
+    folded = [name for name in manifest.model.refined if name.startswith("folded-")]
+    return load_refined(model, folder / "work" / folded[0]) if folded else model
 
 
 def open_images(place: str, preprocess: Preprocess) -> ImageSet:

@@ -26,7 +26,15 @@ from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.opening import calibration_images, images_to_check, labelled_for, load_again, open_images
+from dfq_deploy.opening import (
+    calibration_images,
+    folded_again,
+    images_to_check,
+    labelled_for,
+    load_again,
+    open_images,
+    refined_again,
+)
 from dfq_deploy.planning import check_recipe, float_stage, formats_for_spared, plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
@@ -90,12 +98,12 @@ def export(
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
-        plan = plan_of(recipe, model, calibration, work, watch.progress)
+        plan, refined, weights = plan_of(recipe, model, calibration, work, watch.progress)
         pick("exporters.backends", recipe.backend).check(plan, recipe.options)
-        floats = float_stage(model, work)
+        floats = float_stage(refined, work)
         if not is_built(out, recipe, plan):
             watch.stage("engine", False)
-            build_bundle(out, recipe, model, plan=plan, images=calibration, floats=floats)
+            build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats)
     return check(out, images=images, limit=limit, watch=watch, model=model)
 
 
@@ -125,7 +133,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan = plan_of(recipe, model, calibration, work, watch.progress)
+        plan, _refined, _weights = plan_of(recipe, model, calibration, work, watch.progress)
         plan.save(out)
     return plan
 
@@ -164,7 +172,7 @@ def check(
     engine, quantized, absent = _engine(folder, manifest)
     with contextlib.closing(engine):
         found = evaluate(
-            Reference(model, plan),
+            Reference(refined_again(folder, manifest, model), plan, model),
             engine,
             picked,
             quantized=quantized,
@@ -216,10 +224,11 @@ def sensitivity(
         found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
     watch.stage("layers", False)
     return analyse(
-        model,
+        folded_again(folder, manifest, model),
         plan,
         found.spread(limit),
         spared=formats_for_spared(plan, model, folder / "work", block=manifest.recipe["block"]),
+        refined=refined_again(folder, manifest, model),
         progress=lambda done, total: watch.progress(done, total, {}),
     )
 

@@ -111,6 +111,9 @@ class CalibrateRecipe(GenerateRecipe):
     """Share of values, in percent, that a range must hold; matters to the percentile observer."""
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
+    refine: str = "default"
+    """Passes that change weights so that they quantize better: none, default (what suits the scheme), or names with
+    commas between them."""
     spare: str = "auto"
     """Layers that stay float: none, or names with commas between them; auto among them is what fares badly."""
 
@@ -125,6 +128,8 @@ class CalibrateRecipe(GenerateRecipe):
         _check(self.block in _BLOCKS, wrong, f"the sizes are {', '.join(map(str, _BLOCKS))}.", "one of them")
         _check_name("collector", self.collector, names("calibrators.collectors"))
         _check_name("observer", self.observer, _OBSERVERS)
+        for name in () if self.refine in ("none", "default") else self.refine.split(","):
+            _check_name("refine", name, names("calibrators.refine"))
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
 

@@ -29,11 +29,16 @@ class Reference:
     Attributes:
         plan: The plan.
 
+    Args:
+        model: The model with the weights that the plan is for.
+        plan: The plan.
+        floats: The model that counts as float, where refine passes changed the weights; else it is `model`.
+
     Raises:
         PlanError: The plan was made for another model.
     """
 
-    def __init__(self, model: Model, plan: QuantPlan) -> None:
+    def __init__(self, model: Model, plan: QuantPlan, floats: Model | None = None) -> None:
         if plan.model != model.fingerprint or not plan.sites.keys() <= sites_of(model.module).keys():
             raise PlanError(
                 what=f"the plan does not belong to `{model.name}` with these weights.",
@@ -41,15 +46,18 @@ class Reference:
                 fix="make the plan again, or pass the --checkpoint that it was made with.",
             )
         self._module = model.module
+        self._floats = (floats or model).module
         self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
         """Logits of the float model, (N, classes) float32."""
-        return self._run(images, Mode.OFF)
+        with torch.inference_mode():
+            logits: np.ndarray = self._floats(torch.from_numpy(images)).numpy()
+        return logits
 
     def quantized(self, images: np.ndarray) -> np.ndarray:
         """Logits under the plan, (N, classes) float32."""
-        return self._run(images, Mode.FAKE)
+        return self._run(images)
 
     def moved(self, images: np.ndarray, generator: torch.Generator, body: Body) -> np.ndarray:
         """Logits under the plan when nothing that matters is changed: the yardstick for an engine's distance.
@@ -65,11 +73,11 @@ class Reference:
 
         first = next(name for name in sites_of(self._module) if name.endswith(".input"))
         if first not in self.plan.sites:
-            return self._run(move(torch.from_numpy(images)).numpy(), Mode.FAKE)
+            return self._run(move(torch.from_numpy(images)).numpy())
         layer = self._module.get_submodule(first.removesuffix(".input"))
         hook = layer.register_forward_hook(lambda _layer, _inputs, output: move(output))
         try:
-            return self._run(images, Mode.FAKE)
+            return self._run(images)
         finally:
             hook.remove()
 
@@ -82,7 +90,7 @@ class Reference:
         modules = [module for module in self._module.modules() if not isinstance(module, QuantSite)]
         hooks = [module.register_forward_hook(round_off) for module in modules]
         try:
-            return self._run(images, Mode.FAKE)
+            return self._run(images)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -99,13 +107,13 @@ class Reference:
             else:
                 hooks.append(self._module.get_submodule(layer).register_forward_hook(_watch_layer(layer, see)))
         try:
-            self._run(images, Mode.FAKE)
+            self._run(images)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _run(self, images: np.ndarray, mode: Mode) -> np.ndarray:
-        set_mode(self._module, mode, qparams=self.plan.sites)
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        set_mode(self._module, Mode.FAKE, qparams=self.plan.sites)
         try:
             with torch.inference_mode():
                 logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()

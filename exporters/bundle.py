@@ -30,7 +30,18 @@ class _Facts(BaseModel):
 
 
 class ModelFacts(_Facts):
-    """Which model is in the bundle, and how to get its torch form again."""
+    """Which model is in the bundle, and how to get its torch form again.
+
+    Attributes:
+        name: timm's name, or `demo`.
+        checkpoint: The weights file, if the weights did not come from timm's hub.
+        random_weights: Whether the weights were drawn at random.
+        seed: Of random weights.
+        fingerprint: SHA-256 of the name and the weights as they were loaded.
+        classes: Number of logits.
+        refined: Files in the run folder's `work` with the weights that refine passes changed: after the transforms,
+            after the corrections. Each holds all that differs from the weights as they were loaded.
+    """
 
     name: str
     checkpoint: str | None
@@ -38,6 +49,7 @@ class ModelFacts(_Facts):
     seed: int
     fingerprint: _Sha256
     classes: int
+    refined: tuple[_FileName, ...] = ()
 
 
 class EngineFacts(_Facts):

@@ -49,9 +49,12 @@ def imagenet() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Check]:
-    """A demo bundle calibrated on noise, and its check on the held-back digits. Copy the folder before changing it."""
+    """A demo bundle calibrated on noise, with weights as they are, and its check on the held-back digits.
+
+    Copy the folder before changing it.
+    """
     folder = tmp_path_factory.mktemp("demo") / "bundle"
-    return folder, dfq.export(dfq.Recipe(model="demo", generator="noise", count=8), folder)
+    return folder, dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, refine="none"), folder)
 
 
 @pytest.fixture(scope="session")

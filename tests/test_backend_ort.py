@@ -21,9 +21,11 @@ from exporters.cut import LayerCutter
 
 _CPU = BuildOptions(provider="cpu")
 _RECIPES = {
-    "w8a8": dfq.Recipe(model="demo", generator="noise", count=8),
-    "everything": dfq.Recipe(model="demo", generator="noise", count=8, attention=True, spare="none"),
-    "w8a8_asym": dfq.Recipe(model="demo", generator="noise", count=8, attention=True, scheme="w8a8_asym"),
+    "w8a8": dfq.Recipe(model="demo", generator="noise", count=8, refine="none"),
+    "everything": dfq.Recipe(model="demo", generator="noise", count=8, refine="none", attention=True, spare="none"),
+    "w8a8_asym": dfq.Recipe(
+        model="demo", generator="noise", count=8, refine="none", attention=True, scheme="w8a8_asym"
+    ),
 }
 
 

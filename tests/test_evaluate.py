@@ -114,7 +114,9 @@ def test_swapped_weights_of_two_layers_are_caught(bundle: Path) -> None:
 
 
 def test_a_reference_under_a_plan_of_another_seed_is_caught(bundle: Path) -> None:
-    dfq.calibrate(dfq.Recipe(model="demo", generator="noise", count=8, seed=1), bundle / "plan.safetensors")
+    dfq.calibrate(
+        dfq.Recipe(model="demo", generator="noise", count=8, refine="none", seed=1), bundle / "plan.safetensors"
+    )
     _reseal(bundle)
     assert dfq.check(bundle, limit=8).verdict == "fail"
 

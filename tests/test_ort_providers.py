@@ -38,7 +38,7 @@ def int4(
     """The size of blocks, and a bundle of the demo with INT4 weights."""
     folder = tmp_path_factory.mktemp("int4") / "bundle"
     shutil.copytree(demo_bundle, folder)
-    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme="w4a16", block=request.param)
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w4a16", block=request.param)
     assert dfq.export(recipe, folder, limit=16).verdict == "pass"
     return request.param, folder
 
@@ -177,7 +177,7 @@ def test_tensorrt_inside_is_told_the_batch_sizes_and_keeps_its_engines_outside_t
 def test_only_tensorrt_quantizes_the_first_layer_and_no_output(provider: str) -> None:
     tensorrt = provider in ("tensorrt", "rtx")
     placed = ort.placement(BuildOptions(provider=provider))
-    assert placed == Placement(first_layer=tensorrt, convolution_outputs=not tensorrt)
+    assert placed == Placement(first_layer=tensorrt, convolution_outputs=not tensorrt, noisy_layers=tensorrt)
 
 
 def _scheme_for(provider: str) -> list[str]:
@@ -225,7 +225,9 @@ def test_a_pending_engine_cannot_be_loaded_and_the_command_that_builds_it_is_nam
 
 @pytest.mark.skipif("cuda" not in _ABSENT, reason="the engine would be built")
 def test_layers_of_a_pending_engine_are_held_to_the_body_that_they_compute_in(copied: Path) -> None:
-    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme="w4a16", provider="cuda", float="fp16")
+    recipe = dfq.Recipe(
+        model="demo", generator="noise", count=8, refine="none", scheme="w4a16", provider="cuda", float="fp16"
+    )
     found = dfq.export(recipe, copied, limit=16)
     assert found.verdict == "undecided", found.reason
     assert 1e-4 < max(found.layer_error.values()) < 2e-3
@@ -235,7 +237,9 @@ def test_layers_of_a_pending_engine_are_held_to_the_body_that_they_compute_in(co
 @pytest.mark.parametrize("body", ["fp16", "bf16"])
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "float"])
 def test_another_body_is_no_fault_and_hides_none(copied: Path, scheme: str, body: str) -> None:
-    recipe = dfq.Recipe(model="demo", generator="noise", count=8, scheme=scheme, provider="tensorrt", float=body)
+    recipe = dfq.Recipe(
+        model="demo", generator="noise", count=8, refine="none", scheme=scheme, provider="tensorrt", float=body
+    )
     found = dfq.export(recipe, copied, limit=64)
     assert found.verdict == "undecided", found.reason
     model = ir.load(copied / "model.onnx")

@@ -28,7 +28,7 @@ from dfq_deploy.workspace import Workspace
 from exporters.bundle import MANIFEST, open_bundle
 
 _MOMENTS = ("images", "ranges", "float", "plan", "recipe", "model.onnx", "classes", "manifest", "report")
-_DEMO = dfq.Recipe(model="demo", generator="noise", count=8)
+_DEMO = dfq.Recipe(model="demo", generator="noise", count=8, refine="none")
 
 
 class _Log:
@@ -75,13 +75,14 @@ def test_a_finished_run_repeats_nothing_but_the_check(run: Path, calls: list[int
     written, log = (run / "model.onnx").stat().st_mtime_ns, _Log()
     dfq.export(_DEMO, run, limit=4, watch=log)
     assert calls == []
-    assert log.stages == {"model": False, "images": True, "ranges": True, "float": True, "check": False}
+    kept = dict.fromkeys(["images", "ranges", "noise", "float"], True)
+    assert log.stages == {"model": False, **kept, "check": False}
     assert (run / "model.onnx").stat().st_mtime_ns == written, "the engine was written again"
 
 
 def test_another_seed_makes_other_images_and_keeps_the_float_model(run: Path, calls: list[int]) -> None:
     before, log = _images(run), _Log()
-    dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, seed=1), run, limit=4, watch=log)
+    dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, refine="none", seed=1), run, limit=4, watch=log)
     assert calls == [1]
     assert _images(run) != before
     assert log.stages["float"]
@@ -91,9 +92,16 @@ def test_another_seed_makes_other_images_and_keeps_the_float_model(run: Path, ca
 
 def test_another_scheme_makes_another_engine_from_the_same_images(run: Path, calls: list[int]) -> None:
     log = _Log()
-    dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, scheme="w8a8_asym"), run, limit=4, watch=log)
+    dfq.export(
+        dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w8a8_asym"), run, limit=4, watch=log
+    )
     assert calls == []
-    assert [stage for stage, already_done in log.stages.items() if not already_done] == ["model", "engine", "check"]
+    assert [stage for stage, already_done in log.stages.items() if not already_done] == [
+        "model",
+        "noise",
+        "engine",
+        "check",
+    ]
     assert open_bundle(run).scheme == "w8a8_asym"
 
 
@@ -114,7 +122,7 @@ def test_a_failed_stage_keeps_the_ones_before_it(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="No space left"):
         dfq.export(_DEMO, tmp_path / "run")
     kept = sorted(file.name.partition("-")[0] for file in (tmp_path / "run" / "work").iterdir())
-    assert kept == [".lock", "images", "ranges"]
+    assert kept == [".lock", "images", "noise", "ranges"]
 
 
 def test_a_rebuild_that_fails_leaves_no_bundle_of_two_halves(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +131,7 @@ def test_a_rebuild_that_fails_leaves_no_bundle_of_two_halves(run: Path, monkeypa
 
     monkeypatch.setattr(building, "save_model", full)
     with pytest.raises(OSError, match="No space left"):
-        dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, scheme="w8a8_asym"), run)
+        dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w8a8_asym"), run)
     with pytest.raises(BundleError, match="is not a bundle"):
         open_bundle(run)
 

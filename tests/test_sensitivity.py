@@ -15,7 +15,7 @@ from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy import cli
-from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse
+from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse, noisy_layers
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.planning import formats_for_spared
@@ -49,7 +49,7 @@ def images(demo_bundle: Path) -> ImageSet:
 def everything(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> QuantPlan:
     """The plan of the same images that spares nothing."""
     (kept,) = (demo_bundle / "work").glob("images-*")
-    recipe = dfq.Recipe(model="demo", calib=str(kept), spare="none", attention=True)
+    recipe = dfq.Recipe(model="demo", calib=str(kept), refine="none", spare="none", attention=True)
     return dfq.calibrate(recipe, tmp_path_factory.mktemp("plan") / "plan.safetensors")
 
 
@@ -152,6 +152,24 @@ def test_a_layer_that_is_broken_on_purpose_comes_first(
     assert worst.noise_percent > 40
     assert worst.gain_db > 1
     assert max(worst.sites, key=lambda one: worst.sites[one].noise) == site
+
+
+def test_noisy_layers_are_those_that_make_the_noise_and_no_more(
+    model: Model, plan: QuantPlan, images: ImageSet
+) -> None:
+    coarse = {
+        site: dataclasses.replace(q, scale=np.asarray(q.scale * np.float32(50)))
+        if site.startswith("blocks.1.mlp.fc1.")
+        else q
+        for site, q in plan.sites.items()
+    }
+    broken = dataclasses.replace(plan, sites=coarse)
+    whole = analyse(model, plan, images, spared={}).whole.sqnr_db
+    found = noisy_layers(model, broken, images, wanted_db=whole - 3)
+    assert list(found) == ["blocks.1.mlp.fc1"]
+    assert "% of the noise" in found["blocks.1.mlp.fc1"]
+    assert noisy_layers(model, broken, images, wanted_db=-100) == {}
+    assert set(noisy_layers(model, plan, images, wanted_db=1000)) == set(plan.layers)
 
 
 def test_each_measurement_is_told(model: Model, plan: QuantPlan, images: ImageSet) -> None:

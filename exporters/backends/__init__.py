@@ -27,10 +27,12 @@ class Placement:
     Attributes:
         first_layer: The layer that reads the image.
         convolution_outputs: The outputs of convolutions, without which it would not fuse them.
+        noisy_layers: Layers whose rounding makes most of the noise in the logits; else they stay float.
     """
 
     first_layer: bool
     convolution_outputs: bool
+    noisy_layers: bool
 
 
 @dataclass(frozen=True)

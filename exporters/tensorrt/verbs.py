@@ -11,7 +11,7 @@ __all__ = ["placement", "prepare"]
 
 def placement(options: BuildOptions) -> Placement:
     """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False)
+    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True)
 
 
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:

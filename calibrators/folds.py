@@ -1,0 +1,148 @@
+"""Folds: places where a change of an activation can be moved into the weights on either side of it.
+
+What a LayerNorm puts out goes through its own weight and bias; V reaches the output projection through the attention
+matrix, whose rows sum to one. Either can be divided by a factor per channel, or have a constant taken off per channel,
+if the layers that read it undo that: the model computes the same, and its activations quantize better. Folds are found
+by what passes through the model, and each is proved by computation before anybody uses it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calibrators.sites import SitedLinear
+
+__all__ = ["Fold", "find_folds", "layers_of", "unchanged"]
+
+_SAME = 1e-5  # of the largest output; float32 sums in another order differ by 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """An activation between one producer and its readers.
+
+    Attributes:
+        name: The first reader's name.
+        rows: The producer's output channels that make up the activation.
+        producer: A LayerNorm, or the Linear that makes V.
+        readers: The layers that read the activation, and nothing else does.
+    """
+
+    name: str
+    rows: slice
+    producer: nn.LayerNorm | SitedLinear
+    readers: tuple[SitedLinear, ...]
+
+    def divide(self, factors: Tensor) -> None:
+        """Divide the activation by `factors`, (channels,), and multiply the readers' weight columns by them."""
+        weight, bias = self._parameters()
+        weight /= factors if weight.ndim == 1 else factors[:, None]
+        bias /= factors
+        for reader in self.readers:
+            reader.weight.data *= factors
+
+    def lower(self, offsets: Tensor) -> None:
+        """Take `offsets`, (channels,), off the activation, and add what they contribute to the readers' biases."""
+        self._parameters()[1].sub_(offsets)
+        for reader in self.readers:
+            assert reader.bias is not None
+            reader.bias.data += reader.weight.data @ offsets
+
+    def _parameters(self) -> tuple[Tensor, Tensor]:
+        assert self.producer.weight is not None and self.producer.bias is not None
+        return self.producer.weight.data[self.rows], self.producer.bias.data[self.rows]
+
+
+def layers_of(module: nn.Module) -> dict[str, SitedLinear]:
+    """All Linear layers of `module` that have sites, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SitedLinear)}
+
+
+def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
+    """The folds of `module`, in the model's order; each one is proved on `images`, (N, C, H, W)."""
+    candidates = [*_norms(module, images), *_values(module)]
+    if candidates and not _proved(module, images, candidates):
+        candidates = [fold for fold in candidates if _proved(module, images, [fold])]
+    order = list(layers_of(module).values())
+    return sorted(candidates, key=lambda fold: order.index(fold.readers[0]))
+
+
+@contextmanager
+def unchanged(module: nn.Module, images: Tensor) -> Iterator[Callable[[], float]]:
+    """Gives a function that says how far the outputs have moved since, relative to the largest output."""
+    before = _outputs(module, images)
+    yield lambda: float((_outputs(module, images) - before).abs().amax() / before.abs().amax())
+
+
+def _norms(module: nn.Module, images: Tensor) -> list[Fold]:
+    """LayerNorms and the layers that read the tokens which they put out, in whatever order."""
+    names = {layer: name for name, layer in layers_of(module).items()}
+    last: list[tuple[nn.LayerNorm, Tensor]] = []
+    readers: dict[nn.LayerNorm, list[SitedLinear]] = {}
+
+    def watch_norm(norm: nn.LayerNorm, _inputs: object, output: Tensor) -> None:
+        last[:] = [(norm, output)]
+
+    def watch_layer(layer: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
+        if last and _same_tokens(last[0][1], inputs[0]):
+            readers.setdefault(last[0][0], []).append(layer)
+
+    hooks = [
+        layer.register_forward_hook(watch_norm)
+        for layer in module.modules()
+        if isinstance(layer, nn.LayerNorm) and layer.bias is not None
+    ]
+    hooks += [layer.register_forward_pre_hook(watch_layer) for layer in names]
+    try:
+        _outputs(module, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        Fold(names[found[0]], slice(None), norm, tuple(found))
+        for norm, found in readers.items()
+        if all(layer.bias is not None for layer in found)
+    ]
+
+
+def _values(module: nn.Module) -> list[Fold]:
+    """Attentions in which one layer, `qkv`, makes Q, K and V of one width, and `proj` reads what becomes of V."""
+    found = []
+    for name, attention in module.named_modules():
+        qkv, proj = getattr(attention, "qkv", None), getattr(attention, "proj", None)
+        if not (isinstance(qkv, SitedLinear) and isinstance(proj, SitedLinear)):
+            continue
+        if qkv.bias is not None and proj.bias is not None and qkv.out_features == 3 * proj.in_features:
+            found.append(Fold(f"{name}.proj", slice(2 * proj.in_features, None), qkv, (proj,)))
+    return found
+
+
+def _same_tokens(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same tokens, perhaps in another order."""
+    if one.shape[-1] != other.shape[-1] or one.numel() != other.numel():
+        return False
+    sums = [tokens.flatten(0, -2).double().sum(0) for tokens in (one, other)]
+    return torch.allclose(sums[0], sums[1], rtol=1e-6, atol=1e-6 * float(one.abs().sum() / one.shape[-1]))
+
+
+def _proved(module: nn.Module, images: Tensor, folds: list[Fold]) -> bool:
+    """Whether random factors and offsets at `folds` leave the outputs as they are; weights are put back."""
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    with unchanged(module, images) as moved:
+        for fold in folds:
+            width = fold.readers[0].in_features
+            fold.divide(0.5 + torch.rand(width, generator=generator))
+            fold.lower(torch.rand(width, generator=generator))
+        same = moved() < _SAME
+    module.load_state_dict(kept)
+    return same
+
+
+def _outputs(module: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = module(images)
+    return found

@@ -1,0 +1,120 @@
+"""Refine passes: one file per way to change float weights so that the model quantizes better.
+
+A pass is of one of two kinds. A *transform* moves range out of an activation and into the weights that read it, at a
+fold: the float model computes the same. A *correction* changes one layer's weight and bias to what serves best once its
+inputs and its weight are rounded. What comes out of either are ordinary weights and biases: the exported graph has no
+operator more. A pass knows one place at a time; `calibrators.refining` walks the model.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from calibrators.affine import Codes, choose_qparams, fake_quantize
+from calibrators.plan import QParams
+
+__all__ = ["Correction", "Layer", "Seen", "Transform", "rounded"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An activation at a fold, as the calibration images show it.
+
+    Attributes:
+        rows: A sample of tokens, (tokens, channels) float32.
+        low: Smallest value of each channel over all images, (channels,).
+        high: Largest value of each channel over all images, (channels,).
+        readers: Weights of the layers that read it, one above the other, (outputs, channels).
+        activation: Its number format, or None if it stays in float.
+        weight: The number format of the readers' weights.
+        block: Input channels that share a weight scale; None for a whole row.
+    """
+
+    rows: Tensor
+    low: Tensor
+    high: Tensor
+    readers: Tensor
+    activation: Codes | None
+    weight: Codes
+    block: int | None
+
+
+@dataclass
+class Layer:
+    """A layer in the middle of a model whose earlier layers are quantized; a correction changes its first four fields.
+
+    Attributes:
+        weight: (outputs, inputs) float32, to be rounded by `qparams`.
+        bias: (outputs,) float32, or None.
+        qparams: How the weight is quantized.
+        input_qparams: How its input is quantized; None if that stays float.
+        name: The layer's name.
+        arriving: Its inputs as the quantized model has them, not rounded yet, (tokens, inputs) float32.
+        wanted: The outputs that the float model gives for the same tokens, (tokens, outputs) float32.
+        images: How many images the tokens come from.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    qparams: QParams
+    input_qparams: QParams | None
+    name: str
+    arriving: Tensor
+    wanted: Tensor
+    images: int
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the layer computes with: what arrives, rounded, (tokens, inputs) float32."""
+        return self.arriving if self.input_qparams is None else rounded(self.arriving, self.input_qparams)
+
+    @property
+    def weighed(self) -> Tensor:
+        """Inputs, each token divided by the size of its output: (tokens, inputs) float32.
+
+        What a layer writes is normalised before it is read, token by token. Without this the few tokens with massive
+        activations would decide everything and be harmed by nothing.
+        """
+        found: Tensor = self.inputs / self.wanted.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        return found
+
+    @property
+    def groups(self) -> Tensor:
+        """The weight as rows that share a scale, (outputs * blocks, inputs per block)."""
+        return self.weight.reshape(-1, self.qparams.block or self.weight.shape[1])
+
+    def rounded(self) -> Tensor:
+        """The weight as it comes back from its codes."""
+        return rounded(self.weight, self.qparams)
+
+    def cover(self, share: Tensor | float = 1.0) -> None:
+        """Give the weight the scales that hold `share` of the range of each row of `groups`, (rows,) or one for all."""
+        low, high = ((end * share).numpy() for end in (self.groups.amin(1), self.groups.amax(1)))
+        scale, zero = choose_qparams(low, high, self.qparams.codes)
+        shape = self.qparams.scale.shape
+        self.qparams = replace(self.qparams, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
+
+
+def rounded(values: Tensor, qparams: QParams) -> Tensor:
+    """`values` as they come back from the codes of `qparams`."""
+    scale, zero = map(torch.from_numpy, qparams.along(values.ndim))
+    found: Tensor = fake_quantize(values, scale, zero, qparams.codes)
+    return found
+
+
+class Transform(Protocol):
+    """What a file with a transform offers."""
+
+    def transform(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Offsets to take off the activation, and factors to divide it by, each (channels,) float32."""
+        ...
+
+
+class Correction(Protocol):
+    """What a file with a correction offers."""
+
+    def correct(self, layer: Layer) -> None:
+        """Change the layer's weight, bias and qparams, or its input's."""
+        ...

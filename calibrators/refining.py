@@ -1,0 +1,198 @@
+"""The model walked by refine passes: transforms at every fold, then corrections layer by layer.
+
+Both change the module in place. Transforms need what passes the folds, for which the images run once. Corrections need
+each layer's inputs in the float model and in the model whose earlier layers are corrected and quantized: the two run
+side by side as halves of one batch, once through the model for all layers.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibrators.errors import PlanError
+from calibrators.folds import Fold, find_folds, layers_of, unchanged
+from calibrators.images import ImageSet
+from calibrators.plan import QParams
+from calibrators.refine import Layer, Seen, rounded
+from calibrators.registry import pick
+from calibrators.scheme import QuantScheme
+from calibrators.sites import SitedLinear
+
+__all__ = ["correct", "is_transform", "transform"]
+
+_ROWS = 4096  # tokens kept per fold
+_IMAGES = 64  # that corrections look at; their memory grows with the number
+_UNCHANGED = 1e-5  # of the largest logit
+
+
+def is_transform(name: str) -> bool:
+    """Whether the pass `name` is a transform; else it is a correction.
+
+    Raises:
+        RecipeError: There is no such pass.
+    """
+    return hasattr(pick("calibrators.refine", name), "transform")
+
+
+def transform(
+    module: nn.Module, images: ImageSet, names: Sequence[str], scheme: QuantScheme, block: int | None
+) -> list[str]:
+    """Apply the transforms `names` at every fold of `module`, in place.
+
+    Returns:
+        The folds, by the names of their first readers.
+
+    Raises:
+        PlanError: The float model would no longer compute the same; it is left as it was.
+    """
+    assert scheme.weight is not None
+    probe = torch.from_numpy(images.pixels[:2])
+    folds = find_folds(module, probe)
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    with unchanged(module, probe) as moved:
+        for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):
+            for name in names:
+                _apply(fold, sample, pick("calibrators.refine", name), scheme, block)
+        if not moved() < _UNCHANGED:
+            how_far = moved()
+            module.load_state_dict(kept)
+            raise PlanError(
+                what=f"the passes {', '.join(names)} would change what the float model computes.",
+                why=f"its outputs move by {how_far:.1e} of the largest, and {_UNCHANGED:.0e} is rounding.",
+                fix="leave them out of --refine, and report this model.",
+            )
+    return [fold.name for fold in folds]
+
+
+def correct(
+    module: nn.Module, plan: Mapping[str, QParams], images: ImageSet, names: Sequence[str]
+) -> dict[str, QParams]:
+    """Apply the corrections `names` to every planned Linear of `module`, in place and in the model's order.
+
+    Returns:
+        The plan's sites, with the weights' scales as the corrections left them.
+    """
+    passes = [pick("calibrators.refine", name) for name in names]
+    pixels = torch.from_numpy(images.spread(_IMAGES).pixels[:])
+    halves = [_Halves(name, layer, plan, passes, len(pixels)) for name, layer in layers_of(module).items()]
+    try:
+        with torch.inference_mode():
+            module(torch.cat([pixels, pixels]))
+    finally:
+        for half in halves:
+            half.close()
+    return {**plan, **{site: qparams for half in halves for site, qparams in half.settled.items()}}
+
+
+class _Halves:
+    """A layer that sees a batch whose first half went through the float model, and its second through the quantized.
+
+    When it is called for the first time it is corrected; then either half is computed as its model does.
+    """
+
+    def __init__(
+        self, name: str, layer: SitedLinear, plan: Mapping[str, QParams], passes: Sequence[Any], images: int
+    ) -> None:
+        self.settled = {site: plan[site] for site in (f"{name}.weight", f"{name}.input") if site in plan}
+        self._name = name
+        self._layer = layer
+        self._passes = passes
+        self._images = images
+        self._float = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
+        self._weight: Tensor | None = None  # as the quantized model has it
+        layer.forward = self._forward  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """The layer computes as its class does again."""
+        del self._layer.forward
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not self.settled or x.shape[0] % 2:  # an odd first dimension: it does not depend on the images
+            return F.linear(x, self._layer.weight, self._layer.bias)
+        floats, quantized = x.chunk(2)
+        wanted = F.linear(floats, *self._float)
+        if self._weight is None:
+            self._weight = self._corrected(quantized, wanted)
+        if qparams := self.settled.get(f"{self._name}.input"):
+            quantized = rounded(quantized, qparams)
+        return torch.cat([wanted, F.linear(quantized, self._weight, self._layer.bias)])
+
+    def _corrected(self, arriving: Tensor, wanted: Tensor) -> Tensor:
+        layer = Layer(
+            weight=self._float[0],
+            bias=self._float[1],
+            qparams=self.settled[f"{self._name}.weight"],
+            input_qparams=self.settled.get(f"{self._name}.input"),
+            name=self._name,
+            arriving=arriving.flatten(0, -2),
+            wanted=wanted.flatten(0, -2),
+            images=self._images,
+        )
+        for one in self._passes:
+            one.correct(layer)
+        self.settled[f"{self._name}.weight"] = layer.qparams
+        if layer.input_qparams is not None:
+            self.settled[f"{self._name}.input"] = layer.input_qparams
+        self._layer.weight.copy_(layer.weight)
+        if layer.bias is not None and self._layer.bias is not None:
+            self._layer.bias.copy_(layer.bias)
+        return layer.rounded()
+
+
+@dataclass
+class _Sample:
+    """What has passed one fold so far: extremes of all tokens, and every so manieth of them."""
+
+    rows: list[Tensor]
+    low: Tensor
+    high: Tensor
+
+
+def _sampled(module: nn.Module, images: ImageSet, folds: Sequence[Fold], batch_size: int = 16) -> list[_Sample]:
+    """What passes each fold on all of `images`."""
+    found: dict[Fold, _Sample] = {}
+
+    def look(fold: Fold, _reader: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2)
+        step = max(1, len(tokens) * len(images) // (min(batch_size, len(images)) * _ROWS))
+        seen = _Sample([tokens[::step].clone()], tokens.amin(0), tokens.amax(0))
+        if before := found.get(fold):
+            seen = _Sample(
+                before.rows + seen.rows, torch.minimum(before.low, seen.low), torch.maximum(before.high, seen.high)
+            )
+        found[fold] = seen
+
+    hooks = [fold.readers[0].register_forward_pre_hook(functools.partial(look, fold)) for fold in folds]
+    try:
+        with torch.inference_mode():
+            for batch in images.batches(batch_size):
+                module(torch.from_numpy(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[fold] for fold in folds]
+
+
+def _apply(fold: Fold, sample: _Sample, one: Any, scheme: QuantScheme, block: int | None) -> None:
+    """Apply one transform at one fold, and to the sample of what passes it."""
+    assert scheme.weight is not None
+    offsets, factors = one.transform(
+        Seen(
+            rows=torch.cat(sample.rows),
+            low=sample.low,
+            high=sample.high,
+            readers=torch.cat([reader.weight for reader in fold.readers]),
+            activation=scheme.activation,
+            weight=scheme.weight,
+            block=block if fold.readers[0].in_features % (block or 1) == 0 else None,
+        )
+    )
+    fold.lower(offsets)
+    fold.divide(factors)
+    sample.rows = [(rows - offsets) / factors for rows in sample.rows]
+    sample.low, sample.high = (sample.low - offsets) / factors, (sample.high - offsets) / factors
