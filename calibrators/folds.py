@@ -6,8 +6,6 @@ if the layers that read it undo that: the model computes the same, and its activ
 by what passes through the model, and each is proved by computation before anybody uses it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +13,9 @@ from torch import Tensor, nn
 
 from calibrators.sites import SitedLinear
 
-__all__ = ["Fold", "find_folds", "layers_of", "unchanged"]
+__all__ = ["UNCHANGED", "Fold", "find_folds", "layers_of", "moved", "outputs_of"]
 
-_SAME = 1e-5  # of the largest output; float32 sums in another order differ by 1e-6
+UNCHANGED = 1e-5  # of the largest output: float32 sums in another order differ by 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +68,16 @@ def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
     return sorted(candidates, key=lambda fold: order.index(fold.readers[0]))
 
 
-@contextmanager
-def unchanged(module: nn.Module, images: Tensor) -> Iterator[Callable[[], float]]:
-    """Gives a function that says how far the outputs have moved since, relative to the largest output."""
-    before = _outputs(module, images)
-    yield lambda: float((_outputs(module, images) - before).abs().amax() / before.abs().amax())
+def outputs_of(module: nn.Module, images: Tensor) -> Tensor:
+    """What `module` puts out for `images`."""
+    with torch.inference_mode():
+        found: Tensor = module(images)
+    return found
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """How far outputs have moved, relative to the largest of those before; to be held against `UNCHANGED`."""
+    return float((after - before).abs().amax() / before.abs().amax())
 
 
 def _norms(module: nn.Module, images: Tensor) -> list[Fold]:
@@ -97,7 +100,7 @@ def _norms(module: nn.Module, images: Tensor) -> list[Fold]:
     ]
     hooks += [layer.register_forward_pre_hook(watch_layer) for layer in names]
     try:
-        _outputs(module, images)
+        outputs_of(module, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,17 +135,11 @@ def _proved(module: nn.Module, images: Tensor, folds: list[Fold]) -> bool:
     """Whether random factors and offsets at `folds` leave the outputs as they are; weights are put back."""
     kept = {name: value.clone() for name, value in module.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    with unchanged(module, images) as moved:
-        for fold in folds:
-            width = fold.readers[0].in_features
-            fold.divide(0.5 + torch.rand(width, generator=generator))
-            fold.lower(torch.rand(width, generator=generator))
-        same = moved() < _SAME
+    before = outputs_of(module, images)
+    for fold in folds:
+        width = fold.readers[0].in_features
+        fold.divide(0.5 + torch.rand(width, generator=generator))
+        fold.lower(torch.rand(width, generator=generator))
+    same = moved(before, outputs_of(module, images)) < UNCHANGED
     module.load_state_dict(kept)
     return same
-
-
-def _outputs(module: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = module(images)
-    return found

@@ -1,11 +1,12 @@
 """The model walked by refine passes: transforms at every fold, then corrections layer by layer.
 
 Both change the module in place. Transforms need what passes the folds, for which the images run once. Corrections need
-each layer's inputs in the float model and in the model whose earlier layers are corrected and quantized: the two run
-side by side as halves of one batch, once through the model for all layers.
+each layer's inputs in the float model and in the model whose earlier Linear layers are corrected and quantized (what
+else the plan rounds stays float): the two run side by side as halves of one batch, once for all layers.
 """
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calibrators.errors import PlanError
-from calibrators.folds import Fold, find_folds, layers_of, unchanged
+from calibrators.errors import CalibrationWarning, PlanError
+from calibrators.folds import UNCHANGED, Fold, find_folds, layers_of, moved, outputs_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen, rounded
@@ -27,7 +28,6 @@ __all__ = ["correct", "is_transform", "transform"]
 
 _ROWS = 4096  # tokens kept per fold
 _IMAGES = 64  # that corrections look at; their memory grows with the number
-_UNCHANGED = 1e-5  # of the largest logit
 
 
 def is_transform(name: str) -> bool:
@@ -53,19 +53,25 @@ def transform(
     assert scheme.weight is not None
     probe = torch.from_numpy(images.pixels[:2])
     folds = find_folds(module, probe)
+    if not folds:
+        warnings.warn(
+            f"{' and '.join(names)} changed nothing: this model has no place where they can.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
     kept = {name: value.clone() for name, value in module.state_dict().items()}
-    with unchanged(module, probe) as moved:
-        for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):
-            for name in names:
-                _apply(fold, sample, pick("calibrators.refine", name), scheme, block)
-        if not moved() < _UNCHANGED:
-            how_far = moved()
-            module.load_state_dict(kept)
-            raise PlanError(
-                what=f"the passes {', '.join(names)} would change what the float model computes.",
-                why=f"its outputs move by {how_far:.1e} of the largest, and {_UNCHANGED:.0e} is rounding.",
-                fix="leave them out of --refine, and report this model.",
-            )
+    before = outputs_of(module, probe)
+    for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):
+        for name in names:
+            _apply(fold, sample, pick("calibrators.refine", name), scheme, block)
+    how_far = moved(before, outputs_of(module, probe))
+    if not how_far < UNCHANGED:  # NaN is no less
+        module.load_state_dict(kept)
+        raise PlanError(
+            what=f"the passes {', '.join(names)} would change what the float model computes.",
+            why=f"its outputs move by {how_far:.1e} of the largest, and {UNCHANGED:.0e} is rounding.",
+            fix="leave them out of --refine, and report this model.",
+        )
     return [fold.name for fold in folds]
 
 
@@ -146,7 +152,7 @@ class _Halves:
 
 @dataclass
 class _Sample:
-    """What has passed one fold so far: extremes of all tokens, and every so manieth of them."""
+    """What has passed one fold so far: extremes of all tokens, and every n-th of them."""
 
     rows: list[Tensor]
     low: Tensor

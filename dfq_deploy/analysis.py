@@ -211,7 +211,7 @@ def noisy_layers(
         noises[layer] = _effect(_logits(Reference(model, replace(plan, sites=sites)).quantized, few), wanted).noise
         progress(done, len(plan.layers))
     power = float(np.square(wanted).sum())
-    left, total = sum(noises.values()), sum(noises.values())
+    left = total = sum(noises.values())
     found = {}
     for layer in sorted(noises, key=lambda layer: -noises[layer] / max(macs[layer], 1e-3)):
         if sqnr_db(power, left) >= wanted_db:
@@ -223,9 +223,9 @@ def noisy_layers(
 
 def _give_weights(mixed: Model, quantized: set[str], refined: Model, model: Model) -> None:
     """Give the layers `quantized` of `mixed` the weights of `refined`, and the others those of `model`."""
+    corrected, plain = layers_of(refined.module), layers_of(model.module)
     for name, layer in layers_of(mixed.module).items():
-        source = layers_of((refined if name in quantized else model).module)[name]
-        layer.load_state_dict(source.state_dict())
+        layer.load_state_dict((corrected if name in quantized else plain)[name].state_dict())
 
 
 def _sites_of(layer: str, sites: Iterable[str]) -> frozenset[str]:

@@ -223,11 +223,12 @@ def sensitivity(
     if found is None:
         found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
     watch.stage("layers", False)
+    folded = folded_again(folder, manifest, model)
     return analyse(
-        folded_again(folder, manifest, model),
+        folded,
         plan,
         found.spread(limit),
-        spared=formats_for_spared(plan, model, folder / "work", block=manifest.recipe["block"]),
+        spared=formats_for_spared(plan, folded, folder / "work", block=manifest.recipe["block"]),
         refined=refined_again(folder, manifest, model),
         progress=lambda done, total: watch.progress(done, total, {}),
     )

@@ -28,11 +28,11 @@ from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined
 from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
-from exporters.backends import BuildOptions
-
-_WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
+from exporters.backends import BuildOptions, Placement
 
 __all__ = ["check_recipe", "float_stage", "formats_for_spared", "plan_of"]
+
+_WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
 
 
 def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
@@ -117,9 +117,9 @@ def _spared(
     progress: Callable[[int, int, Mapping[str, float]], object],
 ) -> QuantPlan:
     """The plan without the layers that make most of the noise, if `--spare auto` is asked for."""
-    integers = [codes for codes in (scheme_named(recipe.scheme).activation,) if codes and codes.mantissa is None]
-    placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
-    if placement.noisy_layers or not integers or "auto" not in recipe.spare.split(","):
+    codes = scheme_named(recipe.scheme).activation
+    integers = codes is not None and codes.mantissa is None
+    if not integers or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
         return plan
 
     def measure(path: Path) -> None:
@@ -135,6 +135,11 @@ def _spared(
     return replace(plan, sites={k: v for k, v in plan.sites.items() if k not in why}, spared={**plan.spared, **why})
 
 
+def _placement(recipe: CalibrateRecipe) -> Placement:
+    found: Placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
+    return found
+
+
 def _plan(
     recipe: CalibrateRecipe,
     model: Model,
@@ -144,7 +149,7 @@ def _plan(
 ) -> QuantPlan:
     ranges = _ranges(recipe, model, images, work, progress)
     scheme = scheme_named(recipe.scheme)
-    placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
+    placement = _placement(recipe)
     if scheme.blocked:
         ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
@@ -159,13 +164,13 @@ def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int)
 
     Args:
         plan: A plan.
-        model: The model that it is for.
+        model: The model whose ranges those are: before any layer was corrected.
         work: A run's `work/`; it may be gone.
         block: Input channels per block, where the plan's scheme has blocks.
     """
     scheme = scheme_named(plan.scheme)
     kept = (Ranges.load(path) for path in sorted(work.glob("ranges-*.safetensors")))
-    ranges = next((ranges for ranges in kept if ranges.images == plan.images), None)
+    ranges = next((r for r in kept if (r.model, r.images) == (model.fingerprint, plan.images)), None)
     if ranges is None:
         return {}
     if scheme.blocked:

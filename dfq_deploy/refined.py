@@ -21,7 +21,7 @@ from dfq_deploy.models import Model
 
 __all__ = ["copy_of", "load_refined", "load_scales", "save_refined"]
 
-_SCALES = ("scale", "zero_point")  # endings of the names that are no tensor of the model
+_SCALES = (".scale", ".zero_point")  # endings of the names that are no tensor of the model
 
 
 def copy_of(model: Model) -> Model:
@@ -34,7 +34,7 @@ def save_refined(path: Path, model: Model, refined: Model, sites: Mapping[str, Q
     before = model.module.state_dict()
     changed = {k: v.contiguous() for k, v in refined.module.state_dict().items() if not torch.equal(v, before[k])}
     for name, qparams in (sites or {}).items():
-        changed |= {f"{name}.{part}": torch.from_numpy(np.array(getattr(qparams, part))) for part in _SCALES}
+        changed |= {f"{name}{part}": torch.from_numpy(np.array(getattr(qparams, part[1:]))) for part in _SCALES}
     with written_whole(path) as temporary:
         save_file(changed, temporary)
 
@@ -67,7 +67,7 @@ def load_scales(path: Path, sites: Mapping[str, QParams]) -> dict[str, QParams]:
     found = dict(sites)
     for name, qparams in sites.items():
         if f"{name}.scale" in tensors:
-            scale, zero = (tensors[f"{name}.{part}"] for part in _SCALES)
+            scale, zero = (tensors[f"{name}{part}"] for part in _SCALES)
             found[name] = replace(qparams, scale=scale, zero_point=zero)
     return found
 

@@ -26,7 +26,7 @@ _COLUMNS = 64  # whose corrections are gathered before the rest of the weight ta
 
 def correct(layer: Layer) -> None:
     """Set the weight."""
-    tokens, width = layer.inputs.shape
+    tokens, width = layer.arriving.shape
     inputs = layer.weighed.double()
     hessian = inputs.T @ inputs
     if tokens < width:

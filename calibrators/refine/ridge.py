@@ -20,8 +20,9 @@ _STRENGTH = 1.0
 def correct(layer: Layer) -> None:
     """Set weight and bias to those of the ridge regression, and the weight's scales to what covers it."""
     free = 0.0 if layer.bias is None else 1.0  # without a bias the regression has no offset
-    mean, target = free * layer.inputs.mean(0), free * layer.wanted.mean(0)
-    inputs = (layer.inputs - mean).double()
+    rounded = layer.inputs
+    mean, target = free * rounded.mean(0), free * layer.wanted.mean(0)
+    inputs = (rounded - mean).double()
     errors = (layer.wanted - target).double() - inputs @ layer.weight.T.double()
     gram = inputs.T @ inputs
     gram.diagonal().add_(_STRENGTH * float(gram.diagonal().mean()) or 1.0)

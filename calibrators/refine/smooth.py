@@ -5,15 +5,16 @@ both the activation and the weights changes the readers' outputs least.
 
 Source: Xiao et al., "SmoothQuant", arXiv 2211.10438, eq. 4: factor = max|X|^a / max|W|^(1 - a) per channel. There `a`
 is set by hand for the whole model; here it is searched per fold, and the activation is given a range `_HEADROOM` times
-what was seen, since real images reach further than synthetic ones. Where only weights are quantized the mean of |X|
-takes the place of its maximum, and factors are their inverse, as in Lin et al., "AWQ", arXiv 2306.00978, sec. 3.2.
+what was seen, since real images reach further than synthetic ones. Where only weights are quantized the factor is
+mean|X|^a, as in Lin et al., "AWQ", arXiv 2306.00978, sec. 3.2: weights of channels that count get finer steps.
 """
 
 import torch
 from torch import Tensor
 
-from calibrators.affine import Codes, choose_qparams, fake_quantize
-from calibrators.refine import Seen
+from calibrators.affine import choose_qparams
+from calibrators.plan import QParams
+from calibrators.refine import Seen, rounded
 
 __all__ = ["transform"]
 
@@ -35,7 +36,7 @@ def _factors(seen: Seen, exponent: float) -> Tensor:
     """Factors whose geometric mean is 1."""
     weights = _positive(seen.readers.abs().amax(0))
     if seen.activation is None:
-        factors = _positive(seen.rows.abs().mean(0)) ** -exponent
+        factors = _positive(seen.rows.abs().mean(0)) ** exponent
     else:
         factors = _positive(torch.maximum(-seen.low, seen.high)) ** exponent / weights ** (1 - exponent)
         if exponent == 0:
@@ -47,18 +48,11 @@ def _outputs(seen: Seen, factors: Tensor) -> Tensor:
     """What the readers put out when all is quantized."""
     rows, weights = seen.rows / factors, seen.readers * factors
     if seen.activation is not None:
-        low, high = (float(end) * _HEADROOM for end in ((seen.low / factors).amin(), (seen.high / factors).amax()))
-        rows = _rounded(rows, torch.tensor([[low, high]]), seen.activation)
-    grouped = weights.reshape(-1, seen.block or weights.shape[1])
-    bounds = torch.stack([grouped.amin(1), grouped.amax(1)], dim=1)
-    return rows @ _rounded(grouped, bounds, seen.weight).reshape(weights.shape).T
-
-
-def _rounded(values: Tensor, bounds: Tensor, codes: Codes) -> Tensor:
-    """`values`, one scale per row of `bounds` (low, high), after a round trip through `codes`."""
-    scale, zero = choose_qparams(bounds[:, :1].numpy(), bounds[:, 1:].numpy(), codes)
-    found: Tensor = fake_quantize(values, torch.from_numpy(scale), torch.from_numpy(zero).float(), codes)
-    return found
+        ends = ((seen.low / factors).amin() * _HEADROOM).numpy(), ((seen.high / factors).amax() * _HEADROOM).numpy()
+        rows = rounded(rows, QParams(*choose_qparams(*ends, seen.activation), seen.activation, None))
+    groups = weights.reshape(-1, seen.block or weights.shape[1])
+    scales = choose_qparams(groups.amin(1).numpy(), groups.amax(1).numpy(), seen.weight)
+    return rows @ rounded(groups, QParams(*scales, seen.weight, 0)).reshape(weights.shape).T
 
 
 def _positive(values: Tensor) -> Tensor:
