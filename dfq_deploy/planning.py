@@ -32,6 +32,7 @@ from exporters.backends import BuildOptions, Placement
 
 __all__ = ["check_recipe", "float_stage", "formats_for_spared", "plan_of"]
 
+_WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
 
 
@@ -153,8 +154,8 @@ def _plan(
     if scheme.blocked:
         ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
-    spare = _asked_for([name for name in asked if name != "auto"], model, ranges)
-    if "auto" in asked:
+    spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
+    if _WORDS & set(asked):
         spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer)
     return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
 
@@ -187,7 +188,7 @@ def _asked_for(names: list[str], model: Model, ranges: Ranges) -> dict[str, str]
         raise PlanError(
             what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
             why=f"its layers are called like {', '.join(layers[:4])}.",
-            fix="pass none, or such names and auto with commas between them.",
+            fix="pass none, or such names and auto or massive with commas between them.",
         )
     return spare
 

@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import dfq_deploy as dfq
 from calibrators.affine import CODES, choose_qparams
 from calibrators.errors import BundleError, CalibrationWarning, PlanError, RecipeError
 from calibrators.folds import find_folds, layers_of
-from calibrators.images import ImageSet
+from calibrators.images import ImageSet, Preprocess
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen, bias, clip, gptq, reach, reparam, ridge, smooth
 from calibrators.refining import correct, is_transform, transform
@@ -93,11 +94,16 @@ def test_a_transform_leaves_the_float_model_as_it_was_and_changes_weights(
 
 
 def test_folds_of_windowed_attention_are_found_through_the_shuffled_tokens() -> None:
-    model = load_model("test_vit", random_weights=True)
-    with torch.inference_mode():
-        folds = find_folds(model.module, torch.randn(1, *model.preprocess.shape))
-    kinds = {fold.name.rpartition(".")[2] for fold in folds}
-    assert kinds >= {"qkv", "proj", "fc1"}
+    torch.manual_seed(0)
+    module = SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=16, depths=(2,), num_heads=(2,), window_size=4, num_classes=4
+    )
+    module.eval().requires_grad_(False)
+    attach_sites(module)
+    folds = find_folds(module, torch.randn(2, 3, 32, 32))
+    blocks = [f"layers.0.blocks.{block}" for block in range(2)]  # the second one's windows are shifted
+    wanted = [f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "attn.proj", "mlp.fc1")]
+    assert [fold.name for fold in folds] == wanted
 
 
 class _Shared(nn.Module):
@@ -142,6 +148,25 @@ def test_smooth_lessens_the_error_where_one_channel_is_large() -> None:
     assert not offsets.any()
     assert factors[3] > 3 * factors[torch.arange(16) != 3].max()
     assert torch.isclose(factors.log().mean(), torch.tensor(0.0), atol=1e-5)
+
+
+def test_smooth_gives_weights_finer_steps_where_inputs_are_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, 16, generator=generator)
+    rows[:, 3] *= 50
+    weights = torch.randn(8, 16, generator=generator)
+    _, factors = smooth.transform(Seen(rows, rows.amin(0), rows.amax(0), weights, None, CODES["int4"], None))
+    assert factors[3] > 2 * factors[torch.arange(16) != 3].max()
+
+
+def test_a_model_that_cannot_be_folded_is_told() -> None:
+    module = _Shared().eval().requires_grad_(False)
+    attach_sites(module)
+    pixels = np.random.default_rng(0).normal(size=(2, 8, 4, 4)).astype(np.float32)
+    eight = (0.5,) * 8
+    few = ImageSet.of(pixels, Preprocess((4, 4), 1.0, "center", "bicubic", eight, eight), source="test")
+    with pytest.warns(CalibrationWarning, match="smooth changed nothing"):
+        assert transform(module, few, ["smooth"], scheme_named("w8a8"), None) == []
 
 
 def test_reparam_centres_every_channel_and_makes_their_ranges_equal() -> None:
