@@ -112,6 +112,8 @@ class QParams:
         codes: The number format.
         axis: The axis with one scale per index, in torch's layout of the tensor, or None.
         block: Columns that share a scale, or None.
+        dynamic: The run-time finds both anew, from the ends of each tensor that passes; `scale` and `zero_point` are
+            what the calibration images gave.
     """
 
     scale: np.ndarray
@@ -119,6 +121,7 @@ class QParams:
     codes: Codes
     axis: int | None
     block: int | None = None
+    dynamic: bool = False
 
     def along(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero-point (float32 both), shaped to broadcast against the `ndim`-dimensional tensor."""
@@ -163,16 +166,13 @@ class QuantPlan:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that the plan says."""
-        values = {
-            name: [q.codes.name, q.axis, q.block, q.scale.tolist(), q.zero_point.tolist()]
-            for name, q in self.sites.items()
-        }
+        values = {name: [_facts(q), q.scale.tolist(), q.zero_point.tolist()] for name, q in self.sites.items()}
         return fingerprint_of([values, dict(self.spared), self.scheme, self.model, self.images])
 
     def save(self, path: Path) -> None:
         """Write `<site>.scale` and `<site>.zero_point` tensors and a JSON header; the same plan, the same bytes."""
         tensors = {f"{n}.{part}": getattr(q, part) for n, q in self.sites.items() for part in ("scale", "zero_point")}
-        sites = {name: {"codes": q.codes.name, "axis": q.axis, **_block(q.block)} for name, q in self.sites.items()}
+        sites = {name: _facts(q) for name, q in self.sites.items()}
         facts = {
             "scheme": self.scheme,
             "model": self.model,
@@ -197,6 +197,7 @@ class QuantPlan:
                     CODES[s["codes"]],
                     s["axis"],
                     s.get("block"),
+                    s.get("dynamic", False),
                 )
                 for name, s in header["sites"].items()
             }
@@ -255,7 +256,9 @@ def make_plan(
                 why="NaN or Inf passed there.",
                 fix="check the checkpoint and the calibration images.",
             )
-        sites[name] = QParams(*choose_qparams(seen.low, seen.high, codes), codes, seen.axis, seen.block)
+        scale, zero_point = choose_qparams(seen.low, seen.high, codes)
+        dynamic = scheme.dynamic and seen.role == "input"
+        sites[name] = QParams(scale, zero_point, codes, seen.axis, seen.block, dynamic)
     if scheme.weight and not sites:
         raise PlanError(
             what="the plan quantizes nothing.",
@@ -272,11 +275,17 @@ def _unfit(ranges: Ranges, layer: str, scheme: QuantScheme) -> str | None:
     weight = ranges.sites.get(f"{layer}.weight")
     if weight is None:
         return "an attention matmul has no weight" if scheme.activation is None else None
-    if len(weight.shape) != 2 and scheme.weight.name not in ("int8", "uint8"):
+    if len(weight.shape) != 2 and (scheme.dynamic or scheme.weight.name != "int8"):
         return f"{scheme.name} is for matrices: run-times have no such convolution"
     if scheme.blocked and weight.block is None:
         return f"its {weight.shape[1]} input channels are not two or more whole blocks"
     return None
+
+
+def _facts(qparams: QParams) -> dict[str, Any]:
+    """What the header of a plan says of a site."""
+    dynamic = {"dynamic": True} if qparams.dynamic else {}
+    return {"codes": qparams.codes.name, "axis": qparams.axis, **_block(qparams.block), **dynamic}
 
 
 def _block(size: int | None) -> dict[str, int]:

@@ -19,10 +19,10 @@ from calibrators.errors import CalibrationWarning, PlanError
 from calibrators.folds import UNCHANGED, Fold, find_folds, layers_of, moved, outputs_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams
-from calibrators.refine import Layer, Seen, rounded
+from calibrators.refine import Layer, Seen
 from calibrators.registry import pick
 from calibrators.scheme import QuantScheme
-from calibrators.sites import SitedLinear
+from calibrators.sites import SitedLinear, rounded
 
 __all__ = ["correct", "is_transform", "transform"]
 

@@ -26,6 +26,7 @@ class QuantScheme:
         observer: The observer that `--observer auto` stands for.
         refine: The refine passes that `--refine default` stands for.
         note: For people.
+        dynamic: The run-time finds the scales of activations anew for each tensor.
     """
 
     name: str
@@ -35,6 +36,7 @@ class QuantScheme:
     observer: str
     refine: tuple[str, ...]
     note: str
+    dynamic: bool = False
 
 
 _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
@@ -51,6 +53,16 @@ SCHEMES = {
             "percentile",
             ("smooth", "reach"),
             "INT8 weights, asymmetric UINT8 inputs, ORT",
+        ),
+        QuantScheme(
+            "w8a8_dynamic",
+            _INT8,
+            _UINT8,
+            False,
+            "minmax",
+            ("smooth",),
+            "INT8 weights, UINT8 inputs scaled anew in every call, ORT",
+            dynamic=True,
         ),
         QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),

@@ -7,7 +7,9 @@ run-times fuse an INT8 convolution only when its output is quantized as well). A
 ranges and plans and the name of the tensor in ONNX.
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calibrators.affine import fake_quantize
+from calibrators.affine import choose_qparams, fake_quantize
 from calibrators.observers import MinMax, Observer
 from calibrators.plan import QParams, SiteRange
 
@@ -30,6 +32,7 @@ __all__ = [
     "attach_sites",
     "block_ranges",
     "channel_weights",
+    "rounded",
     "set_mode",
     "sites_of",
 ]
@@ -100,14 +103,7 @@ class QuantSite(nn.Module):
         if qparams is None:
             self._fake = None
             return
-        codes = qparams.codes
-
-        def fake(values: Tensor) -> Tensor:
-            scale, zero = (torch.from_numpy(part).to(values.device) for part in qparams.along(values.ndim))
-            rounded: Tensor = fake_quantize(values.float(), scale, zero, codes)
-            return rounded.to(values.dtype)
-
-        self._fake = fake
+        self._fake = functools.partial(rounded, qparams=qparams)
 
 
 class OperandSites(nn.Module):
@@ -148,6 +144,17 @@ class SitedConv2d(nn.Conv2d):
         """The convolution's output, (N, out_channels, H, W)."""
         y = self._conv_forward(self.input_site(x), self.weight_site(self.weight), self.bias)
         return self.output_site(y)  # type: ignore[no-any-return]
+
+
+def rounded(values: Tensor, qparams: QParams) -> Tensor:
+    """`values` as they come back from the codes of `qparams`, same shape and dtype."""
+    if qparams.dynamic:
+        low, high = (end.cpu().numpy() for end in values.float().aminmax())
+        scales, zeros = choose_qparams(low, high, qparams.codes)
+        qparams = replace(qparams, scale=scales, zero_point=zeros)
+    scale, zero = (torch.from_numpy(part).to(values.device) for part in qparams.along(values.ndim))
+    found: Tensor = fake_quantize(values.float(), scale, zero, qparams.codes)
+    return found.to(values.dtype)
 
 
 def attach_sites(module: nn.Module) -> None:

@@ -48,9 +48,9 @@ class LayerCutter:
 
 def _before_qdq(value: ir.Value) -> ir.Value:
     """The float tensor that DequantizeLinear(QuantizeLinear(tensor)) gives back rounded; others as they are."""
-    for op_type in ("DequantizeLinear", "QuantizeLinear"):
+    for op_types in ({"DequantizeLinear"}, {"QuantizeLinear", "DynamicQuantizeLinear"}):
         producer = value.producer()
-        if producer is None or producer.op_type != op_type or producer.inputs[0] is None:
+        if producer is None or producer.op_type not in op_types or producer.inputs[0] is None:
             return value
         value = producer.inputs[0]
     return value

@@ -129,12 +129,18 @@ class InsertQDQ(ContractPass):
 
 
 def _pair(source: ir.Value, site: str, qparams: QParams, *, before: ir.Node) -> ir.Value:
-    """`source` through QuantizeLinear and DequantizeLinear, put into the graph before `before`."""
+    """`source` through a quantize and a dequantize operator, put into the graph before `before`."""
     graph = before.graph
     assert isinstance(graph, ir.Graph)
-    constants = _constants(graph, site, qparams)
-    quantized = ir.node("QuantizeLinear", [source, *constants], name=f"{site}.quantize")
-    dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *constants], name=f"{site}.dequantize")
+    if qparams.dynamic:
+        quantized = ir.node("DynamicQuantizeLinear", [source], num_outputs=3, name=f"{site}.quantize")
+        found = list(quantized.outputs[1:])
+        for value, dtype in zip(found, (ir.DataType.FLOAT, _onnx_type(qparams.codes)), strict=True):
+            value.dtype, value.shape = dtype, ir.Shape([])
+    else:
+        found = _constants(graph, site, qparams)
+        quantized = ir.node("QuantizeLinear", [source, *found], name=f"{site}.quantize")
+    dequantized = ir.node("DequantizeLinear", [quantized.outputs[0], *found], name=f"{site}.dequantize")
     graph.insert_before(before, [quantized, dequantized])
     quantized.outputs[0].dtype, quantized.outputs[0].shape = _onnx_type(qparams.codes), source.shape
     dequantized.outputs[0].dtype, dequantized.outputs[0].shape = ir.DataType.FLOAT, source.shape

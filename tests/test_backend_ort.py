@@ -5,14 +5,18 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 import dfq_deploy as dfq
+from calibrators.affine import CODES
 from calibrators.errors import BackendError, ExportError
 from calibrators.images import ImageSet
-from calibrators.plan import QuantPlan
+from calibrators.plan import QParams, QuantPlan
+from calibrators.sites import rounded
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
 from exporters.backends import BuildOptions, ort
@@ -26,6 +30,7 @@ _RECIPES = {
     "w8a8_asym": dfq.Recipe(
         model="demo", generator="noise", count=8, refine="none", attention=True, scheme="w8a8_asym"
     ),
+    "w8a8_dynamic": dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w8a8_dynamic"),
 }
 
 
@@ -71,6 +76,21 @@ def test_every_layer_equals_its_reference_on_the_same_input(bundle: Path) -> Non
     Reference(load_model("demo"), plan).watch_layers(_images(bundle), compare)
     assert off.keys() == set(plan.layers)
     assert max(off.values()) < 1e-5, max(off, key=lambda layer: off[layer])
+
+
+def test_dynamic_scales_are_found_as_the_operator_finds_them() -> None:
+    values = np.random.default_rng(0).gamma(1.0, 2.0, size=(4, 50)).astype(np.float32) - 1
+    node = onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero_point"])
+    kinds = [onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8]
+    outputs = [onnx.helper.make_tensor_value_info(n, k, None) for n, k in zip(node.output, kinds, strict=True)]
+    inputs = [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)]
+    graph = onnx.helper.make_graph([node], "dynamic", inputs, outputs)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    codes, scale, zero_point = session.run(None, {"x": values})
+    kept = QParams(np.float32(9), np.uint8(9), CODES["uint8"], None, dynamic=True)
+    wanted = (codes.astype(np.float32) - zero_point) * scale
+    np.testing.assert_array_equal(rounded(torch.from_numpy(values), kept).numpy(), wanted)
 
 
 def test_with_everything_quantized_nothing_is_float(demo_bundle: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def test_a_plan_comes_back_as_it_was_saved(saved: Path) -> None:
         np.testing.assert_array_equal(loaded.sites[name].scale, site.scale, strict=True)
         np.testing.assert_array_equal(loaded.sites[name].zero_point, site.zero_point, strict=True)
         assert (loaded.sites[name].codes, loaded.sites[name].axis) == (site.codes, site.axis)
+
+
+def test_a_dynamic_plan_leaves_convolutions_in_float_and_comes_back(tmp_path: Path) -> None:
+    sites = dict(small_ranges().sites)
+    sites["stem.weight"] = replace(sites["stem.weight"], shape=(2, 3, 4, 4))
+    plan = make_plan(replace(small_ranges(), sites=sites), SCHEMES["w8a8_dynamic"])
+    assert {name: q.dynamic for name, q in plan.sites.items()} == {"head.input": True, "head.weight": False}
+    assert "no such convolution" in plan.spared["stem.input"]
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = QuantPlan.load(tmp_path / "plan.safetensors")
+    assert loaded.fingerprint == plan.fingerprint
+    assert loaded.sites["head.input"].dynamic
+    static = replace(plan, sites={k: replace(q, dynamic=False) for k, q in plan.sites.items()})
+    assert static.fingerprint != plan.fingerprint
 
 
 def test_ranges_come_back_as_they_were_saved(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ operator more. A pass knows one place at a time; `calibrators.refining` walks th
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from calibrators.affine import Codes, choose_qparams, fake_quantize
+from calibrators.affine import Codes, choose_qparams
 from calibrators.plan import QParams
+from calibrators.sites import rounded
 
-__all__ = ["Correction", "Layer", "Seen", "Transform", "rounded"]
+__all__ = ["Correction", "Layer", "Seen", "Transform"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,6 @@ class Layer:
         scale, zero = choose_qparams(low, high, self.qparams.codes)
         shape = self.qparams.scale.shape
         self.qparams = replace(self.qparams, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
-
-
-def rounded(values: Tensor, qparams: QParams) -> Tensor:
-    """`values` as they come back from the codes of `qparams`."""
-    scale, zero = map(torch.from_numpy, qparams.along(values.ndim))
-    found: Tensor = fake_quantize(values, scale, zero, qparams.codes)
-    return found
 
 
 class Transform(Protocol):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from calibrators.affine import choose_qparams
 from calibrators.plan import QParams
-from calibrators.refine import Layer, rounded
+from calibrators.refine import Layer
+from calibrators.sites import rounded
 
 __all__ = ["correct"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from calibrators.affine import choose_qparams
 from calibrators.plan import QParams
-from calibrators.refine import Seen, rounded
+from calibrators.refine import Seen
+from calibrators.sites import rounded
 
 __all__ = ["transform"]
 

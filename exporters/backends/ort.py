@@ -31,7 +31,7 @@ from exporters.tensorrt.refusals import refuse_plan
 __all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare"]
 
 _KERNELS: dict[Precision, set[str]] = {  # MatMulNBits computes in float: for INT8 it is a fall-back
-    "int8": {"MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
+    "int8": {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
     "int4": {"MatMulNBits"},
 }
 _PROVIDERS = {
