@@ -27,7 +27,7 @@ from dfq_deploy.reference import Reference
 from dfq_deploy.refined import copy_of
 from dfq_deploy.sparing import Massive, massive_activations
 
-__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse", "noisy_layers"]
+__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse", "macs_percent", "noises", "sqnr_on"]
 
 _FEW = 8  # images that tell how noisy a layer is
 
@@ -159,7 +159,7 @@ def analyse(
     asked += [frozenset([site]) for site in plan.sites]
     asked += [sites for sites in possible.values() if sites]
     formats = {**spared, **plan.sites}
-    macs = _macs_percent(model)
+    macs = macs_percent(model)
     batches = list(images.batches(batch_size))
     refined = refined or model
     mixed = copy_of(refined)
@@ -189,36 +189,31 @@ def analyse(
     )
 
 
-def noisy_layers(
-    model: Model,
-    plan: QuantPlan,
-    images: ImageSet,
-    *,
-    wanted_db: float,
-    progress: Callable[[int, int], object] = lambda *_: None,
-) -> dict[str, str]:
-    """The layers without which the rest of `plan` keeps the logits' SQNR at `wanted_db`, with the reason.
+def noises(
+    model: Model, plan: QuantPlan, images: ImageSet, progress: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Power of the change of the logits over that of the logits, per layer, where it alone is quantized.
 
-    Each layer is quantized alone on a few of `images`, and their noises are taken to add up. Layers go in the order of
-    noise per multiply-accumulate, so that as little time as may be is given for the SQNR.
+    A few of `images` tell; `progress` is called after each layer.
     """
     few = list(images.spread(_FEW).batches(_FEW))
     wanted = _logits(Reference(model, plan).float, few)
-    macs = _macs_percent(model)
-    noises = {}
-    for done, layer in enumerate(plan.layers, 1):
-        sites = {site: plan.sites[site] for site in _sites_of(layer, plan.sites)}
-        noises[layer] = _effect(_logits(Reference(model, replace(plan, sites=sites)).quantized, few), wanted).noise
-        progress(done, len(plan.layers))
     power = float(np.square(wanted).sum())
-    left = total = sum(noises.values())
     found = {}
-    for layer in sorted(noises, key=lambda layer: -noises[layer] / max(macs[layer], 1e-3)):
-        if sqnr_db(power, left) >= wanted_db:
-            break
-        left -= noises[layer]
-        found[layer] = f"it makes {noises[layer] / total:.0%} of the noise in the logits"
+    for layer in plan.layers:
+        sites = {site: plan.sites[site] for site in _sites_of(layer, plan.sites)}
+        found[layer] = (
+            _effect(_logits(Reference(model, replace(plan, sites=sites)).quantized, few), wanted).noise / power
+        )
+        progress()
     return found
+
+
+def sqnr_on(model: Model, plan: QuantPlan, images: ImageSet, batch_size: int = 16) -> float:
+    """SQNR of the logits under `plan`, in dB."""
+    batches = list(images.batches(batch_size))
+    reference = Reference(model, plan)
+    return _effect(_logits(reference.quantized, batches), _logits(reference.float, batches)).sqnr_db
 
 
 def _give_weights(mixed: Model, quantized: set[str], refined: Model, model: Model) -> None:
@@ -242,7 +237,7 @@ def _effect(found: np.ndarray, wanted: np.ndarray) -> Effect:
     return Effect(noise, sqnr_db(float(np.square(wanted).sum()), noise), agreement)
 
 
-def _macs_percent(model: Model) -> dict[str, float]:
+def macs_percent(model: Model) -> dict[str, float]:
     """Share of the model's multiply-accumulates, in percent, by layer and attention matmul.
 
     torch counts them. The fused attention kernel is taken apart so that every version of torch counts its two matmuls;

@@ -5,6 +5,8 @@ written and verified.
 """
 
 import contextlib
+import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,13 +21,13 @@ from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
-from exporters.backends import Built
+from exporters.backends import BuildOptions, Built
 from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, files_in, open_bundle, seal_bundle
 from exporters.cast import CastBody
 from exporters.qdq import InsertQDQ
 from exporters.to_onnx import export_float, save_model, torch_parity
 
-__all__ = ["build_bundle", "float_onnx", "is_built", "made_with"]
+__all__ = ["build_bundle", "float_onnx", "is_built", "layer_times", "made_with"]
 
 _MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 _BUILDERS = ("tensorrt", "tensorrt-rtx-cu13")
@@ -100,12 +102,8 @@ def build_bundle(
     recipe.save(out / "recipe.toml")
     parity = _parity(refined, floats)
     backend = pick("exporters.backends", recipe.backend)
-    quantized = InsertQDQ(plan)(ir.load(floats)).model
     options = recipe.options
-    if options.body != "fp32":
-        quantized = CastBody(options.body)(quantized).model
-    backend.prepare(quantized, plan, options)
-    save_model(quantized, out / "model.onnx")
+    _quantize(floats, plan, recipe.backend, options, out / "model.onnx")
     built: Built = backend.build(out / "model.onnx", plan, options)
     files = ["plan.safetensors", "model.onnx", *built.files]
     if recipe.keep_float:
@@ -119,6 +117,33 @@ def build_bundle(
     for stale in before - set(files):  # of another backend, or another option
         (out / stale).unlink(missing_ok=True)
     seal_bundle(out, _manifest(recipe, model, weights, images, built, parity), files)
+
+
+def layer_times(
+    plans: Mapping[str, QuantPlan], floats: Path, backend: str, options: BuildOptions
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per layer in a call with one image, "" for all else: under each plan, and of `float`.
+
+    Raises:
+        BackendError: The backend cannot say.
+    """
+    layers = dict.fromkeys(layer for plan in plans.values() for layer in plan.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {name: Path(folder) / f"{name}.onnx" for name in plans}
+        for name, plan in plans.items():
+            _quantize(floats, plan, backend, options, models[name])
+        paths = [floats, *models.values()]
+        times = pick("exporters.backends", backend).time_layers(paths, layers, options)
+    return dict(zip(["float", *models], times, strict=True))
+
+
+def _quantize(floats: Path, plan: QuantPlan, backend: str, options: BuildOptions, path: Path) -> None:
+    """Write to `path` what `backend` gets to build: the float ONNX model with the plan in it."""
+    quantized = InsertQDQ(plan)(ir.load(floats)).model
+    if options.body != "fp32":
+        quantized = CastBody(options.body)(quantized).model
+    pick("exporters.backends", backend).prepare(quantized, plan, options)
+    save_model(quantized, path)
 
 
 def _parity(model: Model, floats: Path) -> float:

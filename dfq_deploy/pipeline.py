@@ -57,12 +57,18 @@ class Watch(Protocol):
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
         """How far the stage is, with the current loss terms by name where there are any."""
 
+    def tell(self, text: str) -> None:
+        """Something that a person wants to know."""
+
 
 class _Silent:
     def stage(self, name: str, already_done: bool) -> None:
         """Nobody is told."""
 
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
+        """Nobody is told."""
+
+    def tell(self, text: str) -> None:
         """Nobody is told."""
 
 
@@ -98,7 +104,7 @@ def export(
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
-        plan, refined, weights = plan_of(recipe, model, calibration, work, watch.progress)
+        plan, refined, weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
         pick("exporters.backends", recipe.backend).check(plan, recipe.options)
         floats = float_stage(refined, work)
         if not is_built(out, recipe, plan):
@@ -133,7 +139,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan, _refined, _weights = plan_of(recipe, model, calibration, work, watch.progress)
+        plan, _refined, _weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
         plan.save(out)
     return plan
 

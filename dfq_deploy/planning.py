@@ -19,10 +19,10 @@ from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
 from calibrators.refining import correct, is_transform, transform
 from calibrators.registry import pick
-from calibrators.scheme import scheme_named
+from calibrators.scheme import SCHEMES, scheme_named
 from calibrators.sites import block_ranges
-from dfq_deploy.analysis import noisy_layers
-from dfq_deploy.building import float_onnx, made_with
+from dfq_deploy.assignment import Assignment, Budget, apply, assign, noisy_layers, sizes
+from dfq_deploy.building import float_onnx, layer_times, made_with
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined
@@ -44,7 +44,10 @@ def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
         BackendError: A run-time is missing, or takes no such plan.
     """
     _collector(recipe).check(_observer(recipe), scheme_named(recipe.scheme).activation)
-    pick("exporters.backends", recipe.backend).check(_one_layer_plan(recipe), options)
+    backend = pick("exporters.backends", recipe.backend)
+    backend.check(_one_layer_plan(recipe), options)
+    if recipe.auto and recipe.least == "latency":
+        backend.time_layers((), (), options)
 
 
 def float_stage(model: Model, work: Workspace) -> Path:
@@ -59,6 +62,7 @@ def plan_of(
     images: ImageSet,
     work: Workspace,
     progress: Callable[[int, int, Mapping[str, float]], object],
+    tell: Callable[[str], object],
 ) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
     """The plan that the recipe asks for, the model with the weights that it is for, and the files that hold those.
 
@@ -84,7 +88,14 @@ def plan_of(
         path = work.stage("folded", ".safetensors", [model.fingerprint, transforms, *facts], fold)
         weights.append(path)
         refined = load_refined(model, path)
-    plan = _spared(recipe, refined, images, work, _plan(recipe, refined, images, work, progress), progress)
+    plan = _plan(recipe, refined, images, work, progress)
+    if recipe.auto:
+        plan, said = _assigned(recipe, refined, images, work, plan, progress)
+        tell(said)
+    else:
+        plan = _spared(recipe, refined, images, work, plan, progress)
+    if any(qparams.block for qparams in plan.sites.values()) and recipe.refine == "default":
+        corrections = list(dict.fromkeys([*corrections, *SCHEMES["w4a16"].refine]))
 
     def correct_layers(path: Path) -> None:
         corrected = copy_of(refined)
@@ -136,6 +147,50 @@ def _spared(
     return replace(plan, sites={k: v for k, v in plan.sites.items() if k not in why}, spared={**plan.spared, **why})
 
 
+def _assigned(
+    recipe: CalibrateRecipe,
+    model: Model,
+    images: ImageSet,
+    work: Workspace,
+    plan: QuantPlan,
+    progress: Callable[[int, int, Mapping[str, float]], object],
+) -> tuple[QuantPlan, str]:
+    """The plan with the formats of `--auto`, INT4 weights among them, and what was found, for people."""
+    plans = {plan.scheme: plan}
+    blocks = block_ranges(model.module, recipe.block)
+    alone = not any(site.endswith(".output") for site in plan.sites)  # INT8 convolutions and INT4: no opset has both
+    if blocks and alone and "w4a16" not in plans:
+        spared = {layer_of(site): why for site, why in plan.spared.items()}
+        narrow = Ranges(blocks, plan.model, plan.images, "")
+        plans["w4a16"] = make_plan(narrow, SCHEMES["w4a16"], spare=spared)
+    budget = Budget.of(recipe.max_drop, recipe.min_agreement)
+
+    def make(path: Path) -> None:
+        costs, rest = sizes(plans, model), 0.0
+        if recipe.least == "latency":
+            options = BuildOptions(provider=recipe.provider)
+            times = layer_times(plans, float_stage(model, work), recipe.backend, options)
+            rest = sum(time for layer, time in times["float"].items() if layer not in costs)
+            costs = {layer: {name: times[name][layer] for name in own} for layer, own in costs.items()}
+        found = assign(
+            plans,
+            costs,
+            model,
+            images,
+            budget=budget,
+            least=recipe.least,
+            rest=rest,
+            progress=lambda done, total: progress(done, total, {}),
+        )
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+
+    facts = [*(p.fingerprint for p in plans.values()), recipe.least, budget.text, recipe.backend, recipe.provider]
+    path = work.stage("formats", ".json", [*facts, made_with()], make)
+    found = Assignment(**json.loads(path.read_text(encoding="utf-8")))
+    return apply(found, plans), str(found)
+
+
 def _placement(recipe: CalibrateRecipe) -> Placement:
     found: Placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
     return found
@@ -156,7 +211,7 @@ def _plan(
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
     if _WORDS & set(asked):
-        spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer)
+        spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer, measured=recipe.auto)
     return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
 
 

@@ -33,6 +33,10 @@ class _Bar:
         text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
         self._progress.update(self._task, completed=done, total=total, terms=text)
 
+    def tell(self, text: str) -> None:
+        """Print `text` above the lines."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
 
 @contextmanager
 def shown_progress() -> Iterator[_Bar]:

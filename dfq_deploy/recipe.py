@@ -20,6 +20,7 @@ __all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "P
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _FLOATS = ("fp32", "fp16", "bf16")
+_LEAST = ("latency", "size")
 _BLOCKS = (16, 32, 64, 128)
 
 if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a type checker cannot know
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
     from builtins import str as CollectorName
     from builtins import str as FloatName
     from builtins import str as GeneratorName
+    from builtins import str as LeastName
     from builtins import str as ObserverName
     from builtins import str as ProviderName
     from builtins import str as SchemeName
@@ -37,6 +39,7 @@ else:
     GeneratorName = Literal[names("dfq_deploy.generation.generators")]
     BlockSize = Literal[_BLOCKS]
     FloatName = Literal[_FLOATS]
+    LeastName = Literal[_LEAST]
     ObserverName = Literal[_OBSERVERS]
     ProviderName = Literal[_PROVIDERS]
     SchemeName = Literal[tuple(SCHEMES)]
@@ -119,6 +122,15 @@ class CalibrateRecipe(GenerateRecipe):
     """Layers that stay float: none, or names with commas between them; massive among them is the ends of the model and
     what has massive activations, auto that and, for ONNX Runtime in INT8, what makes most of the noise."""
 
+    auto: bool = False
+    """Give each layer the format, float among them, with which the engine is least and the predicted loss in budget."""
+    least: LeastName = "latency"
+    """What --auto makes small: latency (one image; ONNX Runtime on the CPU) or size."""
+    max_drop: float = 0.3
+    """The budget of --auto, in points of top-1."""
+    min_agreement: float | None = None
+    """The budget of --auto as agreement with float, in percent, in place of --max-drop."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("backend", self.backend, names("exporters.backends"))
@@ -132,6 +144,14 @@ class CalibrateRecipe(GenerateRecipe):
         _check_name("observer", self.observer, _OBSERVERS)
         for name in () if self.refine in ("none", "default") else self.refine.split(","):
             _check_name("refine", name, names("calibrators.refine"))
+        _check_name("least", self.least, _LEAST)
+        wrong = f"--max-drop {self.max_drop:g} is out of range."
+        _check(0 < self.max_drop <= 10, wrong, "it is a loss in points of top-1.", "0.3, or another up to 10")
+        wrong = f"--min-agreement {self.min_agreement} is out of range."
+        sound = self.min_agreement is None or 50 <= self.min_agreement < 100
+        _check(sound, wrong, "it is a share of images in percent.", "98, or another from 50 to 100")
+        wrong = f"--auto has nothing to choose from with --scheme {self.scheme}."
+        _check(not self.auto or self.scheme != "float", wrong, "nothing is quantized.", "--scheme w8a8")
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
 

@@ -74,7 +74,7 @@ class Massive:
         )
 
 
-def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool) -> dict[str, str]:
+def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool, measured: bool = False) -> dict[str, str]:
     """The layers that quantization serves badly, with the reason.
 
     The ends of the model, and what noise shows. Where activations stay float there are none; floating-point codes
@@ -84,6 +84,7 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool) -> 
         model: The model.
         scheme: The wanted number formats.
         first_layer: Quantize the layer that reads the image all the same.
+        measured: Leave out what a measurement will judge: massive activations and the classifier.
     """
     if scheme.activation is None:
         return {}
@@ -96,9 +97,10 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool) -> 
             found[name] = f"its input {massive}"
 
     _show_noise(model, (SitedLinear, SitedConv2d), look)
-    if scheme.activation.mantissa is not None:
+    if measured or scheme.activation.mantissa is not None:
         found = {layer: reason for layer, reason in found.items() if reason == _CONSTANT}
-    found |= dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
+    if not measured:
+        found |= dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
     first = next(iter(sites_of(model.module)))
     if not first_layer:
         found[layer_of(first)] = "it reads the image: its error reaches every layer, its time hardly counts"

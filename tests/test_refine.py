@@ -323,6 +323,9 @@ def test_a_run_with_the_default_passes_is_checked_against_float_as_it_was(demo: 
         def progress(self, *_: object) -> None:
             """Not looked at."""
 
+        def tell(self, _text: str) -> None:
+            """Not looked at."""
+
     dfq.export(recipe, tmp_path / "run", limit=8, watch=Stages())
     assert {"folded", "ranges", "noise", "refined", "float"} <= set(done)
     (tmp_path / "run" / "work" / manifest["model"]["refined"][-1]).unlink()

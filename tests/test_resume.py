@@ -43,6 +43,9 @@ class _Log:
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
         pass
 
+    def tell(self, text: str) -> None:
+        pass
+
 
 @pytest.fixture
 def run(demo_bundle: Path, tmp_path: Path) -> Path:

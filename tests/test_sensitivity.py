@@ -15,7 +15,8 @@ from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy import cli
-from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse, noisy_layers
+from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse
+from dfq_deploy.assignment import noisy_layers
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.planning import formats_for_spared

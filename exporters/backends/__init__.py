@@ -1,10 +1,10 @@
-"""Backends: one file per run-time, each with the same five verbs. No torch.
+"""Backends: one file per run-time, each with the same six verbs. No torch.
 
 A backend says what it wants quantized and what it cannot run before it tries, changes the graph where the run-time
 needs it, turns an ONNX file with Q/DQ into what it loads, and runs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -108,4 +108,10 @@ class Backend(Protocol):
 
     def load(self, model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Engine:
         """The engine of the file `model`, which was built with `options` and is `made_for` something."""
+        ...
+
+    def time_layers(
+        self, models: Sequence[Path], layers: Iterable[str], options: BuildOptions
+    ) -> list[dict[str, float]]:
+        """Milliseconds per layer in a call with one image, "" for the rest, by model; BackendError if it cannot."""
         ...

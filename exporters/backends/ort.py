@@ -7,10 +7,9 @@ Runtime does not say what those compute in. Whether a provider is there is asked
 has what was compiled in, with and without a driver.
 """
 
-import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census, Precision, precision_of
 from exporters.tensorrt.fence import put_fences
-from exporters.tensorrt.refusals import refuse_plan
+from exporters.tensorrt.refusals import cannot_time_layers, refuse_plan
+from exporters.timing import SERIAL_SUFFIX, profile_layers
 
-__all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare"]
+__all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare", "time_layers"]
 
 _KERNELS: dict[Precision, set[str]] = {  # MatMulNBits computes in float: for INT8 it is a fall-back
     "int8": {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
@@ -47,7 +47,6 @@ _TENSORRT_FORMATS = {
     "bf16": onnx.TensorProto.BFLOAT16,
 }
 _BLOCKS = (32, 64, 128)
-_SERIAL_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime appends when it renames a fused node
 
 
 class OrtEngine:
@@ -195,6 +194,17 @@ def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Ort
     return OrtEngine(model, options.provider or "cpu", options)
 
 
+def time_layers(models: Sequence[Path], layers: Iterable[str], options: BuildOptions) -> list[dict[str, float]]:
+    """Milliseconds per layer in a call with one image, by model, as ONNX Runtime's profile has them.
+
+    Raises:
+        BackendError: The provider compiles the model into one node.
+    """
+    if options.provider in _TENSORRT:
+        raise cannot_time_layers()
+    return profile_layers(models, layers, [session_options() for _ in models], [_PROVIDERS[options.provider or "cpu"]])
+
+
 def session_options(*, exact: bool = False) -> onnxruntime.SessionOptions:
     """Options of a session that computes what the file says.
 
@@ -263,7 +273,7 @@ def _operators(model: Path, provider: str) -> dict[str, str]:
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
             raise _cannot_load(model, cause) from cause
         graph = onnx.load(optimised, load_external_data=False).graph
-    return {_SERIAL_SUFFIX.sub("", node.name): node.op_type for node in graph.node}
+    return {SERIAL_SUFFIX.sub("", node.name): node.op_type for node in graph.node}
 
 
 def _not_here(provider: str, there: list[str]) -> NotHereError:

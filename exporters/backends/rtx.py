@@ -24,9 +24,9 @@ from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
-from exporters.tensorrt.verbs import placement, prepare
+from exporters.tensorrt.verbs import placement, prepare, time_layers
 
-__all__ = ["build", "check", "load", "placement", "prepare"]
+__all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
 
 _ENGINE = "model.engine"
 _BLOCKS = (16, 32, 64, 128)

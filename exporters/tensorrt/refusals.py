@@ -12,7 +12,7 @@ import onnx_ir as ir
 from calibrators.errors import BackendError
 from calibrators.plan import QuantPlan
 
-__all__ = ["refuse_model", "refuse_plan"]
+__all__ = ["cannot_time_layers", "refuse_model", "refuse_plan"]
 
 _FIRST_FP8 = 89  # the first compute capability, times ten, that has FP8
 _INTEGER_OPS = {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
@@ -39,6 +39,15 @@ def refuse_plan(plan: QuantPlan, *, targets: Iterable[str], blocks: tuple[int, .
             fix="pass --block 64, or use --backend ort.",
         )
     _refuse_fp8({q.codes.name for q in plan.sites.values()}, targets)
+
+
+def cannot_time_layers() -> BackendError:
+    """That TensorRT does not say what each layer takes."""
+    return BackendError(
+        what="TensorRT does not say how long each layer takes.",
+        why="it merges layers with one another and with what lies between them.",
+        fix="pass --least size, or --backend ort with --provider cpu.",
+    )
 
 
 def refuse_model(model: ir.Model, *, targets: Iterable[str] = ()) -> None:

@@ -1,12 +1,16 @@
 """The verbs of a backend that TensorRT and TensorRT for RTX answer alike."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
 import onnx_ir as ir
 
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Placement
 from exporters.tensorrt.fence import put_fences
+from exporters.tensorrt.refusals import cannot_time_layers
 
-__all__ = ["placement", "prepare"]
+__all__ = ["placement", "prepare", "time_layers"]
 
 
 def placement(options: BuildOptions) -> Placement:
@@ -17,3 +21,12 @@ def placement(options: BuildOptions) -> Placement:
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
     """Put fences behind what TensorRT would cut."""
     put_fences(model, plan)
+
+
+def time_layers(models: Sequence[Path], layers: Iterable[str], options: BuildOptions) -> list[dict[str, float]]:
+    """Nothing: TensorRT merges layers with what lies between them.
+
+    Raises:
+        BackendError: Always.
+    """
+    raise cannot_time_layers()
