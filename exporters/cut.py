@@ -35,7 +35,8 @@ class LayerCutter:
         feeds = {}
         for value, operand in zip(graph.inputs, operands, strict=True):
             dtype = value.dtype or ir.DataType.FLOAT
-            value.shape, value.dtype = ir.Shape(operand.shape), dtype
+            # the batch stays open, as in the whole model: ONNX Runtime fuses otherwise what it would not fuse there
+            value.shape, value.dtype = ir.Shape(["batch", *operand.shape[1:]]), dtype
             feeds[str(value.name)] = operand.astype(dtype.numpy())
         for value in (output for inner in graph for output in inner.outputs):
             value.shape = None  # recorded for the whole model; an operand may come with one axis less
