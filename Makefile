@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test gpu lint bench accuracy float-body latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy float-body latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -24,6 +24,9 @@ bench: .venv/test.stamp
 	$(BIN)/python benchmarks/speed.py --out $(OUT)/speed.json
 	$(BIN)/python benchmarks/memory.py --out $(OUT)/memory.json
 
+bench-peers: .venv/test.stamp
+	$(BIN)/python -m benchmarks.peers.run --out $(OUT)/peers
+
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
 
@@ -34,7 +37,7 @@ latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
 
 clean:
-	rm -rf .venv $(OUT)
+	rm -rf .venv .venv-peers $(OUT)
 
 .venv/%.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[$*]'
