@@ -26,6 +26,9 @@ class _Clock:
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
         """Nothing to note."""
 
+    def tell(self, text: str) -> None:
+        """Nothing to note."""
+
 
 def quantize(job: Job) -> Moment | None:
     """Images for `psaq_v1`, else the model in the scheme that the option names, with its block if there is one."""
