@@ -100,7 +100,8 @@ class CalibrateRecipe(GenerateRecipe):
     provider: ProviderName = "cpu"
     """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
-    """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (nothing quantized)."""
+    """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (nothing quantized);
+    w4a8, w6a6 and w4a4 are for simulate only."""
     block: BlockSize = 64
     """Input channels that share a scale; matters to w4a16."""
     collector: CollectorName = "pytorch"
