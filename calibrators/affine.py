@@ -23,12 +23,13 @@ class Codes:
     """A number format.
 
     Attributes:
-        name: The name of its NumPy dtype.
+        name: The name of its NumPy dtype, where it has one.
         low: Its smallest code.
         high: Its largest code.
         lowest: The code that the lower end of a range gets. INT8 leaves -128 unused, so that a weight and its negative
             have the same codes but for the sign; of INT4's few codes none is left unused.
-        mantissa: Bits after the binary point where codes are floating-point numbers; None for integers.
+        mantissa: Bits after the binary point where codes are floating-point numbers; 0 for powers of two, from 1 down
+            to 2^-15; None for integers.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Codes:
     @property
     def zero_dtype(self) -> str:
         """NumPy dtype of zero-points, as plans hold them."""
-        return "int8" if self.signed else self.name
+        return "int8" if self.signed else "uint8"
 
 
 CODES = {
@@ -54,10 +55,15 @@ CODES = {
         Codes("int8", -128, 127, lowest=-127),
         Codes("uint8", 0, 255, lowest=0),
         Codes("int4", -8, 7, lowest=-8),
+        Codes("uint4", 0, 15, lowest=0),
+        Codes("int6", -32, 31, lowest=-32),
+        Codes("uint6", 0, 63, lowest=0),
+        Codes("log2_uint4", 0, 1, lowest=0, mantissa=0),
         Codes("float8_e4m3fn", -448, 448, lowest=-448, mantissa=3),
     )
 }
 _SMALLEST_NORMAL = 2.0**-6  # of E4M3; below it the grid is even
+_SMALLEST_POWER = 2.0**-15  # of the powers of two
 
 
 def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray]:
@@ -90,6 +96,8 @@ def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     """
     xp = array_namespace(values)
     steps = values / scale
+    if codes.mantissa == 0:
+        return 2.0 ** xp.round(xp.log2(xp.clip(steps, _SMALLEST_POWER, 1)))
     if codes.mantissa is not None:
         steps = xp.clip(steps, codes.low, codes.high)
         binade = xp.floor(xp.log2(xp.clip(xp.abs(steps), _SMALLEST_NORMAL, None)))

@@ -5,7 +5,7 @@ reason for each site that stays float). Both are kept as safetensors files; READ
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,7 @@ def make_plan(
     attention: bool = False,
     outputs: bool = True,
     spare: Mapping[str, str] | None = None,
+    ends: Collection[str] = (),
 ) -> QuantPlan:
     """The plan that represents `ranges` in the formats of `scheme`.
 
@@ -232,6 +233,7 @@ def make_plan(
         attention: Quantize the operands of the attention matmuls too.
         outputs: Quantize the outputs of convolutions too: ONNX Runtime fuses an INT8 convolution only then.
         spare: Layers that stay float, with the reason.
+        ends: Layers that get 8 bits whatever the scheme says, if it quantizes them at all.
 
     Raises:
         PlanError: A range is not finite, or nothing is left to quantize.
@@ -240,7 +242,7 @@ def make_plan(
     sites: dict[str, QParams] = {}
     spared: dict[str, str] = {}
     for name, seen in ranges.sites.items():
-        codes = scheme.weight if seen.role == "weight" else scheme.activation
+        codes = _codes(name, seen, scheme)
         reason = spare.get(layer_of(name)) or _unfit(ranges, layer_of(name), scheme)
         if seen.role == "operand" and not attention:
             reason = reason or "attention matmuls stay float unless --attention asks for them"
@@ -250,6 +252,8 @@ def make_plan(
             spared[name] = reason
         if reason or codes is None:
             continue
+        if layer_of(name) in ends:
+            codes = CODES["int8" if codes.signed else "uint8"]
         if not (np.isfinite(seen.low) & np.isfinite(seen.high)).all():
             raise PlanError(
                 what=f"the range at `{name}` is not finite.",
@@ -268,6 +272,12 @@ def make_plan(
     return QuantPlan(sites, spared, scheme.name, ranges.model, ranges.images)
 
 
+def _codes(name: str, seen: SiteRange, scheme: QuantScheme) -> Codes | None:
+    if seen.role == "weight":
+        return scheme.weight
+    return scheme.softmax if scheme.softmax and name.endswith(".av.lhs") else scheme.activation
+
+
 def _unfit(ranges: Ranges, layer: str, scheme: QuantScheme) -> str | None:
     """Why `layer` cannot have the formats of `scheme`, or None."""
     if scheme.weight is None:
@@ -275,7 +285,8 @@ def _unfit(ranges: Ranges, layer: str, scheme: QuantScheme) -> str | None:
     weight = ranges.sites.get(f"{layer}.weight")
     if weight is None:
         return "an attention matmul has no weight" if scheme.activation is None else None
-    if len(weight.shape) != 2 and (scheme.dynamic or scheme.weight.name != "int8"):
+    unlike = scheme.dynamic or scheme.weight.name != "int8"
+    if len(weight.shape) != 2 and unlike and not scheme.simulated:
         return f"{scheme.name} is for matrices: run-times have no such convolution"
     if scheme.blocked and weight.block is None:
         return f"its {weight.shape[1]} input channels are not two or more whole blocks"

@@ -27,6 +27,9 @@ class QuantScheme:
         refine: The refine passes that `--refine default` stands for.
         note: For people.
         dynamic: The run-time finds the scales of activations anew for each tensor.
+        simulated: No run-time has kernels for it: it is computed in PyTorch only, to see what it would be worth. The
+            operands of attention matmuls are quantized too, and the ends of the model to 8 bits.
+        softmax: Format of what a softmax puts out; None if that of any activation.
     """
 
     name: str
@@ -37,9 +40,12 @@ class QuantScheme:
     refine: tuple[str, ...]
     note: str
     dynamic: bool = False
+    simulated: bool = False
+    softmax: Codes | None = None
 
 
 _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
+_UINT4, _INT6, _UINT6, _LOG2 = (CODES[name] for name in ("uint4", "int6", "uint6", "log2_uint4"))
 
 SCHEMES = {
     scheme.name: scheme
@@ -66,6 +72,9 @@ SCHEMES = {
         ),
         QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
+        QuantScheme("w4a8", _INT4, _UINT8, False, "mse", (), "INT4 weights, UINT8 activations", simulated=True),
+        QuantScheme("w6a6", _INT6, _UINT6, False, "mse", (), "6 bits", simulated=True),
+        QuantScheme("w4a4", _INT4, _UINT4, False, "mse", (), "4 bits", simulated=True, softmax=_LOG2),
         QuantScheme("float", None, None, False, "minmax", (), "nothing quantized: what the others are compared with"),
     )
 }

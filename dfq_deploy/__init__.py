@@ -25,13 +25,14 @@ __all__ = [
     "load",
     "plot_sensitivity",
     "sensitivity",
+    "simulate",
 ]
 
 if TYPE_CHECKING:
     from dfq_deploy.charts import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
-    from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity
+    from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import Recipe
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
@@ -51,6 +52,7 @@ _HOMES = {
     "load": "runtime",
     "plot_sensitivity": "charts",
     "sensitivity": "pipeline",
+    "simulate": "pipeline",
 }
 
 

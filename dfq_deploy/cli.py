@@ -155,6 +155,29 @@ def sensitivity(
 
 
 @app.command
+def simulate(
+    recipe: Annotated[CalibrateRecipe, Parameter(name="*")],
+    *,
+    out: Path,
+    images: str | None = None,
+    limit: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+) -> int:
+    """Compute in PyTorch what a model is worth in number formats that no run-time has kernels for.
+
+    Args:
+        recipe: The model, the images and the number formats.
+        out: Folder to write; a run that was cut off goes on where it was.
+        images: Compare on these: folder:PATH, npz:PATH or an ImageSet file. Without it: the labelled images that come
+            with the model, else the images that it was calibrated on.
+        limit: Compare on this many of them, evenly spaced.
+    """
+    with shown_progress() as watch:
+        found = dfq.simulate(recipe, out, images=images, limit=limit, watch=watch)
+    shown.print_simulation(found, out)
+    return 0
+
+
+@app.command
 def infer(
     folder: Path,
     image: Path,

@@ -25,7 +25,7 @@ from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
 from exporters.cut import LayerCutter
 
-__all__ = ["Check", "Share", "evaluate", "sqnr_db", "without_nan"]
+__all__ = ["Check", "Share", "evaluate", "mean_with_interval", "sqnr_db", "sqnr_of", "without_nan"]
 
 _CONFIDENCE = 0.95
 _FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
@@ -167,7 +167,7 @@ def _judged(
     if images.labels is not None:
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
-        drop = _mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
+        drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
     verdict, reason = _verdict(
         layer_error, tolerance, ratio, float(distances["engine_reference"].mean()) <= negligible, ran
     )
@@ -182,7 +182,7 @@ def _judged(
         distance={name: float(d.mean()) for name, d in distances.items()},
         cosine={name: float(_cosine(logits[a], logits[b]).mean()) for name, (a, b) in pairs.items()},
         floor_ratio=ratio,
-        sqnr_db={name: _sqnr_of(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
+        sqnr_db={name: sqnr_of(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
         engine=facts,
         ran=ran,
         layer_error=layer_error,
@@ -267,7 +267,8 @@ def sqnr_db(signal: float, noise: float) -> float:
     return round(10 * (math.log10(max(signal, 1e-30)) - math.log10(noise)), 2) if noise else math.inf
 
 
-def _sqnr_of(wanted: np.ndarray, found: np.ndarray) -> float:
+def sqnr_of(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Signal to quantization noise ratio of `found`, in dB."""
     return sqnr_db(float(np.square(wanted).sum()), float(np.square(wanted - found).sum()))
 
 
@@ -285,7 +286,8 @@ def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float(ratio(a, b)), float(interval.low), float(interval.high)
 
 
-def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+def mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of values per image, with its 95 % interval."""
     mean = float(values.mean())
     spread = float(stats.sem(values)) * float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) if len(values) > 1 else 100.0
     return round(mean, 3), round(mean - spread, 3), round(mean + spread, 3)

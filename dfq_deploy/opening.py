@@ -1,20 +1,28 @@
-"""What a bundle names, opened again: its model, and the images to run on it.
+"""What a bundle names, opened again: its model, its engine, and the images to run on it.
 
 Comes before whatever compares something on a finished bundle. The bundle itself is opened by `exporters.bundle`.
 """
 
+import tempfile
 from pathlib import Path
 
-from calibrators.errors import BundleError, ImagesError
+import onnx_ir as ir
+
+from calibrators.errors import BundleError, ImagesError, NotHereError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.refined import load_refined
+from exporters.backends import Engine
+from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest
+from exporters.cast import widen
+from exporters.to_onnx import save_model
 
 __all__ = [
     "calibration_images",
+    "engine_again",
     "folded_again",
     "images_to_check",
     "labelled_for",
@@ -63,6 +71,27 @@ def folded_again(folder: Path, manifest: Manifest, model: Model) -> Model:
     """
     folded = [name for name in manifest.model.refined if name.startswith("folded-")]
     return load_refined(model, folder / "work" / folded[0]) if folded else model
+
+
+def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:
+    """The engine, its ONNX model and None; where it cannot run here, ONNX Runtime as a stand-in, and why."""
+    facts, path = manifest.engine, folder / "model.onnx"
+    model = ir.load(path)
+    if facts.options.body == "bf16":
+        widen(model)  # ONNX Runtime's CPU provider has no bf16
+    absent = facts.note
+    if facts.state == "built":
+        try:
+            engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
+        except NotHereError as error:
+            absent = f"{error.what.removesuffix('.')}: {error.why}"
+        else:
+            return engine, model, None
+    if facts.options.body != "bf16":
+        return OrtEngine(path, "cpu", exact=True), model, absent
+    with tempfile.TemporaryDirectory() as place:
+        save_model(model, Path(place) / "model.onnx")
+        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, absent
 
 
 def open_images(place: str, preprocess: Preprocess) -> ImageSet:

@@ -8,14 +8,11 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import onnx_ir as ir
-
-from calibrators.errors import NotHereError, PlanError, RecipeError
+from calibrators.errors import PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -28,6 +25,7 @@ from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import (
     calibration_images,
+    engine_again,
     folded_again,
     images_to_check,
     labelled_for,
@@ -35,17 +33,15 @@ from dfq_deploy.opening import (
     open_images,
     refined_again,
 )
-from dfq_deploy.planning import check_recipe, float_stage, formats_for_spared, plan_of
+from dfq_deploy.planning import check_calibration, check_recipe, float_stage, formats_for_spared, plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.simulation import Simulation, compare
 from dfq_deploy.workspace import Workspace
-from exporters.backends import BuildOptions, Engine
-from exporters.backends.ort import OrtEngine
-from exporters.bundle import Manifest, open_bundle
-from exporters.cast import widen
-from exporters.to_onnx import save_model
+from exporters.backends import BuildOptions
+from exporters.bundle import open_bundle
 
-__all__ = ["Watch", "calibrate", "check", "export", "generate", "sensitivity"]
+__all__ = ["Watch", "calibrate", "check", "export", "generate", "sensitivity", "simulate"]
 
 
 class Watch(Protocol):
@@ -144,6 +140,48 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILEN
     return plan
 
 
+def simulate(
+    recipe: CalibrateRecipe,
+    out: str | Path,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    watch: Watch = _SILENT,
+) -> Simulation:
+    """Compute in PyTorch what the model is worth under the plan that `recipe` describes; no engine is made.
+
+    Args:
+        recipe: The model, the images and the number formats, those included that no run-time has kernels for.
+        out: Folder of `report.json` and `plan.safetensors`; finished stages are kept in its `work/`.
+        images: What to compare on (`folder:PATH`, `npz:PATH`, a file). None: the labelled images that the model brings
+            along (the demo does), else those that it was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        watch: Told how it goes.
+
+    Raises:
+        DeployError: A stage could not be carried out; what was finished stays.
+    """
+    out = Path(out)
+    check_calibration(recipe)
+    watch.stage("model", False)
+    model = _load(recipe)
+    place = images or (f"npz:{model.labelled}" if model.labelled else None)
+    picked = labelled_for(model, open_images(place, model.preprocess)) if place else None
+    with Workspace(out, watch.stage) as work:
+        calibration = _calibration_images(recipe, model, work, watch)
+        plan, refined, _weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
+        plan.save(out / "plan.safetensors")
+    watch.stage("compare", False)
+    found = compare(
+        Reference(refined, plan, model),
+        (picked or calibration).spread(limit or len(picked or calibration)),
+        progress=lambda done, total: watch.progress(done, total, {}),
+    )
+    with written_whole(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+    return found
+
+
 def check(
     folder: str | Path,
     *,
@@ -175,7 +213,7 @@ def check(
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
-    engine, quantized, absent = _engine(folder, manifest)
+    engine, quantized, absent = engine_again(folder, manifest)
     with contextlib.closing(engine):
         found = evaluate(
             Reference(refined_again(folder, manifest, model), plan, model),
@@ -238,27 +276,6 @@ def sensitivity(
         refined=refined_again(folder, manifest, model),
         progress=lambda done, total: watch.progress(done, total, {}),
     )
-
-
-def _engine(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:
-    """The engine, its ONNX model and None; where it cannot run here, ONNX Runtime as a stand-in, and why."""
-    facts, path = manifest.engine, folder / "model.onnx"
-    model = ir.load(path)
-    if facts.options.body == "bf16":
-        widen(model)  # ONNX Runtime's CPU provider has no bf16
-    absent = facts.note
-    if facts.state == "built":
-        try:
-            engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
-        except NotHereError as error:
-            absent = f"{error.what.removesuffix('.')}: {error.why}"
-        else:
-            return engine, model, None
-    if facts.options.body != "bf16":
-        return OrtEngine(path, "cpu", exact=True), model, absent
-    with tempfile.TemporaryDirectory() as place:
-        save_model(model, Path(place) / "model.onnx")
-        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, absent
 
 
 def _writable(out: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibrators.collectors import Collector, Subject, described
-from calibrators.errors import PlanError
+from calibrators.errors import PlanError, RecipeError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
@@ -30,20 +30,38 @@ from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Placement
 
-__all__ = ["check_recipe", "float_stage", "formats_for_spared", "plan_of"]
+__all__ = ["check_calibration", "check_recipe", "float_stage", "formats_for_spared", "plan_of"]
 
 _WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
+
+
+def check_calibration(recipe: CalibrateRecipe) -> None:
+    """Return if the collector can begin.
+
+    Raises:
+        RecipeError: It has no such observer, or none for the scheme's activations.
+        BackendError: Its run-time is missing.
+    """
+    _collector(recipe).check(_observer(recipe), scheme_named(recipe.scheme).activation)
 
 
 def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
     """Return if the collector can begin and the backend takes what the recipe asks for, whatever the model.
 
     Raises:
-        RecipeError: The collector has no such observer, or none for the scheme's activations.
+        RecipeError: The scheme is simulated only, or the collector has no such observer.
         BackendError: A run-time is missing, or takes no such plan.
     """
-    _collector(recipe).check(_observer(recipe), scheme_named(recipe.scheme).activation)
+    scheme = scheme_named(recipe.scheme)
+    if scheme.simulated:
+        raise RecipeError(
+            what=f"there are no engines in {scheme.name}.",
+            why=f"no run-time has such kernels ({scheme.note}).",
+            fix=f"see what it would be worth with `dfq-deploy simulate --scheme {scheme.name}`, "
+            "or pass --scheme w8a8 or w4a16.",
+        )
+    check_calibration(recipe)
     backend = pick("exporters.backends", recipe.backend)
     backend.check(_one_layer_plan(recipe), options)
     if recipe.auto and recipe.least == "latency":
@@ -130,7 +148,7 @@ def _spared(
 ) -> QuantPlan:
     """The plan without the layers that make most of the noise, if `--spare auto` is asked for."""
     codes = scheme_named(recipe.scheme).activation
-    integers = codes is not None and codes.mantissa is None
+    integers = codes is not None and codes.mantissa is None and not scheme_named(recipe.scheme).simulated
     if not integers or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
         return plan
 
@@ -206,13 +224,21 @@ def _plan(
     ranges = _ranges(recipe, model, images, work, progress)
     scheme = scheme_named(recipe.scheme)
     placement = _placement(recipe)
+    ends = {layer_of(next(iter(ranges.sites))), *model.classifiers} if scheme.simulated else ()
     if scheme.blocked:
         ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
     if _WORDS & set(asked):
         spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer, measured=recipe.auto)
-    return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
+    return make_plan(
+        ranges,
+        scheme,
+        attention=recipe.attention or scheme.simulated,
+        outputs=placement.convolution_outputs and not scheme.simulated,
+        spare=spare,
+        ends=ends,
+    )
 
 
 def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int) -> dict[str, QParams]:

@@ -104,7 +104,7 @@ class CalibrateRecipe(GenerateRecipe):
     """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
     """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (no
-    quantization)."""
+    quantization); w4a8, w6a6 and w4a4 are for simulate only."""
     block: BlockSize = 64
     """Input channels that share a scale; matters to w4a16."""
     collector: CollectorName = "pytorch"
@@ -151,7 +151,9 @@ class CalibrateRecipe(GenerateRecipe):
         sound = self.min_agreement is None or 50 <= self.min_agreement < 100
         _check(sound, wrong, "it is a share of images in percent.", "98, or another from 50 to 100")
         wrong = f"--auto has nothing to choose from with --scheme {self.scheme}."
-        _check(not self.auto or self.scheme != "float", wrong, "nothing is quantized.", "--scheme w8a8")
+        scheme = SCHEMES[self.scheme]
+        sound = not self.auto or (scheme.weight is not None and not scheme.simulated)
+        _check(sound, wrong, "no engine computes in it, or nothing is quantized.", "--scheme w8a8")
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
 

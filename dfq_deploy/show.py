@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and 
     from dfq_deploy.analysis import Sensitivity
     from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
+    from dfq_deploy.simulation import Simulation
     from dfq_deploy.sparing import Massive
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "print_path",
     "print_plan",
     "print_sensitivity",
+    "print_simulation",
 ]
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
@@ -70,6 +72,23 @@ def print_check(found: "Check", folder: Path) -> None:
     if found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
+    _console.print(f"report: {folder / 'report.json'}")
+
+
+def print_simulation(found: "Simulation", folder: Path) -> None:
+    """A simulation: how accurate the number formats are."""
+    title = f"{found.scheme}, simulated in PyTorch: {found.n} images, {found.images}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", "top-1 %", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {"simulated agrees with float": found.agreement}
+    rows.update({f"{name}, against labels": share for name, share in (found.top1 or {}).items()})
+    for name, share in rows.items():
+        table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
+    _console.print(table)
+    _console.print(f"SQNR of the logits: {_decibels(found.sqnr_db)} dB")
+    if found.drop is not None:
+        _console.print("simulated loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"report: {folder / 'report.json'}")
 
 

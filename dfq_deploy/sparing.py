@@ -78,7 +78,7 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool, mea
     """The layers that quantization serves badly, with the reason.
 
     The ends of the model, and what noise shows. Where activations stay float there are none; floating-point codes
-    hold massive activations well.
+    hold massive activations well. What is simulated only is quantized whole, but for constants.
 
     Args:
         model: The model.
@@ -97,8 +97,10 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool, mea
             found[name] = f"its input {massive}"
 
     _show_noise(model, (SitedLinear, SitedConv2d), look)
-    if measured or scheme.activation.mantissa is not None:
+    if measured or scheme.simulated or scheme.activation.mantissa is not None:
         found = {layer: reason for layer, reason in found.items() if reason == _CONSTANT}
+    if scheme.simulated:
+        return found
     if not measured:
         found |= dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
     first = next(iter(sites_of(model.module)))
