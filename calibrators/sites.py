@@ -109,6 +109,10 @@ class QuantSite(nn.Module):
 
         self._fake = fake
 
+    def round_with(self, rounding: Callable[[Tensor], Tensor]) -> None:
+        """Round by `rounding` under `fake`, until qparams are set again."""
+        self._fake = rounding
+
 
 class OperandSites(nn.Module):
     """The four operands of one attention's matmuls: scaled Q and Kᵀ, softmax and V."""
