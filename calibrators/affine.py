@@ -97,7 +97,7 @@ def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     xp = array_namespace(values)
     steps = values / scale
     if codes.mantissa == 0:
-        return 2.0 ** xp.round(xp.log2(xp.clip(steps, _SMALLEST_POWER, 1)))
+        return xp.exp2(xp.round(xp.log2(xp.clip(steps, _SMALLEST_POWER, 1))))
     if codes.mantissa is not None:
         steps = xp.clip(steps, codes.low, codes.high)
         binade = xp.floor(xp.log2(xp.clip(xp.abs(steps), _SMALLEST_NORMAL, None)))

@@ -1,15 +1,16 @@
 """The model walked by refine passes: transforms at every fold, then corrections layer by layer.
 
 Both change the module in place. Transforms need what passes the folds, for which the images run once. Corrections need
-each layer's inputs in the float model and in the model whose earlier Linear layers are corrected and quantized (what
-else the plan rounds stays float): the two run side by side as halves of one batch, once for all layers.
+each layer's inputs in the float model and in the model whose earlier Linear layers are corrected and quantized, the
+operands of attention matmuls with them (convolutions stay float): the two run side by side as halves of one batch, once
+for all layers.
 """
 
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +23,25 @@ from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen
 from calibrators.registry import pick
 from calibrators.scheme import QuantScheme
-from calibrators.sites import SitedLinear, rounded
+from calibrators.sites import Mode, SitedLinear, rounded, set_mode, sites_of
 
-__all__ = ["correct", "is_transform", "transform"]
+__all__ = ["correct", "kind_of", "transform"]
+
+Kind = Literal["transform", "correct", "reconstruct"]
 
 _ROWS = 4096  # tokens kept per fold
 _IMAGES = 64  # that corrections look at; their memory grows with the number
 
 
-def is_transform(name: str) -> bool:
-    """Whether the pass `name` is a transform; else it is a correction.
+def kind_of(name: str) -> Kind:
+    """What the pass `name` does, which is also the name of its function.
 
     Raises:
         RecipeError: There is no such pass.
     """
-    return hasattr(pick("calibrators.refine", name), "transform")
+    plugin = pick("calibrators.refine", name)
+    kinds: tuple[Kind, ...] = ("transform", "reconstruct", "correct")
+    return next(kind for kind in kinds if hasattr(plugin, kind))
 
 
 def transform(
@@ -86,13 +91,28 @@ def correct(
     passes = [pick("calibrators.refine", name) for name in names]
     pixels = torch.from_numpy(images.spread(_IMAGES).pixels[:])
     halves = [_Halves(name, layer, plan, passes, len(pixels)) for name, layer in layers_of(module).items()]
+    _round_operands(module, plan)
     try:
         with torch.inference_mode():
             module(torch.cat([pixels, pixels]))
     finally:
         for half in halves:
             half.close()
+        set_mode(module, Mode.OFF)
     return {**plan, **{site: qparams for half in halves for site, qparams in half.settled.items()}}
+
+
+def _round_operands(module: nn.Module, plan: Mapping[str, QParams]) -> None:
+    """Let the planned operands of attention matmuls be rounded in the second half of the batch."""
+    for name, site in sites_of(module).items():
+        if site.role == "operand" and name in plan:
+            site.mode = Mode.FAKE
+            site.round_with(functools.partial(_second_half_rounded, plan[name]))
+
+
+def _second_half_rounded(qparams: QParams, values: Tensor) -> Tensor:
+    floats, quantized = values.chunk(2)
+    return torch.cat([floats, rounded(quantized, qparams)])
 
 
 class _Halves:

@@ -105,6 +105,10 @@ class QuantSite(nn.Module):
             return
         self._fake = functools.partial(rounded, qparams=qparams)
 
+    def round_with(self, rounding: Callable[[Tensor], Tensor]) -> None:
+        """Round by `rounding` under `fake`, until qparams are set again."""
+        self._fake = rounding
+
 
 class OperandSites(nn.Module):
     """The four operands of one attention's matmuls: scaled Q and Kᵀ, softmax and V."""

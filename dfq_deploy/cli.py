@@ -5,7 +5,6 @@ Nothing is computed here. Errors come out as three lines, results as tables; the
 """
 
 import sys
-import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 import dfq_deploy as dfq
-from calibrators.errors import CalibrationWarning, DeployError, RecipeError
+from calibrators.errors import CalibrationWarning, DeployError
 from dfq_deploy import show as shown
 from dfq_deploy.progress import shown_progress
-from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe
+from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe, fields_in
 
 __all__ = ["app", "main"]
 
@@ -248,28 +247,11 @@ def _with_recipe(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     recipe: Annotated[Path | None, Parameter(help="TOML file with the same fields as the flags; flags win.")] = None,
 ) -> int:
-    app.config = () if recipe is None else _fields_in(recipe)
+    app.config = ()
+    if recipe is not None:
+        app.config = cyclopts.config.Dict(fields_in(recipe), source=str(recipe), use_commands_as_keys=False)
     result: int = app(tokens, exit_on_error=False, print_error=False)
     return result
-
-
-def _fields_in(recipe: Path) -> cyclopts.config.Dict:
-    try:
-        fields = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise RecipeError(
-            what=f"`{recipe}` cannot be read as a recipe.",
-            why=f"{cause}.",
-            fix="pass a TOML file; each bundle holds its own, recipe.toml.",
-        ) from cause
-    tables = [name for name, value in fields.items() if isinstance(value, dict)]
-    if tables:
-        raise RecipeError(
-            what=f"`{recipe}` has a table `[{tables[0]}]`.",
-            why="a recipe is flat: a field per line, named as its flag.",
-            fix="take the line out.",
-        )
-    return cyclopts.config.Dict(fields, source=str(recipe), use_commands_as_keys=False)
 
 
 def main() -> None:

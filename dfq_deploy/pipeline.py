@@ -8,9 +8,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from calibrators.errors import PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
@@ -37,38 +35,12 @@ from dfq_deploy.planning import check_calibration, check_recipe, float_stage, fo
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare
+from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 from exporters.bundle import open_bundle
 
-__all__ = ["Watch", "calibrate", "check", "export", "generate", "sensitivity", "simulate"]
-
-
-class Watch(Protocol):
-    """Who is told how a run goes."""
-
-    def stage(self, name: str, already_done: bool) -> None:
-        """A stage begins, or was done by an earlier run."""
-
-    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
-        """How far the stage is, with the current loss terms by name where there are any."""
-
-    def tell(self, text: str) -> None:
-        """Something that a person wants to know."""
-
-
-class _Silent:
-    def stage(self, name: str, already_done: bool) -> None:
-        """Nobody is told."""
-
-    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
-        """Nobody is told."""
-
-    def tell(self, text: str) -> None:
-        """Nobody is told."""
-
-
-_SILENT = _Silent()
+__all__ = ["calibrate", "check", "export", "generate", "sensitivity", "simulate"]
 
 
 def export(
@@ -77,7 +49,7 @@ def export(
     *,
     images: str | None = None,
     limit: int | None = None,
-    watch: Watch = _SILENT,
+    watch: Watch = SILENT,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
 
@@ -109,7 +81,7 @@ def export(
     return check(out, images=images, limit=limit, watch=watch, model=model)
 
 
-def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = _SILENT) -> ImageSet:
+def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
     """Make synthetic images and write them to the file `out`.
 
     Raises:
@@ -123,7 +95,7 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = _SILENT)
     return ImageSet.load(out)
 
 
-def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = _SILENT) -> QuantPlan:
+def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT) -> QuantPlan:
     """Make a plan and write it to the file `out`; finished stages are kept beside it, in `work/`.
 
     Raises:
@@ -146,7 +118,7 @@ def simulate(
     *,
     images: str | None = None,
     limit: int | None = None,
-    watch: Watch = _SILENT,
+    watch: Watch = SILENT,
 ) -> Simulation:
     """Compute in PyTorch what the model is worth under the plan that `recipe` describes; no engine is made.
 
@@ -188,7 +160,7 @@ def check(
     images: str | None = None,
     limit: int | None = None,
     checkpoint: Path | None = None,
-    watch: Watch = _SILENT,
+    watch: Watch = SILENT,
     model: Model | None = None,
 ) -> Check:
     """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
@@ -235,7 +207,7 @@ def sensitivity(
     images: str | None = None,
     limit: int = 16,
     checkpoint: Path | None = None,
-    watch: Watch = _SILENT,
+    watch: Watch = SILENT,
 ) -> Sensitivity:
     """Measure what quantizing each layer of the bundle in `folder` costs, on its reference.
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from calibrators.blocks import reconstruct
 from calibrators.collectors import Collector, Subject, described
 from calibrators.errors import PlanError, RecipeError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
-from calibrators.refining import correct, is_transform, transform
+from calibrators.refining import correct, kind_of, transform
 from calibrators.registry import pick
 from calibrators.scheme import SCHEMES, scheme_named
 from calibrators.sites import block_ranges
@@ -91,8 +92,9 @@ def plan_of(
     """
     scheme = scheme_named(recipe.scheme)
     passes = _passes(recipe)
-    transforms = [name for name in passes if is_transform(name)]
-    corrections = [name for name in passes if name not in transforms]
+    transforms, corrections, reconstructions = (
+        [name for name in passes if kind_of(name) == kind] for kind in ("transform", "correct", "reconstruct")
+    )
     block = recipe.block if scheme.blocked else None
     facts = [images.fingerprint, recipe.scheme, block, made_with()]
     refined, weights = model, []
@@ -120,9 +122,20 @@ def plan_of(
         sites = correct(corrected.module, plan.sites, images, corrections)
         save_refined(path, model, corrected, sites)
 
+    def reconstruct_blocks(path: Path) -> None:
+        learned = copy_of(refined)
+        sites = reconstruct(learned.module, model.module, plan.sites, images, reconstructions, progress)
+        save_refined(path, model, learned, sites)
+
     if corrections:
         key = [refined.fingerprint, plan.fingerprint, corrections, *facts]
         path = work.stage("refined", ".safetensors", key, correct_layers)
+        weights.append(path)
+        refined = load_refined(model, path)
+        plan = replace(plan, sites=load_scales(path, plan.sites), model=refined.fingerprint)
+    if reconstructions:
+        key = [refined.fingerprint, plan.fingerprint, reconstructions, *facts]
+        path = work.stage("learned", ".safetensors", key, reconstruct_blocks)
         weights.append(path)
         refined = load_refined(model, path)
         plan = replace(plan, sites=load_scales(path, plan.sites), model=refined.fingerprint)

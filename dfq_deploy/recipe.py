@@ -3,6 +3,7 @@
 The classes build on one another as the stages do. They are checked once, here; the rest of the code trusts them.
 """
 
+import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from exporters.backends import BuildOptions
 
-__all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe"]
+__all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe", "fields_in"]
 
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
@@ -211,6 +212,30 @@ class Recipe(CalibrateRecipe):
         """Write the recipe as TOML; `--recipe` reads it again."""
         with written_whole(path) as temporary:
             temporary.write_text(tomli_w.dumps(self.facts()), encoding="utf-8")
+
+
+def fields_in(path: Path) -> dict[str, Any]:
+    """The fields in the TOML file `path`, by name; they are checked where a recipe is made of them.
+
+    Raises:
+        RecipeError: It cannot be read, or holds more than fields.
+    """
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        raise RecipeError(
+            what=f"`{path}` cannot be read as a recipe.",
+            why=f"{cause}.",
+            fix="pass a TOML file; each bundle holds its own, recipe.toml.",
+        ) from cause
+    tables = [name for name, value in fields.items() if isinstance(value, dict)]
+    if tables:
+        raise RecipeError(
+            what=f"`{path}` has a table `[{tables[0]}]`.",
+            why="a recipe is flat: a field per line, named as its flag.",
+            fix="take the line out.",
+        )
+    return fields
 
 
 def _check(holds: bool, what: str, why: str, instead: str) -> None:

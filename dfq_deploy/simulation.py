@@ -40,7 +40,7 @@ class Simulation:
 
     def report(self) -> dict[str, Any]:
         """The findings as JSON."""
-        found: dict[str, Any] = without_nan(asdict(self))
+        found: dict[str, Any] = {"simulated": True, **without_nan(asdict(self))}
         return found
 
 

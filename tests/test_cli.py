@@ -96,6 +96,9 @@ _MISTAKES = {
     "INT8 on CUDA": ["export", *_NOISE, "--out", "o", "--provider", "cuda"],
     "a float16 body on a CPU": ["export", *_NOISE, "--out", "o", "--float", "fp16"],
     "a block too small for ONNX Runtime": ["export", *_NOISE, "--out", "o", *_W4, "--block", "16"],
+    "an engine in INT4 throughout": ["export", *_NOISE, "--out", "o", "--scheme", "w4a4"],
+    "a plan that no engine can have": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--scheme", "w6a6"],
+    "a simulation on nothing": ["simulate", *_NOISE, "--out", "o", "--scheme", "w4a4", "--images", "folder:nothing"],
     "no bundle to build": ["build", "nothing"],
     "a bundle of another placement": ["build", "bundle", "--backend", "trt"],
     "a misspelt field": ["--recipe", "misspelt.toml", "export", "--out", "o"],
@@ -242,7 +245,8 @@ def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "recipe"), [("export", Recipe), ("calibrate", CalibrateRecipe), ("generate", GenerateRecipe)]
+    ("command", "recipe"),
+    [("export", Recipe), ("calibrate", CalibrateRecipe), ("simulate", CalibrateRecipe), ("generate", GenerateRecipe)],
 )
 def test_the_help_of_a_command_lists_every_field(
     command: str, recipe: type, capsys: pytest.CaptureFixture[str]
@@ -263,6 +267,7 @@ def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
         "build",
         "check",
         "sensitivity",
+        "simulate",
         "infer",
         "show",
         "convert",

@@ -19,7 +19,7 @@ from calibrators.folds import find_folds, layers_of
 from calibrators.images import ImageSet, Preprocess
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen, bias, clip, gptq, reach, reparam, ridge, smooth
-from calibrators.refining import correct, is_transform, transform
+from calibrators.refining import correct, kind_of, transform
 from calibrators.registry import names
 from calibrators.scheme import scheme_named
 from calibrators.sites import Mode, attach_sites, set_mode, sites_of
@@ -27,7 +27,7 @@ from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined
 
-_TRANSFORMS = [name for name in names("calibrators.refine") if is_transform(name)]
+_TRANSFORMS = [name for name in names("calibrators.refine") if kind_of(name) == "transform"]
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,17 @@ inputs and its weight are rounded. What comes out of either are ordinary weights
 operator more. A pass knows one place at a time; `calibrators.refining` walks the model.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibrators.affine import Codes, choose_qparams
 from calibrators.plan import QParams
 from calibrators.sites import rounded
 
-__all__ = ["Correction", "Layer", "Seen", "Transform"]
+__all__ = ["Block", "Correction", "Layer", "Reconstruction", "Seen", "Transform"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,29 @@ class Layer:
         self.qparams = replace(self.qparams, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
 
 
+@dataclass
+class Block:
+    """A block in the middle of a model whose earlier blocks are quantized; a reconstruction changes it and its sites.
+
+    Attributes:
+        module: The block.
+        name: Its name.
+        compute: Runs it, (N, …) to (N, …).
+        arriving: Its inputs as the quantized model has them, one entry per image, (N, …) float32.
+        wanted: What it puts out in the float model for the same images, (N, …) float32.
+        sites: Number formats of the sites in it.
+        losses: Of each step.
+    """
+
+    module: nn.Module
+    name: str
+    compute: Callable[[Tensor], Tensor]
+    arriving: Tensor
+    wanted: Tensor
+    sites: dict[str, QParams]
+    losses: list[float] = field(default_factory=list)
+
+
 class Transform(Protocol):
     """What a file with a transform offers."""
 
@@ -110,4 +134,12 @@ class Correction(Protocol):
 
     def correct(self, layer: Layer) -> None:
         """Change the layer's weight, bias and qparams, or its input's."""
+        ...
+
+
+class Reconstruction(Protocol):
+    """What a file with a reconstruction offers."""
+
+    def reconstruct(self, block: Block) -> None:
+        """Learn the block's parameters and the scales of its sites."""
         ...

@@ -9,8 +9,8 @@ import pytest
 
 from calibrators.collectors import Collector
 from calibrators.errors import RecipeError
-from calibrators.refine import Correction, Transform
-from calibrators.refining import is_transform
+from calibrators.refine import Correction, Reconstruction, Transform
+from calibrators.refining import kind_of
 from calibrators.registry import names, pick
 from calibrators.sources import Source
 from dfq_deploy.generation.generators import Generator
@@ -19,12 +19,13 @@ from exporters.backends import Backend, Engine
 
 PROTOCOLS = {
     "calibrators.collectors": Collector,
-    "calibrators.refine": Correction,  # or Transform
+    "calibrators.refine": Correction,  # or one of _KINDS
     "calibrators.sources": Source,
     "dfq_deploy.generation.generators": Generator,
     "dfq_deploy.models.families": Family,
     "exporters.backends": Backend,
 }
+_KINDS = {"transform": Transform, "correct": Correction, "reconstruct": Reconstruction}
 PLUGINS = [(package, name) for package in PROTOCOLS for name in names(package)]
 
 every_plugin = pytest.mark.parametrize(("package", "name"), PLUGINS, ids=map(".".join, PLUGINS))
@@ -59,7 +60,7 @@ def test_a_plugin_offers_the_verbs_of_its_protocol_and_no_others(package: str, n
     module = pick(package, name)
     offered = {public: getattr(module, public) for public in module.__all__}
     verbs = {public: _parameters(thing) for public, thing in offered.items() if inspect.isfunction(thing)}
-    protocol = Transform if package == "calibrators.refine" and is_transform(name) else PROTOCOLS[package]
+    protocol = _KINDS[kind_of(name)] if package == "calibrators.refine" else PROTOCOLS[package]
     assert verbs == _asked_for(protocol)
 
 

@@ -1,0 +1,105 @@
+"""Sites that can be learned through: rounding with a gradient, and scales that are parameters.
+
+What passes a site is rounded as always, by `calibrators.affine`. Backwards, rounding counts as the identity within the
+range and as nothing beyond it, and scale and zero-point get the gradient that this gives them. Here a plan becomes
+parameters, and parameters a plan again.
+
+Source: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, sec. 2.1, eq. 3; Bhalgat et al., "LSQ+",
+arXiv 2004.09576, for the zero-point. Steps are set per group by the optimizer, not by scaling gradients.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibrators.affine import Codes, fake_quantize
+from calibrators.plan import QParams
+from calibrators.sites import Mode, SitedConv2d, SitedLinear, set_mode, sites_of
+
+__all__ = ["Learned"]
+
+
+class Learned:
+    """A module whose planned sites round with parameters, until `settle` makes a plan of them.
+
+    Attributes:
+        scales: Scale per site, shaped to broadcast against what passes.
+        zeros: Zero-point of each asymmetric site, not rounded.
+
+    Args:
+        module: Changed in place: all its parameters can be learned, and its sites round.
+        plan: Number formats by site; those of other modules may be among them.
+    """
+
+    def __init__(self, module: nn.Module, plan: Mapping[str, QParams]) -> None:
+        self._module = module
+        self._sites = {name: site for name, site in sites_of(module).items() if name in plan}
+        self._plan = {name: plan[name] for name in self._sites}
+        self.scales: dict[str, nn.Parameter] = {}
+        self.zeros: dict[str, nn.Parameter] = {}
+        module.requires_grad_(True)
+        set_mode(module, Mode.FAKE, qparams=self._plan)
+        for name, site in self._sites.items():
+            qparams = self._plan[name]
+            scale, zero = map(torch.from_numpy, qparams.along(2))
+            self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.mantissa is None)
+            if not qparams.codes.signed:
+                self.zeros[name] = nn.Parameter(zero.clone())
+            site.round_with(self._rounding(name, qparams.codes))
+
+    def _rounding(self, name: str, codes: Codes) -> Callable[[Tensor], Tensor]:
+        scale = self.scales[name]
+        zero = self.zeros.get(name, torch.zeros(()))
+
+        def rounding(values: Tensor) -> Tensor:
+            rows = values.flatten(1) if scale.ndim else values  # a weight's, with a scale each
+            found: Tensor = _Rounding.apply(rows, scale, zero, codes)
+            return found.view_as(values)
+
+        return rounding
+
+    def settle(self) -> dict[str, QParams]:
+        """The plan of what was learned; the weights are put on their codes and can no longer be learned."""
+        self._module.requires_grad_(False)
+        found = {}
+        for name, qparams in self._plan.items():
+            scale = self.scales[name].detach().abs().numpy().reshape(qparams.scale.shape)
+            zero = qparams.zero_point
+            if name in self.zeros:
+                zero = self.zeros[name].detach().round().clamp(qparams.codes.low, qparams.codes.high).numpy()
+                zero = zero.reshape(qparams.zero_point.shape).astype(qparams.codes.zero_dtype)
+            found[name] = replace(qparams, scale=np.array(scale, np.float32), zero_point=np.asarray(zero))
+        set_mode(self._module, Mode.FAKE, qparams=found)
+        for layer in self._module.modules():
+            if isinstance(layer, SitedLinear | SitedConv2d) and layer.weight_site.name in found:
+                layer.weight.data = layer.weight_site(layer.weight.data)
+        return found
+
+
+class _Rounding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
+        scale = scale.abs()
+        found: Tensor = fake_quantize(values, scale, zero.round().clamp(codes.low, codes.high), codes)
+        ctx.save_for_backward(values, found, scale)
+        ctx.integers = codes.mantissa is None
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        values, found, scale = ctx.saved_tensors
+        if not ctx.integers:
+            return gradient, None, None, None
+        inside = (found - values).abs_() <= 0.5001 * scale
+        kept = gradient * inside
+        to_scale = to_zero = None
+        if ctx.needs_input_grad[1]:
+            to_scale = (gradient * found - kept * values).sum_to_size(scale.shape) / scale
+        if ctx.needs_input_grad[2]:
+            to_zero = (kept - gradient).sum_to_size(scale.shape) * scale
+        return kept, to_scale, to_zero, None
