@@ -45,7 +45,7 @@ class Codes:
     @property
     def zero_dtype(self) -> str:
         """NumPy dtype of zero-points, as plans hold them."""
-        return "int8" if self.signed else self.name
+        return "int8" if self.signed else "uint8"
 
 
 CODES = {
@@ -54,6 +54,7 @@ CODES = {
         Codes("int8", -128, 127, lowest=-127),
         Codes("uint8", 0, 255, lowest=0),
         Codes("int4", -8, 7, lowest=-8),
+        Codes("uint4", 0, 15, lowest=0),
         Codes("float8_e4m3fn", -448, 448, lowest=-448, mantissa=3),
     )
 }

@@ -134,11 +134,11 @@ class QParams:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What is quantized and how, and what stays float and why.
+    """What is quantized and how, and what is not, or otherwise than was asked for, and why.
 
     Attributes:
         sites: Quantized sites by name.
-        spared: Sites that stay float, with the reason.
+        spared: Sites that stay float or, where they are among `sites`, get more than was asked for, with the reason.
         scheme: Name of the scheme.
         model: Fingerprint of the model's name and weights.
         images: Fingerprint of the calibration images.

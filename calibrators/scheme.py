@@ -15,8 +15,7 @@ __all__ = ["SCHEMES", "QuantScheme", "scheme_named"]
 class QuantScheme:
     """Number formats of one quantized model.
 
-    Weights are symmetric, with a scale per output channel, or per block of input channels within one; activations
-    have one scale per tensor.
+    Weights have a scale per output channel, or per block of input channels within one; activations have one per tensor.
 
     Attributes:
         name: What `--scheme` calls it.
@@ -37,7 +36,7 @@ class QuantScheme:
     note: str
 
 
-_INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
+_INT8, _UINT8, _INT4, _UINT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "uint4", "float8_e4m3fn"))
 
 SCHEMES = {
     scheme.name: scheme
@@ -54,6 +53,7 @@ SCHEMES = {
         ),
         QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
+        QuantScheme("w4a16_asym", _UINT4, None, True, "minmax", ("gptq",), "asymmetric UINT4 weights, ORT"),
         QuantScheme("float", None, None, False, "minmax", (), "nothing quantized: what the others are compared with"),
     )
 }

@@ -35,7 +35,7 @@ from dfq_deploy.opening import (
     open_images,
     refined_again,
 )
-from dfq_deploy.planning import check_recipe, float_stage, formats_for_spared, plan_of
+from dfq_deploy.planning import blocks_of, check_recipe, float_stage, formats_for_spared, plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.workspace import Workspace
@@ -224,11 +224,12 @@ def sensitivity(
         found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
     watch.stage("layers", False)
     folded = folded_again(folder, manifest, model)
+    placement = pick("exporters.backends", manifest.backend).placement(manifest.engine.options)
     return analyse(
         folded,
         plan,
         found.spread(limit),
-        spared=formats_for_spared(plan, folded, folder / "work", block=manifest.recipe["block"]),
+        spared=formats_for_spared(plan, folded, folder / "work", blocks=blocks_of(placement, manifest.recipe["block"])),
         refined=refined_again(folder, manifest, model),
         progress=lambda done, total: watch.progress(done, total, {}),
     )

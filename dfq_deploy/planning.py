@@ -5,7 +5,7 @@ minutes.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Placement
 
-__all__ = ["check_recipe", "float_stage", "formats_for_spared", "plan_of"]
+__all__ = ["blocks_of", "check_recipe", "float_stage", "formats_for_spared", "plan_of"]
 
 _WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
@@ -71,13 +71,13 @@ def plan_of(
     passes = _passes(recipe)
     transforms = [name for name in passes if is_transform(name)]
     corrections = [name for name in passes if name not in transforms]
-    block = recipe.block if scheme.blocked else None
-    facts = [images.fingerprint, recipe.scheme, block, made_with()]
+    blocks = _blocks(recipe)
+    facts = [images.fingerprint, recipe.scheme, blocks, made_with()]
     refined, weights = model, []
 
     def fold(path: Path) -> None:
         folded = copy_of(model)
-        transform(folded.module, images, transforms, scheme, block)
+        transform(folded.module, images, transforms, scheme, blocks)
         save_refined(path, model, folded)
 
     if transforms:
@@ -151,23 +151,39 @@ def _plan(
     ranges = _ranges(recipe, model, images, work, progress)
     scheme = scheme_named(recipe.scheme)
     placement = _placement(recipe)
-    if scheme.blocked:
-        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
+    ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, _blocks(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
     if _WORDS & set(asked):
         spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer)
-    return make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
+    plan = make_plan(ranges, scheme, attention=recipe.attention, outputs=placement.convolution_outputs, spare=spare)
+    unfit = f"input channels are not two or more blocks of {recipe.block}: it has blocks of"
+    smaller = {
+        site: f"its {q.scale.shape[1] * q.block} {unfit} {q.block}"
+        for site, q in plan.sites.items()
+        if q.block not in (None, recipe.block)
+    }
+    return replace(plan, spared={**plan.spared, **smaller})
 
 
-def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int) -> dict[str, QParams]:
+def _blocks(recipe: CalibrateRecipe) -> tuple[int, ...]:
+    """Sizes that the blocks of weights may have, if there are any."""
+    return blocks_of(_placement(recipe), recipe.block) if scheme_named(recipe.scheme).blocked else ()
+
+
+def blocks_of(placement: Placement, block: int) -> tuple[int, ...]:
+    """Sizes that blocks may have: the one asked for and, where that does not fit a layer, smaller ones."""
+    return tuple(size for size in placement.blocks if size <= block)
+
+
+def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, blocks: Sequence[int]) -> dict[str, QParams]:
     """What sites that `plan` spares would be rounded to, where `work` holds the ranges that it was made from.
 
     Args:
         plan: A plan.
         model: The model whose ranges those are: before any layer was corrected.
         work: A run's `work/`; it may be gone.
-        block: Input channels per block, where the plan's scheme has blocks.
+        blocks: Sizes that blocks may have, where the plan's scheme has any.
     """
     scheme = scheme_named(plan.scheme)
     kept = (Ranges.load(path) for path in sorted(work.glob("ranges-*.safetensors")))
@@ -175,7 +191,7 @@ def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int)
     if ranges is None:
         return {}
     if scheme.blocked:
-        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, block)})
+        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks)})
     full = make_plan(ranges, scheme, attention=True)
     return {site: full.sites[site] for site in plan.spared if site in full.sites}
 

@@ -100,9 +100,11 @@ class CalibrateRecipe(GenerateRecipe):
     provider: ProviderName = "cpu"
     """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
-    """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (nothing quantized)."""
+    """Formats: w8a8, w8a8_asym (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), w4a16_asym (UINT4 weights,
+    ONNX Runtime), float (nothing quantized)."""
     block: BlockSize = 64
-    """Input channels that share a scale; matters to w4a16."""
+    """Input channels that share a weight's scale; matters to w4a16. A layer that is not two or more of these wide gets
+    smaller blocks, and the report says so."""
     collector: CollectorName = "pytorch"
     """Who reads activation ranges: pytorch, or ONNX Runtime's (ort) or TensorRT 10's (trt) calibrators to compare."""
     observer: ObserverName = "auto"

@@ -16,7 +16,13 @@ __all__ = ["Body", "Census", "Precision", "precision_of"]
 
 Body = Literal["fp32", "fp16", "bf16"]
 Precision = Literal["int8", "int4", "fp8", "fp32", "fp16", "bf16"]
-_PRECISIONS: dict[str, Precision] = {"int8": "int8", "uint8": "int8", "int4": "int4", "float8_e4m3fn": "fp8"}
+_PRECISIONS: dict[str, Precision] = {
+    "int8": "int8",
+    "uint8": "int8",
+    "int4": "int4",
+    "uint4": "int4",
+    "float8_e4m3fn": "fp8",
+}
 
 
 def precision_of(plan: QuantPlan, layer: str) -> Precision:
@@ -30,7 +36,7 @@ class Census:
 
     Attributes:
         precision: By layer; `int4` is a weight's format, its activations are float. Empty where no engine was seen.
-        reasons: Why a layer is float: the plan's reason.
+        reasons: Why a layer is float, or finer than was asked for: the plan's reason.
         kernels: How many kernels of which kind the engine has, where the run-time says.
     """
 

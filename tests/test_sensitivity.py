@@ -116,7 +116,7 @@ def test_multiply_accumulates_are_counted_layer_by_layer(found: Sensitivity) -> 
 def test_what_the_plan_spares_is_measured_as_the_plan_would_quantize_it(
     found: Sensitivity, model: Model, plan: QuantPlan, everything: QuantPlan, images: ImageSet, demo_bundle: Path
 ) -> None:
-    formats = formats_for_spared(plan, model, demo_bundle / "work", block=64)
+    formats = formats_for_spared(plan, model, demo_bundle / "work", blocks=(32, 64))
     assert formats.keys() == plan.spared.keys()
     for site, qparams in formats.items():
         np.testing.assert_array_equal(qparams.scale, everything.sites[site].scale)
@@ -213,7 +213,7 @@ def test_without_any_images_noise_is_used_and_named(demo_bundle: Path, tmp_path:
 
 def test_ranges_of_other_images_are_not_taken(demo_bundle: Path, model: Model, plan: QuantPlan) -> None:
     other = dataclasses.replace(plan, images="of others")
-    assert formats_for_spared(other, model, demo_bundle / "work", block=64) == {}
+    assert formats_for_spared(other, model, demo_bundle / "work", blocks=(32, 64)) == {}
 
 
 def test_a_bundle_that_quantizes_nothing_has_nothing_to_measure(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ class Placement:
         first_layer: The layer that reads the image.
         convolution_outputs: The outputs of convolutions, without which it would not fuse them.
         noisy_layers: Layers whose rounding makes most of the noise in the logits; else they stay float.
+        blocks: Sizes that the blocks of a weight's input channels may have.
     """
 
     first_layer: bool
     convolution_outputs: bool
     noisy_layers: bool
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)

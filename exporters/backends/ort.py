@@ -97,7 +97,7 @@ class OrtEngine:
 def placement(options: BuildOptions) -> Placement:
     """The CPU provider fuses an INT8 convolution only with its output; its first layer costs little time there."""
     tensorrt = options.provider in _TENSORRT
-    return Placement(first_layer=tensorrt, convolution_outputs=not tensorrt, noisy_layers=tensorrt)
+    return Placement(first_layer=tensorrt, convolution_outputs=not tensorrt, noisy_layers=tensorrt, blocks=_BLOCKS)
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:

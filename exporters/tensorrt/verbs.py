@@ -1,4 +1,4 @@
-"""The verbs of a backend that TensorRT and TensorRT for RTX answer alike."""
+"""The verb of a backend that TensorRT and TensorRT for RTX answer alike, and what both want quantized."""
 
 import onnx_ir as ir
 
@@ -6,12 +6,12 @@ from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Placement
 from exporters.tensorrt.fence import put_fences
 
-__all__ = ["placement", "prepare"]
+__all__ = ["prepare", "wanted"]
 
 
-def placement(options: BuildOptions) -> Placement:
+def wanted(blocks: tuple[int, ...]) -> Placement:
     """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True)
+    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True, blocks=blocks)
 
 
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
