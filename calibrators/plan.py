@@ -19,7 +19,7 @@ from calibrators.errors import PlanError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.scheme import QuantScheme
 
-__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan"]
+__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan", "shortened"]
 
 _FORMAT = 1
 
@@ -215,6 +215,15 @@ class QuantPlan:
         return plan
 
 
+def shortened(scale: np.ndarray) -> np.ndarray:
+    """Scales of blocks (float32) rounded to what float16 can hold, so that files may store them in half the bytes.
+
+    If one of them is so small or so large that it would change by more than 1 in 256, none is rounded.
+    """
+    short = scale.astype(np.float16).astype(np.float32)
+    return short if (np.abs(short - scale) <= scale / 256).all() else scale
+
+
 def make_plan(
     ranges: Ranges,
     scheme: QuantScheme,
@@ -255,7 +264,9 @@ def make_plan(
                 why="NaN or Inf passed there.",
                 fix="check the checkpoint and the calibration images.",
             )
-        sites[name] = QParams(*choose_qparams(seen.low, seen.high, codes), codes, seen.axis, seen.block)
+        scale, zero_point = choose_qparams(seen.low, seen.high, codes)
+        scale = scale if seen.block is None else shortened(scale)
+        sites[name] = QParams(scale, zero_point, codes, seen.axis, seen.block)
     if scheme.weight and not sites:
         raise PlanError(
             what="the plan quantizes nothing.",

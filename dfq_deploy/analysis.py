@@ -6,6 +6,7 @@ plan does, not what an engine makes of it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -195,16 +196,27 @@ def noisy_layers(
     images: ImageSet,
     *,
     wanted_db: float,
+    costs: Mapping[str, float] | None = None,
+    budget: float = math.inf,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> dict[str, str]:
     """The layers without which the rest of `plan` keeps the logits' SQNR at `wanted_db`, with the reason.
 
     Each layer is quantized alone on a few of `images`, and their noises are taken to add up. Layers go in the order of
-    noise per multiply-accumulate, so that as little time as may be is given for the SQNR.
+    noise per cost, so that as little as may be is given for the SQNR; one that the budget has no room for stays.
+
+    Args:
+        model: The model that the plan is for.
+        plan: What is quantized, and how.
+        images: Calibration images.
+        wanted_db: The SQNR.
+        costs: What each layer costs if it is spared; None for its multiply-accumulates, hence time.
+        budget: What they may cost together.
+        progress: Called with layers done and in all.
     """
     few = list(images.spread(_FEW).batches(_FEW))
     wanted = _logits(Reference(model, plan).float, few)
-    macs = _macs_percent(model)
+    costs = costs or {layer: max(macs, 1e-3) for layer, macs in _macs_percent(model).items()}
     noises = {}
     for done, layer in enumerate(plan.layers, 1):
         sites = {site: plan.sites[site] for site in _sites_of(layer, plan.sites)}
@@ -213,9 +225,12 @@ def noisy_layers(
     power = float(np.square(wanted).sum())
     left = total = sum(noises.values())
     found = {}
-    for layer in sorted(noises, key=lambda layer: -noises[layer] / max(macs[layer], 1e-3)):
+    for layer in sorted(noises, key=lambda layer: -noises[layer] / costs[layer]):
         if sqnr_db(power, left) >= wanted_db:
             break
+        if costs[layer] > budget:
+            continue
+        budget -= costs[layer]
         left -= noises[layer]
         found[layer] = f"it makes {noises[layer] / total:.0%} of the noise in the logits"
     return found

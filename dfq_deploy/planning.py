@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from calibrators.affine import CODES, choose_qparams
 from calibrators.collectors import Collector, Subject, described
 from calibrators.errors import PlanError
 from calibrators.files import written_whole
+from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
 from calibrators.refining import correct, is_transform, transform
@@ -34,6 +36,9 @@ __all__ = ["blocks_of", "check_recipe", "float_stage", "formats_for_spared", "pl
 
 _WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
+_WANTED_WEIGHTS_DB = 16.5  # of that of weights alone in blocks
+_BYTES_MORE = 0.5  # that INT8 takes per weight
+_BUDGET = 4 * 2**20  # bytes that a file may grow by for it: little, and all that a small model needs
 
 
 def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
@@ -117,23 +122,41 @@ def _spared(
     plan: QuantPlan,
     progress: Callable[[int, int, Mapping[str, float]], object],
 ) -> QuantPlan:
-    """The plan without the layers that make most of the noise, if `--spare auto` is asked for."""
-    codes = scheme_named(recipe.scheme).activation
-    integers = codes is not None and codes.mantissa is None
-    if not integers or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
+    """The plan without the layers that make most of the noise, if `--spare auto` is asked for.
+
+    Where activations are quantized these layers stay float, and the time that takes decides between them. Where weights
+    alone are, in blocks, these layers get INT8 weights with a scale per channel, and bytes decide.
+    """
+    scheme = scheme_named(recipe.scheme)
+    integers = scheme.activation is not None and scheme.activation.mantissa is None
+    if not (integers or scheme.blocked) or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
         return plan
+    instead = _int8_weights(model, plan) if scheme.blocked else {}
+    limits: dict[str, Any] = {"wanted_db": _WANTED_DB}
+    if scheme.blocked:
+        more = {layer_of(site): _BYTES_MORE * float(q.scale.size * (q.block or 1)) for site, q in plan.sites.items()}
+        limits = {"wanted_db": _WANTED_WEIGHTS_DB, "costs": more, "budget": _BUDGET}
 
     def measure(path: Path) -> None:
-        noisy = noisy_layers(
-            model, plan, images, wanted_db=_WANTED_DB, progress=lambda done, total: progress(done, total, {})
-        )
+        noisy = noisy_layers(model, plan, images, **limits, progress=lambda done, total: progress(done, total, {}))
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(noisy), encoding="utf-8")
 
-    facts = [plan.fingerprint, images.fingerprint, _WANTED_DB, made_with()]
+    facts = [plan.fingerprint, images.fingerprint, limits, made_with()]
     noisy = json.loads(work.stage("noise", ".json", facts, measure).read_text(encoding="utf-8"))
     why = {site: noisy[layer_of(site)] for site in plan.sites if layer_of(site) in noisy}
-    return replace(plan, sites={k: v for k, v in plan.sites.items() if k not in why}, spared={**plan.spared, **why})
+    if instead:
+        why = {site: f"{reason}: its weights have 8 bits" for site, reason in why.items()}
+    sites = {site: instead.get(site, q) if site in why else q for site, q in plan.sites.items()}
+    sites = {site: q for site, q in sites.items() if site in instead or site not in why}
+    return replace(plan, sites=sites, spared={**plan.spared, **why})
+
+
+def _int8_weights(model: Model, plan: QuantPlan) -> dict[str, QParams]:
+    """What the weights of `plan` are in INT8, with a scale per channel."""
+    layers, codes = layers_of(model.module), CODES["int8"]
+    weights = {site: layers[layer_of(site)].weight.numpy(force=True) for site in plan.sites}
+    return {site: QParams(*choose_qparams(w.min(1), w.max(1), codes), codes, 0) for site, w in weights.items()}
 
 
 def _placement(recipe: CalibrateRecipe) -> Placement:
@@ -151,6 +174,8 @@ def _plan(
     ranges = _ranges(recipe, model, images, work, progress)
     scheme = scheme_named(recipe.scheme)
     placement = _placement(recipe)
+    if scheme.blocked and placement.zero_points:
+        scheme = replace(scheme, weight=CODES["uint4"])
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, _blocks(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
@@ -192,7 +217,8 @@ def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, blocks: Seq
         return {}
     if scheme.blocked:
         ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks)})
-    full = make_plan(ranges, scheme, attention=True)
+    in_blocks = (q.codes for q in plan.sites.values() if q.block)
+    full = make_plan(ranges, replace(scheme, weight=next(in_blocks, scheme.weight)), attention=True)
     return {site: full.sites[site] for site in plan.spared if site in full.sites}
 
 

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from calibrators.affine import CODES, Codes, choose_qparams, fake_quantize
 from calibrators.errors import PlanError
-from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, make_plan
+from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, make_plan, shortened
 from calibrators.scheme import SCHEMES
 from calibrators.sites import Mode, attach_sites, block_ranges, fitting_block, set_mode
 from exporters.qdq import InsertQDQ
+from exporters.scales import shorten_scales
 
 _BLOCKS = (16, 32, 64, 128)
 _INT4, _UINT4, _FP8 = CODES["int4"], CODES["uint4"], CODES["float8_e4m3fn"]
@@ -284,6 +285,31 @@ def test_a_layer_with_blocks_computes_what_the_formulas_say(block: int, codes: C
     rounded = fake_quantize(w.T, *q.along(2), codes).T
     np.testing.assert_allclose(_run(_quantized(w, {"fc.weight": q}), x), x @ rounded + _values(6, seed=2), atol=1e-5)
     assert np.abs(rounded - w).max() > 0.1, "INT4 is coarse"
+
+
+@pytest.mark.parametrize("size", [1, 1.5e-4, 1e-7])
+def test_scales_are_shortened_where_all_stay_as_good_as_they_were(size: float) -> None:
+    scales = np.abs(_values(6, 4)) * np.float32(size) + np.float32(size / 4)
+    found = shortened(scales)
+    if size < 1e-6:
+        assert np.array_equal(found, scales), "float16 has too few digits there"
+    else:
+        assert np.array_equal(found, scales.astype(np.float16).astype(np.float32))
+        assert not np.array_equal(found, scales)
+
+
+@pytest.mark.parametrize("size", [1, 1e-7])
+def test_short_scales_take_half_the_bytes_and_change_nothing(size: float) -> None:
+    x, w = _values(32, 128), _values(128, 6, seed=1) * np.float32(size)
+    q = _covering(w.T, _UINT4, 32)
+    q = dataclasses.replace(q, scale=shortened(q.scale))
+    model = _quantized(w, {"fc.weight": q})
+    before = _run(model, x)
+    shorten_scales(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    stored = {proto.name: proto for proto in ir.to_proto(model).graph.initializer}["fc.weight.scale"]
+    assert len(stored.raw_data) == (2 if size == 1 else 4) * 6 * 4
+    assert np.array_equal(_run(model, x), before)
 
 
 def test_without_blocks_the_opset_stays() -> None:

@@ -172,6 +172,13 @@ def test_noisy_layers_are_those_that_make_the_noise_and_no_more(
     assert set(noisy_layers(model, plan, images, wanted_db=1000)) == set(plan.layers)
 
 
+def test_noisy_layers_stay_within_the_budget(model: Model, plan: QuantPlan, images: ImageSet) -> None:
+    costs = {layer: 1.0 + index % 2 for index, layer in enumerate(plan.layers)}
+    found = noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=5.5)
+    assert 4.5 < sum(costs[layer] for layer in found) <= 5.5
+    assert noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=0.5) == {}
+
+
 def test_each_measurement_is_told(model: Model, plan: QuantPlan, images: ImageSet) -> None:
     told: list[tuple[int, int]] = []
     analyse(model, plan, images, spared={}, progress=lambda done, total: told.append((done, total)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calibrators.affine import Codes, choose_qparams, fake_quantize
-from calibrators.plan import QParams
+from calibrators.plan import QParams, shortened
 
 __all__ = ["Correction", "Layer", "Seen", "Transform", "rounded"]
 
@@ -93,6 +93,7 @@ class Layer:
         """Give the weight the scales that hold `share` of the range of each row of `groups`, (rows,) or one for all."""
         low, high = ((end * share).numpy() for end in (self.groups.amin(1), self.groups.amax(1)))
         scale, zero = choose_qparams(low, high, self.qparams.codes)
+        scale = scale if self.qparams.block is None else shortened(scale)
         shape = self.qparams.scale.shape
         self.qparams = replace(self.qparams, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
 

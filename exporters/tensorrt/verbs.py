@@ -11,7 +11,7 @@ __all__ = ["prepare", "wanted"]
 
 def wanted(blocks: tuple[int, ...]) -> Placement:
     """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True, blocks=blocks)
+    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True, blocks=blocks, zero_points=False)
 
 
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
