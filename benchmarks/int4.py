@@ -7,14 +7,17 @@ not done again.
 """
 
 import argparse
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from accuracy import WEIGHTS
 
 import dfq_deploy as dfq
@@ -27,6 +30,7 @@ from dfq_deploy.planning import float_stage, plan_of
 from dfq_deploy.reference import Reference
 from dfq_deploy.workspace import Workspace
 from exporters.qdq import InsertQDQ
+from exporters.scales import shorten_scales
 from exporters.to_onnx import save_model
 
 METHODS = {"RTN": "none", "clip": "clip", "gptq": "gptq", "smooth, gptq": "smooth,gptq"}
@@ -48,7 +52,7 @@ def main() -> None:
         if not _images(args.out, name).exists():
             dfq.generate(dfq.Recipe(model=name, checkpoint=data / "weights" / WEIGHTS[name]), _images(args.out, name))
         rows(name, data, args.out, args.limit)
-        (args.out / name / "table.md").write_text(table(json.loads(_results(args.out, name).read_text())))
+        (args.out / name / "table.md").write_text(table(json.loads((args.out / name / "results.json").read_text())))
         print((args.out / name / "table.md").read_text())
 
 
@@ -57,55 +61,33 @@ def rows(name: str, data: Path, out: Path, limit: int | None) -> None:
     model = load_model(name, checkpoint=data / "weights" / WEIGHTS[name])
     real: ImageSet = pick("calibrators.sources", "folder").open_images(data / "imagenet_val", model.preprocess)
     real = real if limit is None else real.spread(limit)
-    assert real.labels is not None
-    file = _results(out, name)
+    file = out / name / "results.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    recipes = {
-        f"{method}, {kind}, {block}": _recipe(
-            name, data, out, backend=backend, block=block, refine=refine, spare="none"
-        )
-        for block in BLOCKS
-        for kind, backend in BACKENDS.items()
-        for method, refine in METHODS.items()
-    }
-    floats: np.ndarray | None = None
-    for key, recipe in recipes.items():
+    floats = _logits(lambda batch: model.module(torch.from_numpy(batch)).numpy(), real)
+
+    def keep(key: str, logits: np.ndarray, **facts: Any) -> None:
+        found[key] = {**_scores(logits, floats, real), **facts}
+        with written_whole(file) as temporary:
+            temporary.write_text(json.dumps(found, indent=1))
+        print(key, found[key], flush=True)
+
+    for block, kind, method in itertools.product(BLOCKS, BACKENDS, METHODS):
+        key = f"{method}, {kind}, {block}"
         if key in found:
             continue
+        options = {"backend": BACKENDS[kind], "block": block, "refine": METHODS[method], "spare": "none"}
+        recipe = _recipe(name, data, out, **options)
         with Workspace(out / name, lambda *_: None) as work:
             plan, refined, _ = plan_of(recipe, model, ImageSet.load(_images(out, name)), work, lambda *_: None)
             size = _size(InsertQDQ(plan)(ir.load(float_stage(model, work))).model)
-        reference = Reference(refined, plan, model)  # float is the model as it was loaded
-        if floats is None:
-            floats = np.concatenate([reference.float(batch) for batch in real.batches(32)])
-        logits = np.concatenate([reference.quantized(batch) for batch in real.batches(32)])
-        right = [float((each.argmax(1) == real.labels).mean()) for each in (floats, logits)]
-        found[key] = {
-            "n": len(real),
-            "float": 100 * right[0],
-            "top1": 100 * right[1],
-            "agreement": 100 * float((logits.argmax(1) == floats.argmax(1)).mean()),
-            "sqnr_db": sqnr_db(float(np.square(floats).sum()), float(np.square(logits - floats).sum())),
-            "mib": size,
-        }
-        _keep(file, found, key)
+        keep(key, _logits(Reference(refined, plan, model).quantized, real), mib=size)
     for block in BLOCKS:
-        key = f"{ENGINE}, {block}"
-        if key not in found:
-            folder = out / f"{name}-{block}"
-            recipe = _recipe(name, data, out, block=block)
-            dfq.export(recipe, folder, images=f"folder:{data / 'imagenet_val'}", limit=limit)
-            report = json.loads((folder / "report.json").read_text())
-            found[key] = {
-                "n": report["n"],
-                "float": report["top1"]["float"],
-                "top1": report["top1"]["engine"],
-                "agreement": report["agreement"]["engine_float"],
-                "sqnr_db": report["sqnr_db"]["engine_float"],
-                "mib": sum(file.stat().st_size for file in folder.glob("model.onnx*")) / 2**20,
-                "layers": report["engine"]["layers"],
-            }
-            _keep(file, found, key)
+        key, folder = f"{ENGINE}, {block}", out / f"{name}-{block}"
+        if key in found:
+            continue
+        layers = dfq.export(_recipe(name, data, out, block=block), folder, limit=16).engine.census.counts
+        size = sum(file.stat().st_size for file in folder.glob("model.onnx*")) / 2**20
+        keep(key, _logits(dfq.load(folder), real), mib=size, layers=layers)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -128,21 +110,28 @@ def _images(out: Path, name: str) -> Path:
     return out / name / "images.safetensors"
 
 
-def _results(out: Path, name: str) -> Path:
-    return out / name / "results.json"
+def _logits(run: Callable[[np.ndarray], np.ndarray], images: ImageSet) -> np.ndarray:
+    with torch.inference_mode():
+        return np.concatenate([run(batch) for batch in images.batches(32)])
+
+
+def _scores(logits: np.ndarray, floats: np.ndarray, images: ImageSet) -> dict[str, float]:
+    assert images.labels is not None
+    return {
+        "n": len(images),
+        "float": 100 * float((floats.argmax(1) == images.labels).mean()),
+        "top1": 100 * float((logits.argmax(1) == images.labels).mean()),
+        "agreement": 100 * float((logits.argmax(1) == floats.argmax(1)).mean()),
+        "sqnr_db": sqnr_db(float(np.square(floats).sum()), float(np.square(logits - floats).sum())),
+    }
 
 
 def _size(model: ir.Model) -> float:
-    """Of the file, in MiB."""
+    """Of the file that ONNX Runtime would get, in MiB."""
+    shorten_scales(model)
     with TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model.onnx")
         return sum(file.stat().st_size for file in Path(folder).iterdir()) / 2**20
-
-
-def _keep(file: Path, found: dict[str, Any], key: str) -> None:
-    with written_whole(file) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
-    print(key, found[key], flush=True)
 
 
 if __name__ == "__main__":

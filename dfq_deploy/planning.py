@@ -21,7 +21,7 @@ from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
 from calibrators.refining import correct, is_transform, transform
 from calibrators.registry import pick
-from calibrators.scheme import scheme_named
+from calibrators.scheme import QuantScheme, scheme_named
 from calibrators.sites import block_ranges
 from dfq_deploy.analysis import noisy_layers
 from dfq_deploy.building import float_onnx, made_with
@@ -72,12 +72,12 @@ def plan_of(
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
-    scheme = scheme_named(recipe.scheme)
+    scheme = _scheme(recipe)
     passes = _passes(recipe)
     transforms = [name for name in passes if is_transform(name)]
     corrections = [name for name in passes if name not in transforms]
     blocks = _blocks(recipe)
-    facts = [images.fingerprint, recipe.scheme, blocks, made_with()]
+    facts = [images.fingerprint, recipe.scheme, scheme.weight and scheme.weight.name, blocks, made_with()]
     refined, weights = model, []
 
     def fold(path: Path) -> None:
@@ -111,7 +111,7 @@ def _passes(recipe: CalibrateRecipe) -> tuple[str, ...]:
     if recipe.refine != "default":
         return tuple(recipe.refine.split(","))
     own_ranges = recipe.observer != "auto" or recipe.collector != "pytorch"  # asked for: `reach` would replace them
-    return tuple(name for name in scheme_named(recipe.scheme).refine if not (own_ranges and name == "reach"))
+    return tuple(name for name in _scheme(recipe).refine if not (own_ranges and name == "reach"))
 
 
 def _spared(
@@ -127,7 +127,7 @@ def _spared(
     Where activations are quantized these layers stay float, and the time that takes decides between them. Where weights
     alone are, in blocks, these layers get INT8 weights with a scale per channel, and bytes decide.
     """
-    scheme = scheme_named(recipe.scheme)
+    scheme = _scheme(recipe)
     integers = scheme.activation is not None and scheme.activation.mantissa is None
     if not (integers or scheme.blocked) or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
         return plan
@@ -159,6 +159,13 @@ def _int8_weights(model: Model, plan: QuantPlan) -> dict[str, QParams]:
     return {site: QParams(*choose_qparams(w.min(1), w.max(1), codes), codes, 0) for site, w in weights.items()}
 
 
+def _scheme(recipe: CalibrateRecipe) -> QuantScheme:
+    """The recipe's scheme, with the weights' zero-points that its run-time takes."""
+    scheme = scheme_named(recipe.scheme)
+    asymmetric = scheme.blocked and _placement(recipe).zero_points
+    return replace(scheme, weight=CODES["uint4"]) if asymmetric else scheme
+
+
 def _placement(recipe: CalibrateRecipe) -> Placement:
     found: Placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
     return found
@@ -172,10 +179,8 @@ def _plan(
     progress: Callable[[int, int, Mapping[str, float]], object],
 ) -> QuantPlan:
     ranges = _ranges(recipe, model, images, work, progress)
-    scheme = scheme_named(recipe.scheme)
+    scheme = _scheme(recipe)
     placement = _placement(recipe)
-    if scheme.blocked and placement.zero_points:
-        scheme = replace(scheme, weight=CODES["uint4"])
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, _blocks(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
@@ -193,7 +198,7 @@ def _plan(
 
 def _blocks(recipe: CalibrateRecipe) -> tuple[int, ...]:
     """Sizes that the blocks of weights may have, if there are any."""
-    return blocks_of(_placement(recipe), recipe.block) if scheme_named(recipe.scheme).blocked else ()
+    return blocks_of(_placement(recipe), recipe.block) if _scheme(recipe).blocked else ()
 
 
 def blocks_of(placement: Placement, block: int) -> tuple[int, ...]:
@@ -242,7 +247,7 @@ def _ranges(
     work: Workspace,
     progress: Callable[[int, int, Mapping[str, float]], object],
 ) -> Ranges:
-    collector, observer, codes = _collector(recipe), _observer(recipe), scheme_named(recipe.scheme).activation
+    collector, observer, codes = _collector(recipe), _observer(recipe), _scheme(recipe).activation
     subject = Subject(model.module, model.fingerprint, float_stage(model, work) if collector.NEEDS_ONNX else None)
 
     def make(path: Path) -> None:
@@ -270,13 +275,13 @@ def _observer(recipe: CalibrateRecipe) -> str:
     """The recipe's observer; `auto` is what suits the scheme, where the collector has it."""
     if recipe.observer != "auto":
         return recipe.observer
-    suited, offered = scheme_named(recipe.scheme).observer, _collector(recipe).OBSERVERS
+    suited, offered = _scheme(recipe).observer, _collector(recipe).OBSERVERS
     return suited if suited in offered else offered[0]
 
 
 def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
     """What the recipe asks for, of a model with one layer."""
-    scheme = scheme_named(recipe.scheme)
+    scheme = _scheme(recipe)
     width, low, high = 2 * recipe.block, np.full((2, 2), -1.0), np.full((2, 2), 2.0)
     weight = SiteRange(low[0], high[0], "weight", 0, (2, width))
     if scheme.blocked:
