@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test gpu lint bench bench-peers accuracy float-body latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy float-body int4 latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -32,6 +32,9 @@ accuracy: .venv/test.stamp
 
 float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body
+
+int4: .venv/test.stamp
+	$(BIN)/python benchmarks/int4.py --out $(OUT)/int4
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json

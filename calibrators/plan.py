@@ -19,7 +19,7 @@ from calibrators.errors import PlanError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.scheme import QuantScheme
 
-__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan"]
+__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan", "shortened"]
 
 _FORMAT = 1
 
@@ -137,11 +137,11 @@ class QParams:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """What is quantized and how, and what stays float and why.
+    """What is quantized and how, and what is not, or otherwise than was asked for, and why.
 
     Attributes:
         sites: Quantized sites by name.
-        spared: Sites that stay float, with the reason.
+        spared: Sites that stay float or, where they are among `sites`, get more than was asked for, with the reason.
         scheme: Name of the scheme.
         model: Fingerprint of the model's name and weights.
         images: Fingerprint of the calibration images.
@@ -216,6 +216,15 @@ class QuantPlan:
         return plan
 
 
+def shortened(scale: np.ndarray) -> np.ndarray:
+    """Scales of blocks (float32) rounded to what float16 can hold, so that files may store them in half the bytes.
+
+    If one of them is so small or so large that it would change by more than 1 in 256, none is rounded.
+    """
+    short = scale.astype(np.float16).astype(np.float32)
+    return short if (np.abs(short - scale) <= scale / 256).all() else scale
+
+
 def make_plan(
     ranges: Ranges,
     scheme: QuantScheme,
@@ -261,6 +270,7 @@ def make_plan(
                 fix="check the checkpoint and the calibration images.",
             )
         scale, zero_point = choose_qparams(seen.low, seen.high, codes)
+        scale = scale if seen.block is None else shortened(scale)
         dynamic = scheme.dynamic and seen.role == "input"
         sites[name] = QParams(scale, zero_point, codes, seen.axis, seen.block, dynamic)
     if scheme.weight and not sites:

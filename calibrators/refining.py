@@ -23,7 +23,7 @@ from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen
 from calibrators.registry import pick
 from calibrators.scheme import QuantScheme
-from calibrators.sites import Mode, SitedLinear, rounded, set_mode, sites_of
+from calibrators.sites import Mode, SitedLinear, fitting_block, rounded, set_mode, sites_of
 
 __all__ = ["correct", "kind_of", "transform"]
 
@@ -45,9 +45,16 @@ def kind_of(name: str) -> Kind:
 
 
 def transform(
-    module: nn.Module, images: ImageSet, names: Sequence[str], scheme: QuantScheme, block: int | None
+    module: nn.Module, images: ImageSet, names: Sequence[str], scheme: QuantScheme, blocks: Sequence[int]
 ) -> list[str]:
     """Apply the transforms `names` at every fold of `module`, in place.
+
+    Args:
+        module: The model.
+        images: What passes it.
+        names: The transforms.
+        scheme: The number formats to serve.
+        blocks: Sizes of the blocks that a weight's scales may have; none where a scale is for a whole row.
 
     Returns:
         The folds, by the names of their first readers.
@@ -68,7 +75,7 @@ def transform(
     before = outputs_of(module, probe)
     for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):
         for name in names:
-            _apply(fold, sample, pick("calibrators.refine", name), scheme, block)
+            _apply(fold, sample, pick("calibrators.refine", name), scheme, blocks)
     how_far = moved(before, outputs_of(module, probe))
     if not how_far < UNCHANGED:  # NaN is no less
         module.load_state_dict(kept)
@@ -204,7 +211,7 @@ def _sampled(module: nn.Module, images: ImageSet, folds: Sequence[Fold], batch_s
     return [found[fold] for fold in folds]
 
 
-def _apply(fold: Fold, sample: _Sample, one: Any, scheme: QuantScheme, block: int | None) -> None:
+def _apply(fold: Fold, sample: _Sample, one: Any, scheme: QuantScheme, blocks: Sequence[int]) -> None:
     """Apply one transform at one fold, and to the sample of what passes it."""
     assert scheme.weight is not None
     offsets, factors = one.transform(
@@ -215,7 +222,7 @@ def _apply(fold: Fold, sample: _Sample, one: Any, scheme: QuantScheme, block: in
             readers=torch.cat([reader.weight for reader in fold.readers]),
             activation=scheme.activation,
             weight=scheme.weight,
-            block=block if fold.readers[0].in_features % (block or 1) == 0 else None,
+            block=fitting_block(fold.readers[0].in_features, blocks),
         )
     )
     fold.lower(offsets)

@@ -8,7 +8,7 @@ ranges and plans and the name of the tensor in ONNX.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
@@ -32,6 +32,7 @@ __all__ = [
     "attach_sites",
     "block_ranges",
     "channel_weights",
+    "fitting_block",
     "rounded",
     "set_mode",
     "sites_of",
@@ -183,13 +184,18 @@ def sites_of(module: nn.Module) -> dict[str, QuantSite]:
     return {site.name: site for site in module.modules() if isinstance(site, QuantSite)}
 
 
-def block_ranges(module: nn.Module, block: int) -> dict[str, SiteRange]:
-    """Ranges of the weight sites of `module` by blocks of `block` input channels, where two or more whole ones fit."""
+def fitting_block(width: int, blocks: Sequence[int]) -> int | None:
+    """The largest of `blocks` of which two or more whole ones make up `width` input channels, or None."""
+    return max((block for block in blocks if width % block == 0 and width > block), default=None)
+
+
+def block_ranges(module: nn.Module, blocks: Sequence[int]) -> dict[str, SiteRange]:
+    """Ranges of the weight sites of `module` by blocks of input channels, of the size in `blocks` that fits each."""
     found = {}
     for layer in module.modules():
-        if isinstance(layer, SitedLinear) and layer.in_features % block == 0 and layer.in_features > block:
-            blocks = layer.weight.detach().float().cpu().reshape(layer.out_features, -1, block)
-            low, high = (bound.numpy() for bound in (blocks.amin(2), blocks.amax(2)))
+        if isinstance(layer, SitedLinear) and (block := fitting_block(layer.in_features, blocks)):
+            weights = layer.weight.detach().float().cpu().reshape(layer.out_features, -1, block)
+            low, high = (bound.numpy() for bound in (weights.amin(2), weights.amax(2)))
             found[layer.weight_site.name] = SiteRange(low, high, "weight", 0, tuple(layer.weight.shape), block)
     return found
 

@@ -196,19 +196,34 @@ def noisy_layers(
     images: ImageSet,
     *,
     wanted_db: float,
+    costs: Mapping[str, float] | None = None,
+    budget: float = math.inf,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> dict[str, str]:
     """The layers without which the rest of `plan` keeps the logits' SQNR at `wanted_db`, with the reason.
 
-    Layers go in the order of noise per multiply-accumulate, so that as little time as may be is given for the SQNR.
+    Layers go in the order of noise per cost, so that as little as may be is given for the SQNR; one that the budget has
+    no room for stays.
+
+    Args:
+        model: The model that the plan is for.
+        plan: What is quantized, and how.
+        images: Calibration images.
+        wanted_db: The SQNR.
+        costs: What each layer costs if it is spared; None for its multiply-accumulates, hence time.
+        budget: What they may cost together.
+        progress: Called with layers done and in all.
     """
     noise = noises(model, plan, images, _counted(progress, len(plan.layers)))
-    macs = macs_percent(model)
+    costs = costs or {layer: max(macs, 1e-3) for layer, macs in macs_percent(model).items()}
     left = total = sum(noise.values())
     found = {}
-    for layer in sorted(noise, key=lambda layer: -noise[layer] / max(macs[layer], 1e-3)):
+    for layer in sorted(noise, key=lambda layer: -noise[layer] / costs[layer]):
         if left <= 10 ** (-wanted_db / 10):
             break
+        if costs[layer] > budget:
+            continue
+        budget -= costs[layer]
         left -= noise[layer]
         found[layer] = f"it makes {noise[layer] / total:.0%} of the noise in the logits"
     return found

@@ -21,13 +21,14 @@ from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
+from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Built
 from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, files_in, open_bundle, seal_bundle
 from exporters.cast import CastBody
 from exporters.qdq import InsertQDQ
 from exporters.to_onnx import export_float, save_model, torch_parity
 
-__all__ = ["build_bundle", "float_onnx", "is_built", "layer_times", "made_with"]
+__all__ = ["build_bundle", "float_onnx", "float_stage", "is_built", "layer_times", "made_with"]
 
 _MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 _BUILDERS = ("tensorrt", "tensorrt-rtx-cu13")
@@ -55,6 +56,12 @@ def float_onnx(model: Model, path: Path) -> None:
         ExportError: The model cannot be exported.
     """
     export_float(model.module, torch.zeros(2, *model.preprocess.shape), path)
+
+
+def float_stage(model: Model, work: Workspace) -> Path:
+    """The float ONNX model, made once."""
+    facts = [model.fingerprint, made_with()]
+    return work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
 
 
 def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:

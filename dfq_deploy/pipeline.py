@@ -16,8 +16,10 @@ from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.analysis import Sensitivity, analyse
-from dfq_deploy.building import build_bundle, is_built, made_with
+from dfq_deploy.building import build_bundle, float_stage, is_built, made_with
+from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
 from dfq_deploy.evaluate import Check, evaluate
+from dfq_deploy.formats import Job, formats_for_spared
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -31,7 +33,7 @@ from dfq_deploy.opening import (
     open_images,
     refined_again,
 )
-from dfq_deploy.planning import check_calibration, check_recipe, float_stage, formats_for_spared, plan_of
+from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare
@@ -72,7 +74,7 @@ def export(
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = _calibration_images(recipe, model, work, watch)
-        plan, refined, weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
+        plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
         pick("exporters.backends", recipe.backend).check(plan, recipe.options)
         floats = float_stage(refined, work)
         if not is_built(out, recipe, plan):
@@ -107,7 +109,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan, _refined, _weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
+        plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out)
     return plan
 
@@ -141,7 +143,7 @@ def simulate(
     picked = labelled_for(model, open_images(place, model.preprocess)) if place else None
     with Workspace(out, watch.stage) as work:
         calibration = _calibration_images(recipe, model, work, watch)
-        plan, refined, _weights = plan_of(recipe, model, calibration, work, watch.progress, watch.tell)
+        plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out / "plan.safetensors")
     watch.stage("compare", False)
     found = compare(
@@ -240,11 +242,14 @@ def sensitivity(
         found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
     watch.stage("layers", False)
     folded = folded_again(folder, manifest, model)
+    placement = pick("exporters.backends", manifest.backend).placement(manifest.engine.options)
     return analyse(
         folded,
         plan,
         found.spread(limit),
-        spared=formats_for_spared(plan, folded, folder / "work", block=manifest.recipe["block"]),
+        spared=formats_for_spared(
+            plan, folded, folder / "work", blocks=blocks_up_to(placement, manifest.recipe["block"])
+        ),
         refined=refined_again(folder, manifest, model),
         progress=lambda done, total: watch.progress(done, total, {}),
     )

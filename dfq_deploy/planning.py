@@ -1,337 +1,78 @@
-"""From a model and its calibration images to a plan: refined weights, ranges, number formats, and what stays float.
+"""From a model and its calibration images to a plan: folds, formats, corrected layers, reconstructed blocks.
 
-Comes after the images and before ONNX. What is refused by the recipe alone is refused first, since making images takes
-minutes.
+Comes after the images and before ONNX. Each step that changes weights leaves a file of them, and a later one starts
+from what it left.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from calibrators.blocks import reconstruct
-from calibrators.collectors import Collector, Subject, described
-from calibrators.errors import PlanError, RecipeError
-from calibrators.files import written_whole
-from calibrators.images import ImageSet
-from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, layer_of, make_plan
+from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
-from calibrators.registry import pick
-from calibrators.scheme import SCHEMES, scheme_named
-from calibrators.sites import block_ranges
-from dfq_deploy.assignment import Assignment, Budget, apply, assign, noisy_layers, sizes
-from dfq_deploy.building import float_onnx, layer_times, made_with
+from calibrators.scheme import SCHEMES
+from dfq_deploy.building import made_with
+from dfq_deploy.choices import blocks_of, passes_of, scheme_of
+from dfq_deploy.formats import Job, formats_of
 from dfq_deploy.models import Model
-from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined
-from dfq_deploy.sparing import layers_to_spare
-from dfq_deploy.workspace import Workspace
-from exporters.backends import BuildOptions, Placement
 
-__all__ = ["check_calibration", "check_recipe", "float_stage", "formats_for_spared", "plan_of"]
-
-_WORDS = {"auto", "massive"}  # of --spare, beside names
-_WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
+__all__ = ["plan_of"]
 
 
-def check_calibration(recipe: CalibrateRecipe) -> None:
-    """Return if the collector can begin.
+def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
+    """The plan that the job's recipe asks for, the model with the weights that it is for, and the files of those.
 
-    Raises:
-        RecipeError: It has no such observer, or none for the scheme's activations.
-        BackendError: Its run-time is missing.
-    """
-    _collector(recipe).check(_observer(recipe), scheme_named(recipe.scheme).activation)
-
-
-def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
-    """Return if the collector can begin and the backend takes what the recipe asks for, whatever the model.
-
-    Raises:
-        RecipeError: The scheme is simulated only, or the collector has no such observer.
-        BackendError: A run-time is missing, or takes no such plan.
-    """
-    scheme = scheme_named(recipe.scheme)
-    if scheme.simulated:
-        raise RecipeError(
-            what=f"there are no engines in {scheme.name}.",
-            why=f"no run-time has such kernels ({scheme.note}).",
-            fix=f"see what it would be worth with `dfq-deploy simulate --scheme {scheme.name}`, "
-            "or pass --scheme w8a8 or w4a16.",
-        )
-    check_calibration(recipe)
-    backend = pick("exporters.backends", recipe.backend)
-    backend.check(_one_layer_plan(recipe), options)
-    if recipe.auto and recipe.least == "latency":
-        backend.time_layers((), (), options)
-
-
-def float_stage(model: Model, work: Workspace) -> Path:
-    """The float ONNX model."""
-    facts = [model.fingerprint, made_with()]
-    return work.stage("float", ".onnx", facts, lambda path: float_onnx(model, path))
-
-
-def plan_of(
-    recipe: CalibrateRecipe,
-    model: Model,
-    images: ImageSet,
-    work: Workspace,
-    progress: Callable[[int, int, Mapping[str, float]], object],
-    tell: Callable[[str], object],
-) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
-    """The plan that the recipe asks for, the model with the weights that it is for, and the files that hold those.
-
-    Where no pass is asked for the model is `model`, and there are no files.
+    Where no pass is asked for the model is the job's, and there are no files.
 
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
-    scheme = scheme_named(recipe.scheme)
-    passes = _passes(recipe)
+    recipe, model, images, work = job.recipe, job.model, job.images, job.work
+    scheme, blocks, passes = scheme_of(recipe), blocks_of(recipe), passes_of(recipe)
     transforms, corrections, reconstructions = (
         [name for name in passes if kind_of(name) == kind] for kind in ("transform", "correct", "reconstruct")
     )
-    block = recipe.block if scheme.blocked else None
-    facts = [images.fingerprint, recipe.scheme, block, made_with()]
+    facts = [images.fingerprint, scheme.name, scheme.weight and scheme.weight.name, blocks, made_with()]
     refined, weights = model, []
 
     def fold(path: Path) -> None:
         folded = copy_of(model)
-        transform(folded.module, images, transforms, scheme, block)
+        transform(folded.module, images, transforms, scheme, blocks)
         save_refined(path, model, folded)
 
     if transforms:
         path = work.stage("folded", ".safetensors", [model.fingerprint, transforms, *facts], fold)
         weights.append(path)
         refined = load_refined(model, path)
-    plan = _plan(recipe, refined, images, work, progress)
-    if recipe.auto:
-        plan, said = _assigned(recipe, refined, images, work, plan, progress)
-        tell(said)
-    else:
-        plan = _spared(recipe, refined, images, work, plan, progress)
-    if any(qparams.block for qparams in plan.sites.values()) and recipe.refine == "default":
-        corrections = list(dict.fromkeys([*corrections, *SCHEMES["w4a16"].refine]))
+    plan = formats_of(replace(job, model=refined))
+    if recipe.refine == "default" and any(qparams.block for qparams in plan.sites.values()):
+        corrections = list(dict.fromkeys([*corrections, *SCHEMES["w4a16"].refine]))  # --auto may choose INT4
 
-    def correct_layers(path: Path) -> None:
-        corrected = copy_of(refined)
-        sites = correct(corrected.module, plan.sites, images, corrections)
-        save_refined(path, model, corrected, sites)
+    def changed(
+        stage: str, names: list[str], change: Callable[[Model], Mapping[str, QParams]]
+    ) -> tuple[QuantPlan, Model]:
+        def make(path: Path) -> None:
+            copied = copy_of(refined)
+            sites = change(copied)
+            save_refined(path, model, copied, sites)
 
-    def reconstruct_blocks(path: Path) -> None:
-        learned = copy_of(refined)
-        sites = reconstruct(learned.module, model.module, plan.sites, images, reconstructions, progress)
-        save_refined(path, model, learned, sites)
+        path = work.stage(stage, ".safetensors", [refined.fingerprint, plan.fingerprint, names, *facts], make)
+        weights.append(path)
+        found = load_refined(model, path)
+        return replace(plan, sites=load_scales(path, plan.sites), model=found.fingerprint), found
 
     if corrections:
-        key = [refined.fingerprint, plan.fingerprint, corrections, *facts]
-        path = work.stage("refined", ".safetensors", key, correct_layers)
-        weights.append(path)
-        refined = load_refined(model, path)
-        plan = replace(plan, sites=load_scales(path, plan.sites), model=refined.fingerprint)
+        plan, refined = changed(
+            "refined", corrections, lambda copied: correct(copied.module, plan.sites, images, corrections)
+        )
     if reconstructions:
-        key = [refined.fingerprint, plan.fingerprint, reconstructions, *facts]
-        path = work.stage("learned", ".safetensors", key, reconstruct_blocks)
-        weights.append(path)
-        refined = load_refined(model, path)
-        plan = replace(plan, sites=load_scales(path, plan.sites), model=refined.fingerprint)
+        plan, refined = changed(
+            "learned",
+            reconstructions,
+            lambda copied: reconstruct(
+                copied.module, model.module, plan.sites, images, reconstructions, job.watch.progress
+            ),
+        )
     return plan, refined, tuple(weights)
-
-
-def _passes(recipe: CalibrateRecipe) -> tuple[str, ...]:
-    if recipe.refine == "none":
-        return ()
-    if recipe.refine != "default":
-        return tuple(recipe.refine.split(","))
-    own_ranges = recipe.observer != "auto" or recipe.collector != "pytorch"  # asked for: `reach` would replace them
-    return tuple(name for name in scheme_named(recipe.scheme).refine if not (own_ranges and name == "reach"))
-
-
-def _spared(
-    recipe: CalibrateRecipe,
-    model: Model,
-    images: ImageSet,
-    work: Workspace,
-    plan: QuantPlan,
-    progress: Callable[[int, int, Mapping[str, float]], object],
-) -> QuantPlan:
-    """The plan without the layers that make most of the noise, if `--spare auto` is asked for."""
-    codes = scheme_named(recipe.scheme).activation
-    integers = codes is not None and codes.mantissa is None and not scheme_named(recipe.scheme).simulated
-    if not integers or _placement(recipe).noisy_layers or "auto" not in recipe.spare.split(","):
-        return plan
-
-    def measure(path: Path) -> None:
-        noisy = noisy_layers(
-            model, plan, images, wanted_db=_WANTED_DB, progress=lambda done, total: progress(done, total, {})
-        )
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(noisy), encoding="utf-8")
-
-    facts = [plan.fingerprint, images.fingerprint, _WANTED_DB, made_with()]
-    noisy = json.loads(work.stage("noise", ".json", facts, measure).read_text(encoding="utf-8"))
-    why = {site: noisy[layer_of(site)] for site in plan.sites if layer_of(site) in noisy}
-    return replace(plan, sites={k: v for k, v in plan.sites.items() if k not in why}, spared={**plan.spared, **why})
-
-
-def _assigned(
-    recipe: CalibrateRecipe,
-    model: Model,
-    images: ImageSet,
-    work: Workspace,
-    plan: QuantPlan,
-    progress: Callable[[int, int, Mapping[str, float]], object],
-) -> tuple[QuantPlan, str]:
-    """The plan with the formats of `--auto`, INT4 weights among them, and what was found, for people."""
-    plans = {plan.scheme: plan}
-    blocks = block_ranges(model.module, recipe.block)
-    alone = not any(site.endswith(".output") for site in plan.sites)  # INT8 convolutions and INT4: no opset has both
-    if blocks and alone and "w4a16" not in plans:
-        spared = {layer_of(site): why for site, why in plan.spared.items()}
-        narrow = Ranges(blocks, plan.model, plan.images, "")
-        plans["w4a16"] = make_plan(narrow, SCHEMES["w4a16"], spare=spared)
-    budget = Budget.of(recipe.max_drop, recipe.min_agreement)
-
-    def make(path: Path) -> None:
-        costs, rest = sizes(plans, model), 0.0
-        if recipe.least == "latency":
-            options = BuildOptions(provider=recipe.provider)
-            times = layer_times(plans, float_stage(model, work), recipe.backend, options)
-            rest = sum(time for layer, time in times["float"].items() if layer not in costs)
-            costs = {layer: {name: times[name][layer] for name in own} for layer, own in costs.items()}
-        found = assign(
-            plans,
-            costs,
-            model,
-            images,
-            budget=budget,
-            least=recipe.least,
-            rest=rest,
-            progress=lambda done, total: progress(done, total, {}),
-        )
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
-
-    facts = [*(p.fingerprint for p in plans.values()), recipe.least, budget.text, recipe.backend, recipe.provider]
-    path = work.stage("formats", ".json", [*facts, made_with()], make)
-    found = Assignment(**json.loads(path.read_text(encoding="utf-8")))
-    return apply(found, plans), str(found)
-
-
-def _placement(recipe: CalibrateRecipe) -> Placement:
-    found: Placement = pick("exporters.backends", recipe.backend).placement(BuildOptions(provider=recipe.provider))
-    return found
-
-
-def _plan(
-    recipe: CalibrateRecipe,
-    model: Model,
-    images: ImageSet,
-    work: Workspace,
-    progress: Callable[[int, int, Mapping[str, float]], object],
-) -> QuantPlan:
-    ranges = _ranges(recipe, model, images, work, progress)
-    scheme = scheme_named(recipe.scheme)
-    placement = _placement(recipe)
-    ends = {layer_of(next(iter(ranges.sites))), *model.classifiers} if scheme.simulated else ()
-    if scheme.blocked:
-        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, recipe.block)})
-    asked = [] if recipe.spare == "none" else recipe.spare.split(",")
-    spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
-    if _WORDS & set(asked):
-        spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer, measured=recipe.auto)
-    return make_plan(
-        ranges,
-        scheme,
-        attention=recipe.attention or scheme.simulated,
-        outputs=placement.convolution_outputs and not scheme.simulated,
-        spare=spare,
-        ends=ends,
-    )
-
-
-def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, block: int) -> dict[str, QParams]:
-    """What sites that `plan` spares would be rounded to, where `work` holds the ranges that it was made from.
-
-    Args:
-        plan: A plan.
-        model: The model whose ranges those are: before any layer was corrected.
-        work: A run's `work/`; it may be gone.
-        block: Input channels per block, where the plan's scheme has blocks.
-    """
-    scheme = scheme_named(plan.scheme)
-    kept = (Ranges.load(path) for path in sorted(work.glob("ranges-*.safetensors")))
-    ranges = next((r for r in kept if (r.model, r.images) == (model.fingerprint, plan.images)), None)
-    if ranges is None:
-        return {}
-    if scheme.blocked:
-        ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, block)})
-    full = make_plan(ranges, scheme, attention=True)
-    return {site: full.sites[site] for site in plan.spared if site in full.sites}
-
-
-def _asked_for(names: list[str], model: Model, ranges: Ranges) -> dict[str, str]:
-    layers = list(dict.fromkeys(map(layer_of, ranges.sites)))
-    spare = dict.fromkeys(names, "asked for with --spare")
-    unknown = sorted(spare.keys() - set(layers))
-    if unknown:
-        raise PlanError(
-            what=f"--spare names `{unknown[0]}`, which is no layer of `{model.name}`.",
-            why=f"its layers are called like {', '.join(layers[:4])}.",
-            fix="pass none, or such names and auto or massive with commas between them.",
-        )
-    return spare
-
-
-def _ranges(
-    recipe: CalibrateRecipe,
-    model: Model,
-    images: ImageSet,
-    work: Workspace,
-    progress: Callable[[int, int, Mapping[str, float]], object],
-) -> Ranges:
-    collector, observer, codes = _collector(recipe), _observer(recipe), scheme_named(recipe.scheme).activation
-    subject = Subject(model.module, model.fingerprint, float_stage(model, work) if collector.NEEDS_ONNX else None)
-
-    def make(path: Path) -> None:
-        collector.collect_ranges(
-            subject,
-            images,
-            observer=observer,
-            percentile=recipe.percentile,
-            codes=codes,
-            progress=lambda done, total: progress(done, total, {}),
-        ).save(path)
-
-    used = described(observer, recipe.percentile, codes)
-    facts = [model.fingerprint, images.fingerprint, recipe.collector, used, made_with()]
-    return Ranges.load(work.stage("ranges", ".safetensors", facts, make))
-
-
-def _collector(recipe: CalibrateRecipe) -> Collector:
-    plugin: Any = pick("calibrators.collectors", recipe.collector)
-    collector: Collector = plugin
-    return collector
-
-
-def _observer(recipe: CalibrateRecipe) -> str:
-    """The recipe's observer; `auto` is what suits the scheme, where the collector has it."""
-    if recipe.observer != "auto":
-        return recipe.observer
-    suited, offered = scheme_named(recipe.scheme).observer, _collector(recipe).OBSERVERS
-    return suited if suited in offered else offered[0]
-
-
-def _one_layer_plan(recipe: CalibrateRecipe) -> QuantPlan:
-    """What the recipe asks for, of a model with one layer."""
-    scheme = scheme_named(recipe.scheme)
-    width, low, high = 2 * recipe.block, np.full((2, 2), -1.0), np.full((2, 2), 2.0)
-    weight = SiteRange(low[0], high[0], "weight", 0, (2, width))
-    if scheme.blocked:
-        weight = SiteRange(low, high, "weight", 0, (2, width), recipe.block)
-    sites = {"layer.input": SiteRange(low[0, 0], high[0, 0], "input", None, (width,)), "layer.weight": weight}
-    return make_plan(Ranges(sites, "", "", ""), scheme)

@@ -197,7 +197,8 @@ def print_plan(plan: QuantPlan) -> None:
     _console.print(table)
     for reason in dict.fromkeys(plan.spared.values()):
         sites = [name for name, why in plan.spared.items() if why == reason]
-        _console.print(f"{len(sites)} sites stay float: {reason}.")
+        spared = "stay float" if sites[0] not in plan.sites else "differ"
+        _console.print(f"{len(sites)} sites {spared}: {reason}.")
 
 
 def print_classes(runner: Runner, path: Path, top: int) -> None:

@@ -61,7 +61,7 @@ class EngineFacts(_Facts):
         files: Names of its files, where the run-time does not load `model.onnx` itself.
         made_for: Versions and GPU that it depends on.
         precision: What each layer is computed in, from the census.
-        reasons: Why a layer is float.
+        reasons: Why a layer is float, or finer than was asked for.
         kernels: How many kernels of which kind it has, where the run-time says.
         note: Why it is pending, or who says what its layers are computed in.
     """

@@ -12,11 +12,17 @@ from typing import Literal
 from calibrators.errors import ExportError
 from calibrators.plan import QuantPlan, layer_of
 
-__all__ = ["Body", "Census", "Precision", "precision_of"]
+__all__ = ["Body", "Census", "Precision", "is_weight_only", "precision_of"]
 
 Body = Literal["fp32", "fp16", "bf16"]
 Precision = Literal["int8", "int4", "fp8", "fp32", "fp16", "bf16"]
-_PRECISIONS: dict[str, Precision] = {"int8": "int8", "uint8": "int8", "int4": "int4", "float8_e4m3fn": "fp8"}
+_PRECISIONS: dict[str, Precision] = {
+    "int8": "int8",
+    "uint8": "int8",
+    "int4": "int4",
+    "uint4": "int4",
+    "float8_e4m3fn": "fp8",
+}
 
 
 def precision_of(plan: QuantPlan, layer: str) -> Precision:
@@ -24,13 +30,19 @@ def precision_of(plan: QuantPlan, layer: str) -> Precision:
     return _PRECISIONS[plan.codes_of(layer).name]
 
 
+def is_weight_only(plan: QuantPlan, layer: str) -> bool:
+    """Whether the plan leaves the input of `layer`, whose weight it quantizes, in float."""
+    return f"{layer}.weight" in plan.sites and f"{layer}.input" not in plan.sites
+
+
 @dataclass(frozen=True)
 class Census:
     """What every layer that has sites is computed in.
 
     Attributes:
-        precision: By layer; `int4` is a weight's format, its activations are float. Empty where no engine was seen.
-        reasons: Why a layer is float: the plan's reason.
+        precision: By layer; its weight's format where the plan leaves activations in float. Empty where no engine was
+            seen.
+        reasons: Why a layer is float, or finer than was asked for: the plan's reason.
         kernels: How many kernels of which kind the engine has, where the run-time says.
     """
 

@@ -53,16 +53,15 @@ class InsertQDQ(ContractPass):
             )
 
     def ensures(self, model: ir.Model) -> None:
-        """Every layer of the plan reads only quantized tensors; beside a weight in blocks, activations are float.
+        """Every layer of the plan reads only quantized tensors; where a plan has weights only, activations are float.
 
         Raises:
             ExportError: A planned site was not written.
         """
         nodes = {node.name: node for node in model.graph}
+        weights_only = all(site.endswith(".weight") for site in self._plan.sites)
         for layer in self._plan.layers:
-            weight = self._plan.sites.get(f"{layer}.weight")
-            blocked = weight is not None and weight.block is not None
-            for value in nodes[layer].inputs[1 if blocked else 0 : 2]:
+            for value in nodes[layer].inputs[1 if weights_only else 0 : 2]:
                 producer = value.producer() if value is not None else None
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise ExportError(

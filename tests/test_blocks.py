@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from calibrators.affine import CODES, Codes, choose_qparams, fake_quantize
 from calibrators.errors import PlanError
-from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, make_plan
+from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, make_plan, shortened
 from calibrators.scheme import SCHEMES
-from calibrators.sites import Mode, attach_sites, block_ranges, set_mode
+from calibrators.sites import Mode, attach_sites, block_ranges, fitting_block, set_mode
 from exporters.qdq import InsertQDQ
+from exporters.scales import shorten_scales
 
 _BLOCKS = (16, 32, 64, 128)
-_INT4, _FP8 = CODES["int4"], CODES["float8_e4m3fn"]
+_INT4, _UINT4, _FP8 = CODES["int4"], CODES["uint4"], CODES["float8_e4m3fn"]
 _LINEAR = """<ir_version: 10, opset_import: ["": 20]> agraph (float[N, 128] x) => (float[N, 6] y) {
     [fc] m = MatMul (x, w)
     y = Add (m, b)
@@ -63,7 +64,7 @@ def _ranges(module: nn.Module, block: int | None) -> Ranges:
     for side in ("lhs", "rhs"):
         sites[f"attn.qk.{side}"] = _range("operand", -4, 4, (2, 2))
     return Ranges(
-        sites | (block_ranges(module, block) if block else {}), model="m" * 64, images="i" * 64, observer="minmax"
+        sites | (block_ranges(module, (block,)) if block else {}), model="m" * 64, images="i" * 64, observer="minmax"
     )
 
 
@@ -78,7 +79,7 @@ def _covering(values: np.ndarray, codes: Codes, block: int | None = None) -> QPa
 @every_block
 def test_ranges_of_blocks_are_the_smallest_and_largest_weight_of_each(block: int) -> None:
     module = _layers(256)
-    (seen,) = block_ranges(module, block).values()
+    (seen,) = block_ranges(module, (block,)).values()
     weight = module[0].weight.numpy(force=True)
     assert (seen.role, seen.axis, seen.shape, seen.block) == ("weight", 0, (6, 256), block)
     assert seen.low.shape == seen.high.shape == (6, 256 // block)
@@ -90,7 +91,14 @@ def test_ranges_of_blocks_are_the_smallest_and_largest_weight_of_each(block: int
 
 @given(size=st.integers(1, 300), block=st.sampled_from(_BLOCKS))
 def test_there_are_blocks_where_two_or_more_whole_ones_fit(size: int, block: int) -> None:
-    assert ("0.weight" in block_ranges(_layers(size), block)) == (size in range(2 * block, 301, block))
+    assert ("0.weight" in block_ranges(_layers(size), (block,))) == (size in range(2 * block, 301, block))
+
+
+@pytest.mark.parametrize(("width", "block"), [(192, 64), (96, 32), (128, 64), (48, None), (384, 128), (256, 128)])
+def test_a_layer_gets_the_largest_block_that_fits_it(width: int, block: int | None) -> None:
+    found = block_ranges(_layers(width), (32, 64, 128))
+    assert (found["0.weight"].block if found else None) == block
+    assert fitting_block(width, (32, 64, 128)) == block
 
 
 @every_block
@@ -259,13 +267,49 @@ def test_a_weight_in_blocks_is_stored_in_half_a_byte_and_read_in_blocks(block: i
     assert stored["fc.weight.zero_point"].data_type == onnx.TensorProto.INT4
 
 
+def test_an_asymmetric_weight_and_its_zero_points_are_stored_in_half_a_byte() -> None:
+    w = _values(128, 6, seed=1) + 1
+    q = _covering(w.T, _UINT4, 32)
+    assert len(np.unique(q.zero_point)) > 3
+    stored = {proto.name: proto for proto in ir.to_proto(_quantized(w, {"fc.weight": q})).graph.initializer}
+    codes, zero = stored["fc.weight.uint4"], stored["fc.weight.zero_point"]
+    assert (codes.data_type, len(codes.raw_data)) == (onnx.TensorProto.UINT4, 128 * 6 // 2)
+    assert (zero.data_type, len(zero.raw_data)) == (onnx.TensorProto.UINT4, 128 // 32 * 6 // 2)
+
+
+@pytest.mark.parametrize("codes", [_INT4, _UINT4], ids=lambda codes: codes.name)
 @pytest.mark.parametrize("block", _BLOCKS[:-1])
-def test_a_layer_with_blocks_computes_what_the_formulas_say(block: int) -> None:
+def test_a_layer_with_blocks_computes_what_the_formulas_say(block: int, codes: Codes) -> None:
     x, w = _values(32, 128), _values(128, 6, seed=1)
-    q = _covering(w.T, _INT4, block)
-    rounded = fake_quantize(w.T, *q.along(2), _INT4).T
+    q = _covering(w.T, codes, block)
+    rounded = fake_quantize(w.T, *q.along(2), codes).T
     np.testing.assert_allclose(_run(_quantized(w, {"fc.weight": q}), x), x @ rounded + _values(6, seed=2), atol=1e-5)
     assert np.abs(rounded - w).max() > 0.1, "INT4 is coarse"
+
+
+@pytest.mark.parametrize("size", [1, 1.5e-4, 1e-7])
+def test_scales_are_shortened_where_all_stay_as_good_as_they_were(size: float) -> None:
+    scales = np.abs(_values(6, 4)) * np.float32(size) + np.float32(size / 4)
+    found = shortened(scales)
+    if size < 1e-6:
+        assert np.array_equal(found, scales), "float16 has too few digits there"
+    else:
+        assert np.array_equal(found, scales.astype(np.float16).astype(np.float32))
+        assert not np.array_equal(found, scales)
+
+
+@pytest.mark.parametrize("size", [1, 1e-7])
+def test_short_scales_take_half_the_bytes_and_change_nothing(size: float) -> None:
+    x, w = _values(32, 128), _values(128, 6, seed=1) * np.float32(size)
+    q = _covering(w.T, _UINT4, 32)
+    q = dataclasses.replace(q, scale=shortened(q.scale))
+    model = _quantized(w, {"fc.weight": q})
+    before = _run(model, x)
+    shorten_scales(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    stored = {proto.name: proto for proto in ir.to_proto(model).graph.initializer}["fc.weight.scale"]
+    assert len(stored.raw_data) == (2 if size == 1 else 4) * 6 * 4
+    assert np.array_equal(_run(model, x), before)
 
 
 def test_without_blocks_the_opset_stays() -> None:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ import pytest
 import dfq_deploy as dfq
 from calibrators.affine import CODES
 from calibrators.errors import BackendError, BundleError, ExportError, NotHereError
+from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
+from dfq_deploy import planning
 from dfq_deploy.cli import run
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
@@ -31,16 +35,19 @@ _SCALAR, _ZERO = np.array(0.05, np.float32), np.array(0, np.int8)
 every_absent_provider = pytest.mark.parametrize("provider", _ABSENT)
 
 
-@pytest.fixture(scope="module", params=_BLOCKS)
+@pytest.fixture(scope="module", params=[("w4a16", 32), ("w4a16", 64), ("w4a16", 128), ("w4a16_asym", 32)])
 def int4(
     request: pytest.FixtureRequest, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
     """The size of blocks, and a bundle of the demo with INT4 weights."""
     folder = tmp_path_factory.mktemp("int4") / "bundle"
     shutil.copytree(demo_bundle, folder)
-    recipe = dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w4a16", block=request.param)
+    scheme, block = request.param
+    recipe = dfq.Recipe(
+        model="demo", generator="noise", count=8, refine="none", spare="none", scheme=scheme, block=block
+    )
     assert dfq.export(recipe, folder, limit=16).verdict == "pass"
-    return request.param, folder
+    return block, folder
 
 
 @pytest.fixture
@@ -64,19 +71,52 @@ def test_weights_in_blocks_become_one_operator(int4: tuple[int, Path], tmp_path:
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     nodes = [node for node in onnx.load(tmp_path / "optimised.onnx").graph.node if node.op_type == "MatMulNBits"]
-    assert len(nodes) == len(_plan(folder).layers) == (17 if block == 32 else 4)
+    assert len(nodes) == len(_plan(folder).layers) == 17
     for node in nodes:
         facts = {a.name: a.i for a in node.attribute}
-        assert (facts["bits"], facts["block_size"], facts["accuracy_level"]) == (4, block, 1)
+        fitting = min(block, facts["K"] // 2)
+        assert (facts["bits"], facts["block_size"], facts["accuracy_level"]) == (4, fitting, 1)
 
 
 def test_the_census_of_weights_in_blocks_is_int4(int4: tuple[int, Path]) -> None:
-    _, folder = int4
+    block, folder = int4
     plan, facts = _plan(folder), open_bundle(folder).engine
     assert {layer for layer, kind in facts.precision.items() if kind == "int4"} == set(plan.layers)
     assert set(facts.precision.values()) == {"int4", "fp32"}
-    assert facts.reasons.keys() == facts.precision.keys() - set(plan.layers), "each float layer has its reason"
-    assert facts.reasons["patch_embed.proj"] == "w4a16 is for matrices: run-times have no such convolution"
+    smaller = {layer for layer in plan.layers if plan.sites[f"{layer}.weight"].block != block}
+    assert len(smaller) == {32: 0, 64: 13, 128: 13}[block]
+    assert facts.reasons.keys() == facts.precision.keys() - set(plan.layers) | smaller, "each other one has its reason"
+    assert facts.reasons["patch_embed.proj"] == f"{plan.scheme} is for matrices: run-times have no such convolution"
+    if block == 128:
+        why = "its 64 input channels are not two or more blocks of 128: it has blocks of 32"
+        assert facts.reasons["blocks.0.attn.qkv"] == why
+
+
+def test_weights_in_blocks_have_zero_points_here(int4: tuple[int, Path]) -> None:
+    _, folder = int4
+    assert {site.codes.name for site in _plan(folder).sites.values()} == {"uint4"}
+    initializers = onnx.load(folder / "model.onnx").graph.initializer
+    kinds = Counter(tensor.data_type for tensor in initializers if ".weight." in tensor.name)
+    assert kinds == {onnx.TensorProto.UINT4: 2 * 17, onnx.TensorProto.FLOAT16: 17}, "codes, zero-points and scales"
+
+
+def test_noisy_layers_get_int8_weights_which_the_census_knows(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_WANTED_WEIGHTS_DB", 1000)
+    monkeypatch.setattr(planning, "_BUDGET", 64 * 256 / 2 + 1)  # room for one layer of an mlp, or four smaller ones
+    shutil.copytree(demo_bundle, tmp_path / "bundle")
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, refine="none", scheme="w4a16", block=32)
+    assert dfq.export(recipe, tmp_path / "bundle", limit=16).verdict == "pass"
+    plan, facts = _plan(tmp_path / "bundle"), open_bundle(tmp_path / "bundle").engine
+    finer = {layer for layer, kind in facts.precision.items() if kind == "int8"}
+    assert finer
+    assert {layer for layer, kind in facts.precision.items() if kind == "int4"} == set(plan.layers) - finer
+    for layer in finer:
+        assert re.fullmatch(r"it makes \d+% of the noise in the logits: its weights have 8 bits", facts.reasons[layer])
+        site = plan.sites[f"{layer}.weight"]
+        assert (site.codes.name, site.block, site.scale.ndim) == ("int8", None, 1)
+    assert sum(np.prod(layers_of(load_model("demo").module)[layer].weight.shape) for layer in finer) <= 64 * 256 + 2
 
 
 def test_float_activations_are_what_the_accuracy_level_asks_for(int4: tuple[int, Path]) -> None:
@@ -177,7 +217,13 @@ def test_tensorrt_inside_is_told_the_batch_sizes_and_keeps_its_engines_outside_t
 def test_only_tensorrt_quantizes_the_first_layer_and_no_output(provider: str) -> None:
     tensorrt = provider in ("tensorrt", "rtx")
     placed = ort.placement(BuildOptions(provider=provider))
-    assert placed == Placement(first_layer=tensorrt, convolution_outputs=not tensorrt, noisy_layers=tensorrt)
+    assert placed == Placement(
+        first_layer=tensorrt,
+        convolution_outputs=not tensorrt,
+        noisy_layers=tensorrt,
+        blocks=_BLOCKS,
+        zero_points=not tensorrt,
+    )
 
 
 def _scheme_for(provider: str) -> list[str]:

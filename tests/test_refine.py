@@ -83,7 +83,7 @@ def test_a_transform_leaves_the_float_model_as_it_was_and_changes_weights(
     demo: Model, images: ImageSet, name: str, scheme: str
 ) -> None:
     changed = copy_of(demo)
-    folds = transform(changed.module, images, [name], scheme_named(scheme), 32 if scheme == "w4a16" else None)
+    folds = transform(changed.module, images, [name], scheme_named(scheme), (32,) if scheme == "w4a16" else ())
     assert len(folds) == 12  # of four blocks: norm1, V and norm2
     probe = torch.from_numpy(images.pixels[:])
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_a_transform_that_changes_the_function_is_refused_and_undone(
     model = copy_of(demo)
     monkeypatch.setattr(reparam, "transform", lambda seen: (seen.low, torch.zeros_like(seen.low)))
     with pytest.raises(PlanError, match="would change what the float model computes"):
-        transform(model.module, images, ["reparam"], scheme_named("w8a8"), None)
+        transform(model.module, images, ["reparam"], scheme_named("w8a8"), ())
     state = demo.module.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
 
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_folded_is_told() -> None:
     eight = (0.5,) * 8
     few = ImageSet.of(pixels, Preprocess((4, 4), 1.0, "center", "bicubic", eight, eight), source="test")
     with pytest.warns(CalibrationWarning, match="smooth changed nothing"):
-        assert transform(module, few, ["smooth"], scheme_named("w8a8"), None) == []
+        assert transform(module, few, ["smooth"], scheme_named("w8a8"), ()) == []
 
 
 def test_reparam_centres_every_channel_and_makes_their_ranges_equal() -> None:

@@ -17,9 +17,9 @@ from calibrators.plan import QuantPlan
 from dfq_deploy import cli
 from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse
 from dfq_deploy.assignment import noisy_layers
+from dfq_deploy.formats import formats_for_spared
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.planning import formats_for_spared
 from dfq_deploy.reference import Reference
 
 _IMAGES = 6
@@ -117,7 +117,7 @@ def test_multiply_accumulates_are_counted_layer_by_layer(found: Sensitivity) -> 
 def test_what_the_plan_spares_is_measured_as_the_plan_would_quantize_it(
     found: Sensitivity, model: Model, plan: QuantPlan, everything: QuantPlan, images: ImageSet, demo_bundle: Path
 ) -> None:
-    formats = formats_for_spared(plan, model, demo_bundle / "work", block=64)
+    formats = formats_for_spared(plan, model, demo_bundle / "work", blocks=(32, 64))
     assert formats.keys() == plan.spared.keys()
     for site, qparams in formats.items():
         np.testing.assert_array_equal(qparams.scale, everything.sites[site].scale)
@@ -173,6 +173,13 @@ def test_noisy_layers_are_those_that_make_the_noise_and_no_more(
     assert set(noisy_layers(model, plan, images, wanted_db=1000)) == set(plan.layers)
 
 
+def test_noisy_layers_stay_within_the_budget(model: Model, plan: QuantPlan, images: ImageSet) -> None:
+    costs = {layer: 1.0 + index % 2 for index, layer in enumerate(plan.layers)}
+    found = noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=5.5)
+    assert 4.5 < sum(costs[layer] for layer in found) <= 5.5
+    assert noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=0.5) == {}
+
+
 def test_each_measurement_is_told(model: Model, plan: QuantPlan, images: ImageSet) -> None:
     told: list[tuple[int, int]] = []
     analyse(model, plan, images, spared={}, progress=lambda done, total: told.append((done, total)))
@@ -214,7 +221,7 @@ def test_without_any_images_noise_is_used_and_named(demo_bundle: Path, tmp_path:
 
 def test_ranges_of_other_images_are_not_taken(demo_bundle: Path, model: Model, plan: QuantPlan) -> None:
     other = dataclasses.replace(plan, images="of others")
-    assert formats_for_spared(other, model, demo_bundle / "work", block=64) == {}
+    assert formats_for_spared(other, model, demo_bundle / "work", blocks=(32, 64)) == {}
 
 
 def test_a_bundle_that_quantizes_nothing_has_nothing_to_measure(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from calibrators.affine import Codes, choose_qparams
-from calibrators.plan import QParams
+from calibrators.plan import QParams, shortened
 from calibrators.sites import rounded
 
 __all__ = ["Block", "Correction", "Layer", "Reconstruction", "Seen", "Transform"]
@@ -94,6 +94,7 @@ class Layer:
         """Give the weight the scales that hold `share` of the range of each row of `groups`, (rows,) or one for all."""
         low, high = ((end * share).numpy() for end in (self.groups.amin(1), self.groups.amax(1)))
         scale, zero = choose_qparams(low, high, self.qparams.codes)
+        scale = scale if self.qparams.block is None else shortened(scale)
         shape = self.qparams.scale.shape
         self.qparams = replace(self.qparams, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
 

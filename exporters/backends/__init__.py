@@ -27,12 +27,17 @@ class Placement:
     Attributes:
         first_layer: The layer that reads the image.
         convolution_outputs: The outputs of convolutions, without which it would not fuse them.
-        noisy_layers: Layers whose rounding makes most of the noise in the logits; else they stay float.
+        noisy_layers: Layers whose rounding makes most of the noise in the logits; else they stay float, or get INT8
+            weights where the scheme wants INT4.
+        blocks: Sizes that the blocks of a weight's input channels may have.
+        zero_points: INT4 weights with a zero-point per block.
     """
 
     first_layer: bool
     convolution_outputs: bool
     noisy_layers: bool
+    blocks: tuple[int, ...]
+    zero_points: bool
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,16 @@ from calibrators.errors import BackendError, NotHereError
 from calibrators.files import fingerprint_of, sha256_of
 from calibrators.plan import QuantPlan
 from exporters.backends import BuildOptions, Built, Placement
-from exporters.census import Census, Precision, precision_of
+from exporters.census import Census, is_weight_only, precision_of
+from exporters.scales import shorten_scales
 from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.refusals import cannot_time_layers, refuse_plan
 from exporters.timing import SERIAL_SUFFIX, profile_layers
 
 __all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare", "time_layers"]
 
-_KERNELS: dict[Precision, set[str]] = {  # MatMulNBits computes in float: for INT8 it is a fall-back
-    "int8": {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"},
-    "int4": {"MatMulNBits"},
-}
+_INTEGER_KERNELS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
+_WEIGHT_ONLY_KERNEL = "MatMulNBits"  # computes in float: where inputs are quantized it is a fall-back
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -96,7 +95,13 @@ class OrtEngine:
 def placement(options: BuildOptions) -> Placement:
     """The CPU provider fuses an INT8 convolution only with its output; its first layer costs little time there."""
     tensorrt = options.provider in _TENSORRT
-    return Placement(first_layer=tensorrt, convolution_outputs=not tensorrt, noisy_layers=tensorrt)
+    return Placement(
+        first_layer=tensorrt,
+        convolution_outputs=not tensorrt,
+        noisy_layers=tensorrt,
+        blocks=_BLOCKS,
+        zero_points=not tensorrt,
+    )
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:
@@ -157,9 +162,14 @@ def _refuse_unused(options: BuildOptions) -> None:
 
 
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
-    """Fences for TensorRT; ONNX Runtime's own kernels need none, and on a CPU they would cost time."""
+    """Fences for TensorRT, and for ONNX Runtime's own kernels, which need none, the scales of blocks in float16.
+
+    ONNX Runtime makes them float32 again when it loads the file; where blocks are small they are a fifth of it.
+    """
     if options.provider in _TENSORRT:
         put_fences(model, plan)
+    else:
+        shorten_scales(model)
 
 
 def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
@@ -253,7 +263,8 @@ def _float_layers(plan: QuantPlan, operators: Mapping[str, str]) -> dict[str, st
     found = {}
     for layer in plan.layers:
         operator = operators.get(layer, "fused away")
-        computed = operator in _KERNELS.get(precision_of(plan, layer), ())
+        kernels = {_WEIGHT_ONLY_KERNEL} if is_weight_only(plan, layer) else _INTEGER_KERNELS
+        computed = operator in kernels and precision_of(plan, layer) in ("int8", "int4")
         found[layer] = "" if computed else f"its node is {operator} in the graph that ONNX Runtime runs."
     return found
 

@@ -18,19 +18,24 @@ except ImportError:  # the extra [rtx] brings it
 from calibrators.errors import BackendError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
-from exporters.backends import BuildOptions, Built
+from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census
 from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
 from exporters.tensorrt.refusals import refuse_plan
-from exporters.tensorrt.verbs import placement, prepare, time_layers
+from exporters.tensorrt.verbs import prepare, time_layers, wanted
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
 
 _ENGINE = "model.engine"
 _BLOCKS = (16, 32, 64, 128)
 _TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+def placement(_options: BuildOptions) -> Placement:
+    """As TensorRT wants it."""
+    return wanted(_BLOCKS)
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:

@@ -27,9 +27,9 @@ def refuse_plan(plan: QuantPlan, *, targets: Iterable[str], blocks: tuple[int, .
     """
     if any(not q.codes.signed or q.zero_point.any() for q in plan.sites.values()):
         raise BackendError(
-            what=f"TensorRT cannot run this plan ({plan.scheme}): activations are asymmetric (zero-point != 0).",
+            what=f"TensorRT cannot run this plan ({plan.scheme}): it is asymmetric (zero-point != 0).",
             why="TensorRT quantizes symmetrically, with signed codes.",
-            fix="use --scheme w8a8, or --backend ort.",
+            fix=f"use --scheme {plan.scheme.removesuffix('_asym')}, or --backend ort.",
         )
     sizes = {q.block for q in plan.sites.values() if q.block is not None}
     if not sizes <= set(blocks):

@@ -1,4 +1,4 @@
-"""The verbs of a backend that TensorRT and TensorRT for RTX answer alike."""
+"""The verb of a backend that TensorRT and TensorRT for RTX answer alike, and what both want quantized."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from exporters.backends import BuildOptions, Placement
 from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.refusals import cannot_time_layers
 
-__all__ = ["placement", "prepare", "time_layers"]
+__all__ = ["prepare", "time_layers", "wanted"]
 
 
-def placement(options: BuildOptions) -> Placement:
+def wanted(blocks: tuple[int, ...]) -> Placement:
     """A convolution is fused without its output; next to INT8 matmuls a float one would cost time on a GPU."""
-    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True)
+    return Placement(first_layer=True, convolution_outputs=False, noisy_layers=True, blocks=blocks, zero_points=False)
 
 
 def prepare(model: ir.Model, plan: QuantPlan, options: BuildOptions) -> None:
