@@ -29,14 +29,15 @@ class Placement:
         convolution_outputs: The outputs of convolutions, without which it would not fuse them.
         noisy_layers: Layers whose rounding makes most of the noise in the logits; else they stay float, or get INT8
             weights where the scheme wants INT4.
-        blocks: Sizes that the blocks of a weight's input channels may have.
+        blocks: Sizes that the blocks of a weight's input channels may have. Placements that differ in these alone are
+            equal: `check` refuses a plan whose blocks are not taken.
         zero_points: INT4 weights with a zero-point per block.
     """
 
     first_layer: bool
     convolution_outputs: bool
     noisy_layers: bool
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = field(compare=False)
     zero_points: bool
 
 

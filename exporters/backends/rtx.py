@@ -33,7 +33,7 @@ _BLOCKS = (16, 32, 64, 128)
 _TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
 
-def placement(_options: BuildOptions) -> Placement:
+def placement(options: BuildOptions) -> Placement:
     """As TensorRT wants it."""
     return wanted(_BLOCKS)
 

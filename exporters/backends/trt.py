@@ -36,7 +36,7 @@ _ENGINE = "model.engine"
 _BLOCKS = (64, 128)
 
 
-def placement(_options: BuildOptions) -> Placement:
+def placement(options: BuildOptions) -> Placement:
     """As TensorRT wants it."""
     return wanted(_BLOCKS)
 
