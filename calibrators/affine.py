@@ -28,15 +28,21 @@ class Codes:
         high: Its largest code.
         lowest: The code that the lower end of a range gets. INT8 leaves -128 unused, so that a weight and its negative
             have the same codes but for the sign; of INT4's few codes none is left unused.
-        mantissa: Bits after the binary point where codes are floating-point numbers; 0 for powers of two, from 1 down
-            to 2^-15; None for integers.
+        mantissa: Bits after the binary point where codes are floating-point numbers; None for others.
+        per_octave: Codes per factor of two where they are even in the logarithm, from `low` to `high`; 0 for others.
     """
 
     name: str
-    low: int
+    low: float
     high: int
     lowest: int
     mantissa: int | None = None
+    per_octave: int = 0
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes are integers, a step apart."""
+        return self.mantissa is None and not self.per_octave
 
     @property
     def signed(self) -> bool:
@@ -58,12 +64,12 @@ CODES = {
         Codes("uint4", 0, 15, lowest=0),
         Codes("int6", -32, 31, lowest=-32),
         Codes("uint6", 0, 63, lowest=0),
-        Codes("log2_uint4", 0, 1, lowest=0, mantissa=0),
+        Codes("log2_uint4", 2.0**-15, 1, lowest=0, per_octave=1),
+        Codes("log2_uint6", 2.0**-31.5, 1, lowest=0, per_octave=2),
         Codes("float8_e4m3fn", -448, 448, lowest=-448, mantissa=3),
     )
 }
 _SMALLEST_NORMAL = 2.0**-6  # of E4M3; below it the grid is even
-_SMALLEST_POWER = 2.0**-15  # of the powers of two
 
 
 def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray]:
@@ -80,12 +86,12 @@ def choose_qparams(low: np.ndarray, high: np.ndarray, codes: Codes) -> tuple[np.
     if codes.signed:
         steps = np.maximum(low / kind.type(codes.lowest), high / kind.type(codes.high))
     else:
-        steps = (high - low) / kind.type(codes.high - codes.low)
+        steps = (high - low) / kind.type(codes.high - codes.lowest)
     scale = steps.astype(np.float32)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
     if codes.signed:
         return scale, np.zeros(scale.shape, codes.zero_dtype)
-    zero_point = np.clip(np.rint(codes.low - low / scale), codes.low, codes.high)
+    zero_point = np.clip(np.rint(codes.lowest - low / scale), codes.lowest, codes.high)
     return scale, np.asarray(zero_point, codes.zero_dtype)
 
 
@@ -96,8 +102,9 @@ def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     """
     xp = array_namespace(values)
     steps = values / scale
-    if codes.mantissa == 0:
-        return xp.exp2(xp.round(xp.log2(xp.clip(steps, _SMALLEST_POWER, 1))))
+    if codes.per_octave:
+        exponents = xp.log2(xp.clip(steps, codes.low, codes.high))
+        return xp.exp2(xp.round(exponents * codes.per_octave) / codes.per_octave)
     if codes.mantissa is not None:
         steps = xp.clip(steps, codes.low, codes.high)
         binade = xp.floor(xp.log2(xp.clip(xp.abs(steps), _SMALLEST_NORMAL, None)))

@@ -46,8 +46,8 @@ class Learned:
         for name, site in self._sites.items():
             qparams = self._plan[name]
             scale, zero = map(torch.from_numpy, qparams.along(2))
-            self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.mantissa is None)
-            if not qparams.codes.signed:
+            self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.integers)
+            if qparams.codes.integers and not qparams.codes.signed:
                 self.zeros[name] = nn.Parameter(zero.clone())
             site.round_with(self._rounding(name, qparams.codes))
 
@@ -70,7 +70,7 @@ class Learned:
             scale = self.scales[name].detach().abs().numpy().reshape(qparams.scale.shape)
             zero = qparams.zero_point
             if name in self.zeros:
-                zero = self.zeros[name].detach().round().clamp(qparams.codes.low, qparams.codes.high).numpy()
+                zero = self.zeros[name].detach().round().clamp(qparams.codes.lowest, qparams.codes.high).numpy()
                 zero = zero.reshape(qparams.zero_point.shape).astype(qparams.codes.zero_dtype)
             found[name] = replace(qparams, scale=np.array(scale, np.float32), zero_point=np.asarray(zero))
         set_mode(self._module, Mode.FAKE, qparams=found)
@@ -84,9 +84,9 @@ class _Rounding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
         scale = scale.abs()
-        found: Tensor = fake_quantize(values, scale, zero.round().clamp(codes.low, codes.high), codes)
+        found: Tensor = fake_quantize(values, scale, zero.round().clamp(codes.lowest, codes.high), codes)
         ctx.save_for_backward(values, found, scale)
-        ctx.integers = codes.mantissa is None
+        ctx.integers = codes.integers
         return found
 
     @staticmethod

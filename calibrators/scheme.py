@@ -44,7 +44,7 @@ class QuantScheme:
 
 
 _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
-_UINT4, _INT6, _UINT6, _LOG2 = (CODES[name] for name in ("uint4", "int6", "uint6", "log2_uint4"))
+_UINT4, _INT6, _UINT6 = (CODES[name] for name in ("uint4", "int6", "uint6"))
 _CHAIN = ("reparam", "clip", "gptq", "bias")
 
 SCHEMES = {
@@ -74,8 +74,8 @@ SCHEMES = {
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
         QuantScheme("w4a16_asym", _UINT4, None, True, "minmax", ("gptq",), "asymmetric UINT4 weights, ORT"),
         QuantScheme("w4a8", _INT4, _UINT8, False, "mse", _CHAIN, "INT4 weights, UINT8 activations", simulated=True),
-        QuantScheme("w6a6", _INT6, _UINT6, False, "mse", _CHAIN, "6 bits", simulated=True),
-        QuantScheme("w4a4", _INT4, _UINT4, False, "mse", _CHAIN, "4 bits", simulated=True, softmax=_LOG2),
+        QuantScheme("w6a6", _INT6, _UINT6, False, "mse", _CHAIN, "6 bits", simulated=True, softmax=CODES["log2_uint6"]),
+        QuantScheme("w4a4", _INT4, _UINT4, False, "mse", _CHAIN, "4 bits", simulated=True, softmax=CODES["log2_uint4"]),
         QuantScheme("float", None, None, False, "minmax", (), "nothing quantized: what the others are compared with"),
     )
 }

@@ -21,6 +21,7 @@ from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.formats import Job, formats_for_spared
 from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import (
@@ -275,9 +276,8 @@ def _load(recipe: ModelRecipe) -> Model:
 
 
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
-    generator = pick("dfq_deploy.generation.generators", recipe.generator)
     options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact)
-    generator.generate(model, options, progress=watch.progress).save(path)
+    make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
 
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:

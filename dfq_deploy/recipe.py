@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
     from builtins import str as BackendName
     from builtins import str as CollectorName
     from builtins import str as FloatName
-    from builtins import str as GeneratorName
     from builtins import str as LeastName
     from builtins import str as ObserverName
     from builtins import str as ProviderName
@@ -37,7 +36,6 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
 else:
     BackendName = Literal[names("exporters.backends")]
     CollectorName = Literal[names("calibrators.collectors")]
-    GeneratorName = Literal[names("dfq_deploy.generation.generators")]
     BlockSize = Literal[_BLOCKS]
     FloatName = Literal[_FLOATS]
     LeastName = Literal[_LEAST]
@@ -79,8 +77,9 @@ class ModelRecipe:
 class GenerateRecipe(ModelRecipe):
     """How synthetic images are made."""
 
-    generator: GeneratorName = "psaq_v1"
-    """Method that makes the synthetic images."""
+    generator: str = "psaq_v1"
+    """Method that makes the synthetic images: psaq_v1, dead_leaves, noise, or several with commas between them, which
+    share the count."""
     exact: bool = False
     """Follow the paper's estimator and schedule to the letter; slower by an order of magnitude."""
     count: int = 32
@@ -88,9 +87,12 @@ class GenerateRecipe(ModelRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        offered = names("dfq_deploy.generation.generators")
-        _check_name("generator", self.generator, offered)
+        asked = self.generator.split(",")
+        for name in asked:
+            _check_name("generator", name, names("dfq_deploy.generation.generators"))
         _check(self.count >= 1, f"--count {self.count} makes no images.", "at least one is needed.", "--count 32")
+        wrong = f"--count {self.count} is too few for {len(asked)} generators."
+        _check(self.count >= len(asked), wrong, "each makes one image or more.", f"--count {32 * len(asked)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ TABLES = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=5), el
 SHARES = arrays(np.float32, 20, elements=st.floats(0, 1, width=32))
 
 unhurried = settings(deadline=None)
-_EVEN = [codes for codes in CODES.values() if codes.mantissa != 0]  # all but the powers of two
-_INTEGERS = [codes for codes in _EVEN if codes.mantissa is None]
+_EVEN = [codes for codes in CODES.values() if not codes.per_octave]  # all but the powers of two
+_INTEGERS = [codes for codes in CODES.values() if codes.integers]
 _SIMULATED = ("int6", "uint6")  # which nobody else has
 
 
@@ -135,7 +135,13 @@ def test_powers_of_two_are_the_nearest_by_their_logarithm() -> None:
     np.testing.assert_array_equal(fake_quantize(values, scale, zero, codes), wanted)
     in_torch = quantize(*map(torch.from_numpy, (values, scale, zero)), codes)
     np.testing.assert_array_equal(in_torch.numpy(), wanted)
-    assert len(np.unique(quantize(np.geomspace(1e-6, 1, 1000), scale, zero, codes))) == 16
+
+
+@pytest.mark.parametrize(("name", "count"), [("log2_uint4", 16), ("log2_uint6", 64)])
+def test_powers_are_as_many_as_their_bits_can_count(name: str, count: int) -> None:
+    found = np.unique(quantize(np.geomspace(1e-12, 1, 10000), np.float32(1), np.uint8(0), CODES[name]))
+    assert (len(found), found[0], found[-1]) == (count, CODES[name].low, 1)
+    np.testing.assert_allclose(found[1:] / found[:-1], 2 ** (1 / CODES[name].per_octave))
 
 
 @every_format

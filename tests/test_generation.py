@@ -22,6 +22,7 @@ from dfq_deploy.generation.losses import (
     total_variation,
     total_variation_scale,
 )
+from dfq_deploy.generation.making import make_images
 from dfq_deploy.generation.taps import attention_taps, captured
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -361,10 +362,30 @@ def test_psaq_gives_images_that_the_model_takes_for_their_class(demo: Model, mon
     assert last["total_variation"] < 0.05 * first["total_variation"]
 
 
+def test_several_generators_share_the_count(demo: Model, few_steps: None):
+    images = make_images(["psaq_v1", "dead_leaves"], demo, GenerateOptions(5, 3))
+    assert images.source == "synthetic:psaq_v1+dead_leaves"
+    made = [images.made_by[name]["count"] for name in ("psaq_v1", "dead_leaves")]
+    assert made == [2, 3]
+    alone = pick(GENERATORS, "dead_leaves").generate(demo, GenerateOptions(3, 3))
+    np.testing.assert_array_equal(images.pixels[2:], alone.pixels)
+
+
+def test_dead_leaves_have_smooth_areas_and_edges(demo: Model):
+    """Most neighbours are nearly alike, and some far apart; in noise they are all alike in that."""
+    preprocess = Preprocess((64, 64), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
+    sized = replace(demo, preprocess=preprocess)
+    peaks = []
+    for name in ("dead_leaves", "noise"):
+        steps = np.abs(np.diff(pick(GENERATORS, name).generate(sized, GenerateOptions(8)).pixels, axis=3))
+        peaks.append(np.quantile(steps, 0.99) / np.median(steps))
+    assert peaks[0] > 2 * peaks[1]
+
+
 def test_generators_are_listed_without_torch():
     code = (
         "import sys; from calibrators.registry import names;"
         "print(*names('dfq_deploy.generation.generators'), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["noise", "psaq_v1", "False"]
+    assert done.stdout.split() == ["dead_leaves", "noise", "psaq_v1", "False"]
