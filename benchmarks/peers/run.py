@@ -64,7 +64,12 @@ def run(command: list[str | Path], log: Path) -> None:
     with log.open("w") as file:
         try:
             ended = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=_MOST_SECONDS
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=log.parent,  # ModelOpt compiles something, and stumbles over the pyproject.toml of a checkout
+                timeout=_MOST_SECONDS,
             )
         except subprocess.TimeoutExpired as cause:
             message = f"not done after {_MOST_SECONDS} s"
@@ -142,8 +147,15 @@ class Subject:
             *(sys.executable, _HERE / "measure.py", "--float-onnx", self._float, "--quantized", made_file),
             *("--images", self._judges, "--labels", self._labels, "--facts", judged),
         ]
-        run(command, made_file.with_suffix(".log"))
+        run(command, judged.with_suffix(".log"))
         return found | json.loads(judged.read_text())
+
+    def caption(self) -> str:
+        """The model, and what float makes of it."""
+        labels = np.load(self._labels)
+        kept = self._float.with_name("float-logits.npy")  # by `measure.py`; not there if every tool failed
+        hits = f"top-1 {100 * (np.load(kept).argmax(1) == labels).mean():.2f}, " if kept.exists() else ""
+        return f"{self._name}, {len(labels)} images; float: {hits}{self._float.stat().st_size / 2**20:.1f} MiB"
 
     def _synthetic(self) -> dict[str, Any]:
         """Time and memory of making the synthetic images, which are made once."""
@@ -184,7 +196,7 @@ def main() -> None:
         results(rows, subject.folder / "rows", subject.measure, again=args.rows)
         measured = [row for row in ROWS.values() if (subject.folder / "rows" / f"{row.key}.json").exists()]
         everything[model] = results(measured, subject.folder / "rows", subject.measure)
-        tables.append(f"{model}\n\n{table(everything[model])}\n")
+        tables.append(f"{subject.caption()}\n\n{table(everything[model])}\n")
         (out / "table.md").write_text("\n".join(tables))
     (out / "peers.json").write_text(json.dumps(everything, indent=1))
     print("\n".join(tables))
