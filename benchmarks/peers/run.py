@@ -22,6 +22,7 @@ import dfq_deploy as dfq
 from benchmarks.accuracy import WEIGHTS
 from benchmarks.peers.rows import ROWS, PeerError, Row, results, table
 from benchmarks.speed import machine
+from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import open_images
@@ -103,18 +104,18 @@ class Subject:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._float.exists():
             plain = timm.create_model(self._checkpoint.name.partition(".")[0], checkpoint_path=str(self._checkpoint))
-            example = torch.zeros(2, *plain.default_cfg["input_size"])
-            torch.onnx.export(
-                plain.eval(),
-                (example,),
-                str(self._float),
-                dynamo=True,
-                external_data=False,
-                opset_version=_OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-            )
+            with written_whole(self._float) as temporary:
+                torch.onnx.export(
+                    plain.eval(),
+                    (torch.zeros(2, *plain.default_cfg["input_size"]),),
+                    str(temporary),
+                    dynamo=True,
+                    external_data=False,
+                    opset_version=_OPSET,
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    input_names=["images"],
+                    output_names=["logits"],
+                )
         if not self._images["noise"].exists():
             preprocess = load_model(self._name, checkpoint=self._checkpoint).preprocess
             real = open_images(f"folder:{self._data / 'imagenet_calib'}", preprocess)
@@ -133,15 +134,13 @@ class Subject:
             PeerError: It could not.
         """
         print(f"{self._name}: {row.key}", flush=True)
-        facts: dict[str, Any] = {}
-        if row.images == "synthetic":
-            made = self._synthetic()
-            facts = {f"generating_{clock}": made[clock] for clock in ("seconds", "cpu_seconds")}
         made_file = self.folder / f"{row.key}.onnx"
         images = self._images[row.images] if row.images else None
-        found = facts | self._tool(row.environment, row.script, row.option, images, made_file)
-        if row.images == "synthetic":
-            found["peak_mib"] = max(found["peak_mib"], made["peak_mib"])
+        generated = self._generated() if row.images == "synthetic" else None
+        found = self._tool(row.environment, row.script, row.option, images, made_file)
+        if generated:
+            found |= {f"generating_{clock}": generated[clock] for clock in ("seconds", "cpu_seconds")}
+            found["peak_mib"] = max(found["peak_mib"], generated["peak_mib"])
         judged = made_file.with_suffix(".judged.json")
         command = [
             *(sys.executable, _HERE / "measure.py", "--float-onnx", self._float, "--quantized", made_file),
@@ -157,8 +156,8 @@ class Subject:
         hits = f"top-1 {100 * (np.load(kept).argmax(1) == labels).mean():.2f}, " if kept.exists() else ""
         return f"{self._name}, {len(labels)} images; float: {hits}{self._float.stat().st_size / 2**20:.1f} MiB"
 
-    def _synthetic(self) -> dict[str, Any]:
-        """Time and memory of making the synthetic images, which are made once."""
+    def _generated(self) -> dict[str, Any]:
+        """Time and memory of making the synthetic images, which happens once."""
         out = self._images["synthetic"]
         kept = out.with_suffix(".json")
         if not (out.exists() and kept.exists()):
@@ -184,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of all results; they are kept")
     parser.add_argument("--models", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[], help="measure these, there or not")
-    parser.add_argument("--limit", type=int, default=10**6, help="judge on this many images, evenly spaced")
+    parser.add_argument("--limit", type=int, default=10**6, help="judge on so many images, from the first run on")
     args = parser.parse_args()
     data, out = Path(os.environ["DFQ_DATA"]).resolve(), args.out.resolve()
     everything: dict[str, Any] = {"machine": machine()}
