@@ -1,10 +1,19 @@
 """The table against other tools, without them: how results are kept, and how they read."""
 
+import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import rows as peers
+import numpy as np
+import pytest
+
 from benchmarks.peers.rows import ROWS, PeerError, Row, results, table
+from benchmarks.peers.run import run
+from exporters.bundle import open_bundle
+
+HOME = Path(__file__).parent.parent / "benchmarks" / "peers"
 
 NUMBERS = {
     "top1": 78.391,
@@ -53,9 +62,38 @@ def test_what_was_measured_is_kept_and_a_crash_is_a_result(tmp_path: Path) -> No
 
 
 def test_every_row_has_its_script_and_its_pinned_environment() -> None:
-    home = Path(peers.__file__).parent
     for row in ROWS.values():
-        assert (home / "tools" / f"{row.script}.py").is_file()
+        assert (HOME / "tools" / f"{row.script}.py").is_file()
         if row.environment:
-            pins = (home / "requirements" / f"{row.environment}.txt").read_text().splitlines()
+            pins = (HOME / "requirements" / f"{row.environment}.txt").read_text().splitlines()
             assert pins and all("==" in pin for pin in pins)
+
+
+def test_what_a_process_said_last_is_its_error(tmp_path: Path) -> None:
+    for program, error in {
+        "print('a'); raise SystemExit('b')": "b",
+        "import os; os.kill(os.getpid(), 9)": "killed by signal 9",
+    }.items():
+        with pytest.raises(PeerError, match=f"^{error}$"):
+            run([sys.executable, "-c", program], tmp_path / "log")
+
+
+def test_a_tool_and_the_judge_work_together(demo_bundle: Path, tmp_path: Path) -> None:
+    (kept,) = (demo_bundle / "work").glob("float-*.onnx")
+    floats = Path(shutil.copy(kept, tmp_path))
+    made, facts, images, labels = (tmp_path / name for name in ("made.onnx", "facts.json", "images.npy", "labels.npy"))
+    tool = [sys.executable, HOME / "tools" / "ort_quantizers.py", "--float-onnx", floats, "--option", "dynamic"]
+    run([*tool, "--out", made, "--facts", facts], tmp_path / "log")
+    told = json.loads(facts.read_text())
+    assert told["cpu_seconds"] > 0 and told["peak_mib"] > 10
+    assert set(told["versions"]) == {"onnxruntime", "onnx"}
+    shape = open_bundle(demo_bundle).preprocess.shape
+    np.save(images, np.random.default_rng(0).normal(size=(9, *shape)).astype(np.float32))
+    np.save(labels, np.arange(9))
+    judge = [sys.executable, HOME / "measure.py", "--float-onnx", floats, "--images", images, "--labels", labels]
+    for quantized, agreement in ((floats, 100.0), (made, 50.0)):
+        run([*judge, "--quantized", quantized, "--facts", facts], tmp_path / "log")
+        judged = json.loads(facts.read_text())
+        assert judged["n"] == 9
+        assert judged["agreement"] >= agreement
+        assert judged["mib"] == quantized.stat().st_size / 2**20

@@ -22,6 +22,7 @@ import dfq_deploy as dfq
 from benchmarks.accuracy import WEIGHTS
 from benchmarks.peers.rows import ROWS, PeerError, Row, results, table
 from benchmarks.speed import machine
+from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import open_images
@@ -64,7 +65,12 @@ def run(command: list[str | Path], log: Path) -> None:
     with log.open("w") as file:
         try:
             ended = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=_MOST_SECONDS
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=log.parent,  # ModelOpt compiles something, and stumbles over the pyproject.toml of a checkout
+                timeout=_MOST_SECONDS,
             )
         except subprocess.TimeoutExpired as cause:
             message = f"not done after {_MOST_SECONDS} s"
@@ -98,18 +104,18 @@ class Subject:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._float.exists():
             plain = timm.create_model(self._checkpoint.name.partition(".")[0], checkpoint_path=str(self._checkpoint))
-            example = torch.zeros(2, *plain.default_cfg["input_size"])
-            torch.onnx.export(
-                plain.eval(),
-                (example,),
-                str(self._float),
-                dynamo=True,
-                external_data=False,
-                opset_version=_OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-            )
+            with written_whole(self._float) as temporary:
+                torch.onnx.export(
+                    plain.eval(),
+                    (torch.zeros(2, *plain.default_cfg["input_size"]),),
+                    str(temporary),
+                    dynamo=True,
+                    external_data=False,
+                    opset_version=_OPSET,
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    input_names=["images"],
+                    output_names=["logits"],
+                )
         if not self._images["noise"].exists():
             preprocess = load_model(self._name, checkpoint=self._checkpoint).preprocess
             real = open_images(f"folder:{self._data / 'imagenet_calib'}", preprocess)
@@ -128,25 +134,30 @@ class Subject:
             PeerError: It could not.
         """
         print(f"{self._name}: {row.key}", flush=True)
-        facts: dict[str, Any] = {}
-        if row.images == "synthetic":
-            made = self._synthetic()
-            facts = {f"generating_{clock}": made[clock] for clock in ("seconds", "cpu_seconds")}
         made_file = self.folder / f"{row.key}.onnx"
         images = self._images[row.images] if row.images else None
-        found = facts | self._tool(row.environment, row.script, row.option, images, made_file)
-        if row.images == "synthetic":
-            found["peak_mib"] = max(found["peak_mib"], made["peak_mib"])
+        generated = self._generated() if row.images == "synthetic" else None
+        found = self._tool(row.environment, row.script, row.option, images, made_file)
+        if generated:
+            found |= {f"generating_{clock}": generated[clock] for clock in ("seconds", "cpu_seconds")}
+            found["peak_mib"] = max(found["peak_mib"], generated["peak_mib"])
         judged = made_file.with_suffix(".judged.json")
         command = [
             *(sys.executable, _HERE / "measure.py", "--float-onnx", self._float, "--quantized", made_file),
             *("--images", self._judges, "--labels", self._labels, "--facts", judged),
         ]
-        run(command, made_file.with_suffix(".log"))
+        run(command, judged.with_suffix(".log"))
         return found | json.loads(judged.read_text())
 
-    def _synthetic(self) -> dict[str, Any]:
-        """Time and memory of making the synthetic images, which are made once."""
+    def caption(self) -> str:
+        """The model, and what float makes of it."""
+        labels = np.load(self._labels)
+        kept = self._float.with_name("float-logits.npy")  # by `measure.py`; not there if every tool failed
+        hits = f"top-1 {100 * (np.load(kept).argmax(1) == labels).mean():.2f}, " if kept.exists() else ""
+        return f"{self._name}, {len(labels)} images; float: {hits}{self._float.stat().st_size / 2**20:.1f} MiB"
+
+    def _generated(self) -> dict[str, Any]:
+        """Time and memory of making the synthetic images, which happens once."""
         out = self._images["synthetic"]
         kept = out.with_suffix(".json")
         if not (out.exists() and kept.exists()):
@@ -172,7 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of all results; they are kept")
     parser.add_argument("--models", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[], help="measure these, there or not")
-    parser.add_argument("--limit", type=int, default=10**6, help="judge on this many images, evenly spaced")
+    parser.add_argument("--limit", type=int, default=10**6, help="judge on so many images, from the first run on")
     args = parser.parse_args()
     data, out = Path(os.environ["DFQ_DATA"]).resolve(), args.out.resolve()
     everything: dict[str, Any] = {"machine": machine()}
@@ -184,7 +195,7 @@ def main() -> None:
         results(rows, subject.folder / "rows", subject.measure, again=args.rows)
         measured = [row for row in ROWS.values() if (subject.folder / "rows" / f"{row.key}.json").exists()]
         everything[model] = results(measured, subject.folder / "rows", subject.measure)
-        tables.append(f"{model}\n\n{table(everything[model])}\n")
+        tables.append(f"{subject.caption()}\n\n{table(everything[model])}\n")
         (out / "table.md").write_text("\n".join(tables))
     (out / "peers.json").write_text(json.dumps(everything, indent=1))
     print("\n".join(tables))

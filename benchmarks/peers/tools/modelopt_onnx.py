@@ -5,6 +5,7 @@ images it draws one random input by itself.
 """
 
 import numpy as np
+import onnx
 from modelopt.onnx.quantization import quantize as modelopt_quantize
 from peer import Job, measure
 
@@ -13,6 +14,7 @@ _BLOCK = 32
 
 def quantize(job: Job) -> None:
     """`int8` or `int4`, each by its default method: entropy and AWQ-clip."""
+    int4 = job.option == "int4"
     images = None if job.images is None else np.load(job.images)
     modelopt_quantize(
         str(job.float_onnx),
@@ -20,9 +22,16 @@ def quantize(job: Job) -> None:
         calibration_data=images,
         calibration_eps=["cpu"],
         high_precision_dtype="fp32",
-        block_size=_BLOCK if job.option == "int4" else None,
+        block_size=_BLOCK if int4 else None,
+        nodes_to_exclude=_gemms(job) if int4 else None,
         output_path=str(job.out),
     )
+
+
+def _gemms(job: Job) -> list[str]:
+    """The head: of a Gemm with a transposed weight it makes blocks along the wrong axis."""
+    graph = onnx.load(job.float_onnx).graph
+    return [node.name for node in graph.node if node.op_type == "Gemm"]
 
 
 if __name__ == "__main__":

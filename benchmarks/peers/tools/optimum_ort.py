@@ -6,24 +6,23 @@ from onnxruntime.quantization import CalibrationMethod
 from optimum.onnxruntime import ORTQuantizer
 from optimum.onnxruntime.configuration import AutoQuantizationConfig, CalibrationConfig
 from peer import Job, measure
+from prepare import prepared
 
 
 def quantize(job: Job) -> None:
     """`static`, with minimum and maximum over the images, or `dynamic`."""
-    quantizer = ORTQuantizer.from_pretrained(job.float_onnx.parent, file_name=job.float_onnx.name)
     static = job.option == "static"
     config = AutoQuantizationConfig.avx512_vnni(is_static=static, per_channel=True)
-    folder = job.out.with_name("optimum")
-    folder.mkdir(exist_ok=True)
-    ranges = None
-    if static:
-        images = [{"images": batch["images"][0]} for batch in job.batches()]  # it makes batches of its own
-        calibration = CalibrationConfig("images", "", "", len(images), CalibrationMethod.MinMax)
-        augmented = folder / "augmented"
-        ranges = quantizer.fit(images, calibration, augmented, operators_to_quantize=config.operators_to_quantize)
-    quantizer.quantize(config, folder, file_suffix="quantized", calibration_tensors_range=ranges)
-    (folder / f"{job.float_onnx.stem}_quantized.onnx").replace(job.out)
-    shutil.rmtree(folder)
+    with prepared(job) as model:
+        quantizer = ORTQuantizer.from_pretrained(model.parent, file_name=model.name)
+        ranges = None
+        if static:
+            images = [{"images": batch["images"][0]} for batch in job.batches()]  # it makes batches of its own
+            calibration = CalibrationConfig("images", "", "", len(images), CalibrationMethod.MinMax)
+            augmented = model.with_name("augmented.onnx")
+            ranges = quantizer.fit(images, calibration, augmented, operators_to_quantize=config.operators_to_quantize)
+        quantizer.quantize(config, model.parent, file_suffix="quantized", calibration_tensors_range=ranges)
+        shutil.move(model.with_name("float_quantized.onnx"), job.out)
 
 
 if __name__ == "__main__":

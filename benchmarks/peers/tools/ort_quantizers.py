@@ -1,9 +1,7 @@
-"""ONNX Runtime's own quantizers: static, dynamic, and INT4 weights for MatMulNBits.
-
-The float model first goes through `quant_pre_process`, as ONNX Runtime's documentation asks.
-"""
+"""ONNX Runtime's own quantizers: static, dynamic, and INT4 weights for MatMulNBits."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,10 +17,15 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     HQQWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
 )
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from peer import Job, measure
+from prepare import prepared
 
 _BLOCK = 32
+_METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
 
 
 class _Reader(CalibrationDataReader):
@@ -43,38 +46,31 @@ def attention_matmuls(model: onnx.ModelProto) -> list[str]:
 
 def quantize(job: Job) -> None:
     """`default`, `minmax`, `percentile`, `entropy` (static), `dynamic`, `rtn` or `hqq` (INT4 weights)."""
-    prepared = job.out.with_name("prepared.onnx")
-    quant_pre_process(job.float_onnx, prepared)
-    if job.option == "default":
-        quantize_static(prepared, job.out, _Reader(job.batches()))
-    elif job.option == "dynamic":
-        quantize_dynamic(prepared, job.out)
-    elif job.option in ("rtn", "hqq"):
-        _weights_only(job, onnx.load(prepared))
-    else:
-        methods = {
-            "minmax": CalibrationMethod.MinMax,
-            "percentile": CalibrationMethod.Percentile,
-            "entropy": CalibrationMethod.Entropy,
-        }
-        quantize_static(
-            prepared,
-            job.out,
-            _Reader(job.batches()),
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            per_channel=True,
-            nodes_to_exclude=attention_matmuls(onnx.load(prepared)),
-            calibrate_method=methods[job.option],
-        )
-    prepared.unlink()
+    with prepared(job) as model:
+        if job.option == "default":
+            quantize_static(model, job.out, _Reader(job.batches()))
+        elif job.option == "dynamic":
+            quantize_dynamic(model, job.out)
+        elif job.option in ("rtn", "hqq"):
+            _weights_only(job, model)
+        else:
+            quantize_static(
+                model,
+                job.out,
+                _Reader(job.batches()),
+                op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+                per_channel=True,
+                nodes_to_exclude=attention_matmuls(onnx.load(model)),
+                calibrate_method=_METHODS[job.option],
+            )
 
 
-def _weights_only(job: Job, model: onnx.ModelProto) -> None:
+def _weights_only(job: Job, model: Path) -> None:
     if job.option == "rtn":
         config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=True, quant_format=QuantFormat.QOperator)
     else:
         config = HQQWeightOnlyQuantConfig(block_size=_BLOCK, bits=4)
-    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+    quantizer = MatMulNBitsQuantizer(onnx.load(model), algo_config=config)
     quantizer.process()
     quantizer.model.save_model_to_file(str(job.out))
 

@@ -38,7 +38,8 @@ def quantize(job: Job) -> Moment | None:
     scheme, _, block = job.option.partition(":")
     chosen: dict[str, Any] = {"block": int(block)} if block else {}
     recipe = dfq.Recipe(model=job.name, checkpoint=job.checkpoint, calib=str(job.images), scheme=scheme, **chosen)
-    bundle, clock = job.out.with_name("bundle"), _Clock()
+    bundle, clock = job.out.with_suffix(".bundle"), _Clock()
+    shutil.rmtree(bundle, ignore_errors=True)  # of a run that was cut off: what is there would not be timed
     dfq.export(recipe, bundle, limit=1, watch=clock)
     (bundle / "model.onnx").replace(job.out)
     shutil.rmtree(bundle)
