@@ -72,7 +72,6 @@ SCHEMES = {
         ),
         QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
-        QuantScheme("w4a16_asym", _UINT4, None, True, "minmax", ("gptq",), "asymmetric UINT4 weights, ORT"),
         QuantScheme("w4a8", _INT4, _UINT8, False, "mse", _CHAIN, "INT4 weights, UINT8 activations", simulated=True),
         QuantScheme("w6a6", _INT6, _UINT6, False, "mse", _CHAIN, "6 bits", simulated=True, softmax=CODES["log2_uint6"]),
         QuantScheme("w4a4", _INT4, _UINT4, False, "mse", _CHAIN, "4 bits", simulated=True, softmax=CODES["log2_uint4"]),

@@ -106,8 +106,8 @@ class CalibrateRecipe(GenerateRecipe):
     provider: ProviderName = "cpu"
     """What runs the engine within ONNX Runtime; other backends have no choice."""
     scheme: SchemeName = "w8a8"
-    """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), w4a16_asym
-    (UINT4 weights, ONNX Runtime), float (no quantization); w4a8, w6a6 and w4a4 are for simulate only."""
+    """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (no
+    quantization); w4a8, w6a6 and w4a4 are for simulate only."""
     block: BlockSize = 64
     """Input channels that share a weight's scale; matters to w4a16. A layer that is not two or more of these wide gets
     smaller blocks, and the report says so."""

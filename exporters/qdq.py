@@ -17,6 +17,7 @@ import onnx_ir as ir
 from calibrators.affine import Codes, quantize
 from calibrators.errors import ExportError
 from calibrators.plan import QParams, QuantPlan, layer_of
+from exporters.census import is_weight_only
 from exporters.contract import ContractPass
 
 __all__ = ["InsertQDQ"]
@@ -53,15 +54,14 @@ class InsertQDQ(ContractPass):
             )
 
     def ensures(self, model: ir.Model) -> None:
-        """Every layer of the plan reads only quantized tensors; where a plan has weights only, activations are float.
+        """Every layer of the plan reads only quantized tensors, but where the plan has its weight alone.
 
         Raises:
             ExportError: A planned site was not written.
         """
         nodes = {node.name: node for node in model.graph}
-        weights_only = all(site.endswith(".weight") for site in self._plan.sites)
         for layer in self._plan.layers:
-            for value in nodes[layer].inputs[1 if weights_only else 0 : 2]:
+            for value in nodes[layer].inputs[1 if is_weight_only(self._plan, layer) else 0 : 2]:
                 producer = value.producer() if value is not None else None
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise ExportError(

@@ -51,13 +51,20 @@ def _judge(code: int, bundle: Path) -> None:
 def test_the_commands_for_another_machine_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(blocks("sh")).replace("deit_t", "demo")
-    export, build = (
-        re.findall(rf"^dfq-deploy ({command} .*)$", lines, re.MULTILINE) for command in ("export", "build")
-    )
+    export = re.findall(r"^dfq-deploy (export .*--backend rtx.*)$", lines, re.MULTILINE)
+    build = re.findall(r"^dfq-deploy (build .*)$", lines, re.MULTILINE)
     assert len(export) == len(build) == 1
     _judge(run([*export[0].split(), "--generator", "noise"]), tmp_path / "runs" / "demo")
     assert run(build[0].split()) == (0 if find_spec("tensorrt_rtx") else 2)
     assert open_bundle(tmp_path / "runs" / "demo").engine.state == ("built" if find_spec("tensorrt_rtx") else "pending")
+
+
+def test_the_commands_with_a_budget_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^dfq-deploy (export .*--auto.*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert run([*line.replace("deit_t", "demo").split(), "--generator", "noise"]) == 0
 
 
 def test_the_command_for_layers_that_hurt_runs(

@@ -22,7 +22,7 @@ import dfq_deploy as dfq
 from calibrators.errors import BundleError, RecipeError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
-from dfq_deploy import building, cli, planning
+from dfq_deploy import building, cli
 from dfq_deploy.generation.generators import noise
 from dfq_deploy.workspace import Workspace
 from exporters.bundle import MANIFEST, open_bundle
@@ -121,7 +121,7 @@ def test_a_failed_stage_keeps_the_ones_before_it(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(planning, "float_onnx", full)
+    monkeypatch.setattr(building, "float_onnx", full)
     with pytest.raises(OSError, match="No space left"):
         dfq.export(_DEMO, tmp_path / "run")
     kept = sorted(file.name.partition("-")[0] for file in (tmp_path / "run" / "work").iterdir())
