@@ -94,12 +94,14 @@ def rows(name: str, data: Path, out: Path, limit: int | None) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: per block size the points lost, the agreement and the size."""
-    lines = ["| | " + " | ".join(f"block {block}: drop, = float, MiB" for block in BLOCKS) + " |"]
+    """Markdown: per block size the points lost, agreement, SQNR and size."""
+    lines = ["| | " + " | ".join(f"block {block}: drop, = float, dB, MiB" for block in BLOCKS) + " |"]
     lines.append("|---" * (len(BLOCKS) + 1) + "|")
     for row in [*(f"{method}, {kind}" for kind in BACKENDS for method in METHODS), ENGINE]:
         cells = [found[f"{row}, {block}"] for block in BLOCKS]
-        texts = [f"{c['float'] - c['top1']:.2f}, {c['agreement']:.2f} %, {c['mib']:.2f}" for c in cells]
+        texts = [
+            f"{c['float'] - c['top1']:.2f}, {c['agreement']:.2f} %, {c['sqnr_db']:.1f}, {c['mib']:.2f}" for c in cells
+        ]
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
