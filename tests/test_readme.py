@@ -73,9 +73,9 @@ def test_the_command_for_layers_that_hurt_runs(
 
 def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = "\n".join(blocks("sh")).replace("deit_t", "demo").replace("psaq_v1", "noise").replace("64", "8")
+    lines = "\n".join(blocks("sh")).replace("deit_t", "demo")
     (command,) = re.findall(r"^dfq-deploy (simulate .*)$", lines, re.MULTILINE)
-    assert run([*command.split(), "--limit", "32"]) == 0
+    assert run([*command.split(), "--generator", "noise", "--count", "8", "--limit", "32"]) == 0
     report = json.loads((tmp_path / "runs" / "demo-w4a4" / "report.json").read_text())
     assert (report["scheme"], report["n"]) == ("w4a4", 32)
     assert report["agreement"]["percent"] > 80
