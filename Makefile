@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test gpu lint bench bench-peers accuracy float-body int4 latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy simulated float-body int4 latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -29,6 +29,9 @@ bench-peers: .venv/test.stamp
 
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
+
+simulated: .venv/test.stamp
+	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated
 
 float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body

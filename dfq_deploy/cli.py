@@ -20,7 +20,15 @@ import dfq_deploy as dfq
 from calibrators.errors import CalibrationWarning, DeployError
 from dfq_deploy import show as shown
 from dfq_deploy.progress import shown_progress
-from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, ProviderName, Recipe, fields_in
+from dfq_deploy.recipe import (
+    BackendName,
+    CalibrateRecipe,
+    GenerateRecipe,
+    ProviderName,
+    Recipe,
+    SimulateRecipe,
+    fields_in,
+)
 
 __all__ = ["app", "main"]
 
@@ -155,7 +163,7 @@ def sensitivity(
 
 @app.command
 def simulate(
-    recipe: Annotated[CalibrateRecipe, Parameter(name="*")],
+    recipe: Annotated[SimulateRecipe, Parameter(name="*")],
     *,
     out: Path,
     images: str | None = None,

@@ -16,7 +16,16 @@ from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from exporters.backends import BuildOptions
 
-__all__ = ["BackendName", "CalibrateRecipe", "GenerateRecipe", "ModelRecipe", "ProviderName", "Recipe", "fields_in"]
+__all__ = [
+    "BackendName",
+    "CalibrateRecipe",
+    "GenerateRecipe",
+    "ModelRecipe",
+    "ProviderName",
+    "Recipe",
+    "SimulateRecipe",
+    "fields_in",
+]
 
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
@@ -160,6 +169,18 @@ class CalibrateRecipe(GenerateRecipe):
         _check(sound, wrong, "no engine computes in it, or nothing is quantized.", "--scheme w8a8")
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateRecipe(CalibrateRecipe):
+    """How images become a plan that is simulated only: with other defaults, since few bits take better images."""
+
+    generator: str = "psaq_v1,dead_leaves"
+    """Method that makes the synthetic images, or several with commas between them, which share the count."""
+    count: int = 64
+    """Number of synthetic images."""
+    scheme: SchemeName = "w4a4"
+    """Formats: w4a8, w6a6, w4a4, which no run-time has kernels for, or any of export's."""
 
 
 @dataclass(frozen=True, kw_only=True)

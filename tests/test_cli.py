@@ -16,7 +16,7 @@ from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy import cli, pipeline
 from dfq_deploy.evaluate import Check
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe, SimulateRecipe
 
 _NOISE = ["--model", "demo", "--generator", "noise"]
 _RTX = ["export", *_NOISE, "--out", "o", "--backend", "rtx"]
@@ -257,7 +257,7 @@ def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "recipe"),
-    [("export", Recipe), ("calibrate", CalibrateRecipe), ("simulate", CalibrateRecipe), ("generate", GenerateRecipe)],
+    [("export", Recipe), ("calibrate", CalibrateRecipe), ("simulate", SimulateRecipe), ("generate", GenerateRecipe)],
 )
 def test_the_help_of_a_command_lists_every_field(
     command: str, recipe: type, capsys: pytest.CaptureFixture[str]

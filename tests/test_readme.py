@@ -78,6 +78,16 @@ def test_the_command_for_layers_that_hurt_runs(
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "sensitivity.json", "sensitivity.png"}
 
 
+def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(blocks("sh")).replace("deit_t", "demo")
+    (command,) = re.findall(r"^dfq-deploy (simulate .*)$", lines, re.MULTILINE)
+    assert run([*command.split(), "--generator", "noise", "--count", "8", "--limit", "32"]) == 0
+    report = json.loads((tmp_path / "runs" / "demo-w4a4" / "report.json").read_text())
+    assert (report["scheme"], report["n"]) == ("w4a4", 32)
+    assert report["agreement"]["percent"] > 80
+
+
 def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"`dfq-deploy (\w+)", README))
     assert {name for name in app if not name.startswith("-")} <= commands
