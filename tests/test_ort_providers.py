@@ -129,6 +129,22 @@ def test_float_activations_are_what_the_accuracy_level_asks_for(int4: tuple[int,
     assert np.abs(careless.run(None, {"images": images})[0] - wanted).max() > 1e-4 * np.abs(wanted).max()
 
 
+def test_weights_alone_are_unpacked_when_they_are_loaded(
+    int4: tuple[int, Path], demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    plain = ort.session_options
+
+    def options(*, exact: bool = False) -> onnxruntime.SessionOptions:
+        asked.append(exact)
+        return plain(exact=exact)
+
+    monkeypatch.setattr(ort, "session_options", options)
+    for folder in (int4[1], demo_bundle):
+        ort.load(folder / "model.onnx", {}, BuildOptions()).close()
+    assert asked == [True, False]
+
+
 def test_a_float_weight_where_int4_was_planned_is_told(int4: tuple[int, Path]) -> None:
     _, folder = int4
     (floats,) = (folder / "work").glob("float-*.onnx")
