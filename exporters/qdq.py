@@ -17,7 +17,7 @@ import onnx_ir as ir
 from calibrators.affine import Codes, quantize
 from calibrators.errors import ExportError
 from calibrators.plan import QParams, QuantPlan, layer_of
-from exporters.census import is_weight_only
+from calibrators.scheme import SCHEMES
 from exporters.contract import ContractPass
 
 __all__ = ["InsertQDQ"]
@@ -54,14 +54,18 @@ class InsertQDQ(ContractPass):
             )
 
     def ensures(self, model: ir.Model) -> None:
-        """Every layer of the plan reads only quantized tensors, but where the plan has its weight alone.
+        """Every layer reads only quantized tensors; where scheme or block say weights alone, activations are float.
 
         Raises:
             ExportError: A planned site was not written.
         """
         nodes = {node.name: node for node in model.graph}
+        scheme = SCHEMES.get(self._plan.scheme)
+        alone = scheme is not None and scheme.activation is None
         for layer in self._plan.layers:
-            for value in nodes[layer].inputs[1 if is_weight_only(self._plan, layer) else 0 : 2]:
+            weight = self._plan.sites.get(f"{layer}.weight")
+            weight_only = weight is not None and (alone or weight.block is not None)
+            for value in nodes[layer].inputs[1 if weight_only else 0 : 2]:
                 producer = value.producer() if value is not None else None
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise ExportError(

@@ -199,7 +199,9 @@ def test_a_plan_of_another_model_is_refused_by_the_name_of_its_layer() -> None:
     assert _ops(model) == {"MatMul": 1, "Add": 1}, "the model was changed all the same"
 
 
-@pytest.mark.parametrize(("text", "sites"), [(_LINEAR, ["fc.input"]), (_ATTENTION, ["qk.lhs"])], ids=str)
+@pytest.mark.parametrize(
+    ("text", "sites"), [(_LINEAR, ["fc.input"]), (_LINEAR, ["fc.weight"]), (_ATTENTION, ["qk.lhs"])], ids=str
+)
 def test_half_a_pair_of_operands_is_refused(text: str, sites: list[str]) -> None:
     model = _model(text, w=_values(4, 3), b=_values(3)) if text == _LINEAR else _model(text)
     with pytest.raises(ExportError, match="still reads a float tensor"):
