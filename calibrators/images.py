@@ -2,7 +2,8 @@
 
 `Preprocess` turns a PIL image into the array that a model was trained on; its facts come from the model and
 travel with every artefact. An `ImageSet` is a sequence of such arrays, in memory, in a file or decoded when
-asked for, together with its source and a fingerprint. No torch here: production uses this file too.
+asked for, together with its source and a fingerprint; a student that came about with them is part of it. No torch
+here: production uses this file too.
 """
 
 import hashlib
@@ -21,11 +22,13 @@ from safetensors.numpy import save_file
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
+from calibrators.student import Student
 
 __all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set"]
 
 _HEADER = "dfq_imageset"
 _FORMAT = 1
+_STUDENT = "student."  # what the names of a student's tensors begin with
 _CHUNK = 16  # images read at once, so that memory does not grow with their number
 
 
@@ -111,9 +114,10 @@ class ImageSet:
         pixels: The images, (N, C, H, W) float32 by slices.
         preprocess: What made them model-ready; they fit models with the same preprocessing only.
         source: Where they come from, for people: `folder:…`, `synthetic:psaq_v1`.
-        fingerprint: SHA-256 that changes when any image or label does.
+        fingerprint: SHA-256 that changes when any image or label does, or the student.
         labels: Class indices (N,) int64, or None.
         made_by: Facts that repeat a synthetic set: generator, seed, settings, model.
+        student: What the calibrated model gets for weights, or None if it keeps its own.
     """
 
     pixels: Pixels
@@ -122,6 +126,7 @@ class ImageSet:
     fingerprint: str
     labels: np.ndarray | None = None
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    student: Student | None = None
 
     @classmethod
     def of(
@@ -132,6 +137,7 @@ class ImageSet:
         source: str,
         labels: np.ndarray | None = None,
         made_by: Mapping[str, Any] | None = None,
+        student: Student | None = None,
     ) -> "ImageSet":
         """An ImageSet of model-ready pixels, each image checked and fingerprinted as it is read.
 
@@ -160,8 +166,8 @@ class ImageSet:
                 what=f"{source} holds no images.", why="at least one is needed.", fix="make or pick some."
             )
         facts = [asdict(preprocess), digest.hexdigest(), None if labels is None else labels.tolist()]
-        fingerprint = fingerprint_of(facts)
-        return cls(pixels, preprocess, source, fingerprint, labels, made_by or {})
+        facts += [student.fingerprint] if student else []
+        return cls(pixels, preprocess, source, fingerprint_of(facts), labels, made_by or {}, student)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -189,21 +195,26 @@ class ImageSet:
         pixels = np.concatenate([self.pixels[i : i + 1] for i in index.tolist()])
         labels = None if self.labels is None else self.labels[index]
         source = f"{count} of {self.source}"
-        return ImageSet.of(pixels, self.preprocess, source=source, labels=labels, made_by=self.made_by)
+        return ImageSet.of(
+            pixels, self.preprocess, source=source, labels=labels, made_by=self.made_by, student=self.student
+        )
 
     def save(self, path: Path) -> None:
-        """Write the set as one safetensors file: `pixels`, `labels` if there are any, and a JSON header."""
+        """Write the set as one safetensors file: `pixels`, `labels` and `student.…` if there are any, a JSON header."""
         tensors = {"pixels": self.pixels[: len(self)]}
         if self.labels is not None:
             tensors["labels"] = self.labels
-        tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}  # safetensors reads raw memory
-        header = {
+        header: dict[str, Any] = {
             "format": _FORMAT,
             "preprocess": asdict(self.preprocess),
             "source": self.source,
             "fingerprint": self.fingerprint,
             "made_by": dict(self.made_by),
         }
+        if self.student is not None:
+            tensors |= {f"{_STUDENT}{name}": value for name, value in self.student.weights.items()}
+            header["student"] = {"model": self.student.model, "scheme": self.student.scheme}
+        tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}  # safetensors reads raw memory
         with written_whole(path) as temporary:
             save_file(tensors, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
 
@@ -221,17 +232,18 @@ class ImageSet:
                 raise ValueError(header["format"])
             preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
             source, fingerprint, made_by = header["source"], header["fingerprint"], header["made_by"]
+            student = Student(pixels.student(), **header["student"]) if "student" in header else None
         except (KeyError, TypeError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` is not an ImageSet of format {_FORMAT}.",
                 why=f"its header does not read as one ({type(cause).__name__}: {cause}).",
                 fix="make it again with `dfq-deploy generate`.",
             ) from cause
-        images = cls.of(pixels, preprocess, source=source, labels=pixels.labels, made_by=made_by)
+        images = cls.of(pixels, preprocess, source=source, labels=pixels.labels, made_by=made_by, student=student)
         if images.fingerprint != fingerprint:
             raise ImagesError(
                 what=f"`{path}` holds other images than its header says.",
-                why="the fingerprint of its pixels and labels differs from the recorded one.",
+                why="the fingerprint of what it holds differs from the recorded one.",
                 fix="make it again with `dfq-deploy generate`.",
             )
         return images
@@ -268,6 +280,12 @@ class _SavedPixels:
 
     def __len__(self) -> int:
         return self._count
+
+    def student(self) -> dict[str, np.ndarray]:
+        """The student's weights by name."""
+        with safe_open(self._path, "numpy") as file:
+            names = [name for name in file.keys() if name.startswith(_STUDENT)]  # noqa: SIM118
+            return {name.removeprefix(_STUDENT): file.get_tensor(name) for name in names}
 
     def __getitem__(self, index: slice) -> np.ndarray:
         start, stop, _ = index.indices(self._count)  # safetensors, unlike NumPy, refuses a slice past the end

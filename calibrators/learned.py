@@ -41,11 +41,12 @@ class Learned:
         self._plan = {name: plan[name] for name in self._sites}
         self.scales: dict[str, nn.Parameter] = {}
         self.zeros: dict[str, nn.Parameter] = {}
+        device = next(module.parameters()).device
         module.requires_grad_(True)
         set_mode(module, Mode.FAKE, qparams=self._plan)
         for name, site in self._sites.items():
             qparams = self._plan[name]
-            scale, zero = map(torch.from_numpy, qparams.along(2))
+            scale, zero = (torch.from_numpy(part).to(device) for part in qparams.along(2))
             self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.integers)
             if qparams.codes.integers and not qparams.codes.signed:
                 self.zeros[name] = nn.Parameter(zero.clone())
@@ -57,8 +58,8 @@ class Learned:
 
         def rounding(values: Tensor) -> Tensor:
             rows = values.flatten(1) if scale.ndim else values  # a weight's, with a scale each
-            found: Tensor = _Rounding.apply(rows, scale, zero, codes)
-            return found.view_as(values)
+            found: Tensor = _Rounding.apply(rows.float(), scale, zero, codes)
+            return found.view_as(values).to(values.dtype)
 
         return rounding
 
@@ -85,21 +86,28 @@ class _Rounding(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, codes: Codes) -> Tensor:
         scale = scale.abs()
         found: Tensor = fake_quantize(values, scale, zero.round().clamp(codes.lowest, codes.high), codes)
-        ctx.save_for_backward(values, found, scale)
         ctx.integers = codes.integers
+        learned = any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(*((values, found, scale) if learned else (_inside(values, found, scale),)))
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        values, found, scale = ctx.saved_tensors
         if not ctx.integers:
             return gradient, None, None, None
-        inside = (found - values).abs_() <= 0.5001 * scale
-        kept = gradient * inside
+        if not any(ctx.needs_input_grad[1:3]):
+            return gradient * ctx.saved_tensors[0], None, None, None
+        values, found, scale = ctx.saved_tensors
+        kept = gradient * _inside(values, found, scale)
         to_scale = to_zero = None
         if ctx.needs_input_grad[1]:
             to_scale = (gradient * found - kept * values).sum_to_size(scale.shape) / scale
         if ctx.needs_input_grad[2]:
             to_zero = (kept - gradient).sum_to_size(scale.shape) * scale
         return kept, to_scale, to_zero, None
+
+
+def _inside(values: Tensor, found: Tensor, scale: Tensor) -> Tensor:
+    """Where rounding `values` to `found` did not cut them off."""
+    return (found - values).abs_() <= 0.5001 * scale

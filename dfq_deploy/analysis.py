@@ -133,6 +133,7 @@ def analyse(
     *,
     spared: Mapping[str, QParams],
     refined: Model | None = None,
+    floats: Model | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Sensitivity:
@@ -145,6 +146,7 @@ def analyse(
         spared: Formats for sites that the plan spares, as far as they are known.
         refined: The model with the weights that the plan is for, where corrections changed them: a quantized layer has
             its corrected weight, one that stays float does not.
+        floats: The model that counts as float, where `model` has a student's weights.
         batch_size: Images per forward pass.
         progress: Called with measurements done and in all.
 
@@ -163,7 +165,7 @@ def analyse(
     batches = list(images.batches(batch_size))
     refined = refined or model
     mixed = copy_of(refined)
-    wanted = _logits(Reference(refined, plan, model).float, batches)
+    wanted = _logits(Reference(refined, plan, floats or model).float, batches)
     effects: dict[frozenset[str], Effect] = {}
     todo = dict.fromkeys(asked)
     for done, sites in enumerate(todo, 1):

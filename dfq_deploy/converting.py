@@ -3,11 +3,12 @@
 Comes in between: it opens what the command line names and hands it to the writers in `calibrators`. No torch.
 """
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from calibrators.calibration_cache import VERSION, write_cache
-from calibrators.errors import RecipeError
+from calibrators.errors import CalibrationWarning, RecipeError
 from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader, write_folder, write_npz, write_polygraphy
 from calibrators.plan import QuantPlan
@@ -56,4 +57,8 @@ def convert(
             why=f"there are {', '.join(_WRITERS)} and cache.",
             fix="pass one.",
         )
-    _WRITERS[to](ImageSet.load(Path(file)), Path(out))
+    images = ImageSet.load(Path(file))
+    if images.student is not None:
+        note = f"the student stays in {file}: no other format holds more than images."
+        warnings.warn(note, CalibrationWarning, stacklevel=2)
+    _WRITERS[to](images, Path(out))

@@ -75,6 +75,7 @@ class Check:
             output; where the output is rounded, what goes beyond one code.
         verdict: `pass`, `fail` or `undecided`.
         reason: The verdict in words.
+        student: Engine and reference have the weights of a student that came with the images, float the model's own.
     """
 
     n: int
@@ -91,6 +92,7 @@ class Check:
     layer_error: Mapping[str, float]
     verdict: Verdict
     reason: str
+    student: bool = False
 
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from calibrators.affine import CODES, choose_qparams
 from calibrators.collectors import Subject, described
+from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import PlanError
 from calibrators.files import written_whole
 from calibrators.folds import layers_of
@@ -29,7 +30,10 @@ from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 
-__all__ = ["Job", "formats_for_spared", "formats_of"]
+__all__ = ["FORMAT_FIELDS", "Job", "formats_for_spared", "formats_of", "formats_on"]
+
+FORMAT_FIELDS = ("scheme", "backend", "provider", "block", "observer", "percentile", "attention", "spare", "auto")
+"""Fields of a recipe that `formats_on` looks at."""
 
 _WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 24.0  # of the logits' SQNR on the calibration images; on real ones it is 1 to 3 dB less
@@ -76,7 +80,7 @@ def formats_of(job: Job) -> QuantPlan:
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
-    plan = _plan(job)
+    plan = _plan(job.recipe, job.model, _ranges(job))
     return _assigned(job, plan) if job.recipe.auto else _without_noisy_layers(job, plan)
 
 
@@ -102,10 +106,17 @@ def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, blocks: Seq
     return {site: full.sites[site] for site in plan.spared if site in full.sites}
 
 
-def _plan(job: Job) -> QuantPlan:
+def formats_on(recipe: CalibrateRecipe, model: Model, images: ImageSet) -> QuantPlan:
+    """The plan for `model` as it is, with ranges from PyTorch and no layer spared for the noise that it makes."""
+    codes, observer = scheme_named(recipe.scheme).activation, observer_of(recipe)
+    subject = Subject(model.module, model.fingerprint)
+    ranges = collect_ranges(subject, images, observer=observer, percentile=recipe.percentile, codes=codes)
+    return _plan(recipe, model, ranges)
+
+
+def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
     """The scheme's formats everywhere but where the recipe, or what noise shows, says otherwise."""
-    recipe, model, scheme, placement = job.recipe, job.model, scheme_of(job.recipe), placement_of(job.recipe)
-    ranges = _ranges(job)
+    scheme, placement = scheme_of(recipe), placement_of(recipe)
     ends = {layer_of(next(iter(ranges.sites))), *model.classifiers} if scheme.simulated else ()
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks_of(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")

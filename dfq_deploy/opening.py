@@ -54,7 +54,7 @@ def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Mod
 
 
 def refined_again(folder: Path, manifest: Manifest, model: Model) -> Model:
-    """`model` with the weights that the bundle's engine has: those that refine passes gave it.
+    """`model` with the weights that the bundle's engine has: those of a student, or that refine passes gave it.
 
     Raises:
         BundleError: The file with these weights is gone, damaged or of another model.
@@ -64,13 +64,13 @@ def refined_again(folder: Path, manifest: Manifest, model: Model) -> Model:
 
 
 def folded_again(folder: Path, manifest: Manifest, model: Model) -> Model:
-    """`model` with the weights before any correction: as float, but for the transforms.
+    """`model` with the weights before any correction: as float, but for a student's and the transforms.
 
     Raises:
         BundleError: The file with these weights is gone, damaged or of another model.
     """
-    folded = [name for name in manifest.model.refined if name.startswith("folded-")]
-    return load_refined(model, folder / "work" / folded[0]) if folded else model
+    folded = [name for name in manifest.model.refined if name.startswith(("student-", "folded-"))]
+    return load_refined(model, folder / "work" / folded[-1]) if folded else model
 
 
 def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:

@@ -6,8 +6,10 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 
 import contextlib
 import errno
+import functools
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from calibrators.errors import PlanError, RecipeError
@@ -19,8 +21,9 @@ from dfq_deploy.analysis import Sensitivity, analyse
 from dfq_deploy.building import build_bundle, float_stage, is_built, made_with
 from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
 from dfq_deploy.evaluate import Check, evaluate
-from dfq_deploy.formats import Job, formats_for_spared
+from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_for_spared, formats_on
 from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -152,6 +155,7 @@ def simulate(
         (picked or calibration).spread(limit or len(picked or calibration)),
         progress=lambda done, total: watch.progress(done, total, {}),
     )
+    found = replace(found, student=calibration.student is not None)
     with written_whole(out / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
@@ -199,6 +203,7 @@ def check(
             absent=absent,
             progress=lambda done, total: watch.progress(done, total, {}),
         )
+    found = replace(found, student=manifest.model.student)
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
@@ -252,6 +257,7 @@ def sensitivity(
             plan, folded, folder / "work", blocks=blocks_up_to(placement, manifest.recipe["block"])
         ),
         refined=refined_again(folder, manifest, model),
+        floats=model,
         progress=lambda done, total: watch.progress(done, total, {}),
     )
 
@@ -276,20 +282,16 @@ def _load(recipe: ModelRecipe) -> Model:
 
 
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
-    options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact)
+    whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
+    options = GenerateOptions(recipe.count, recipe.seed, recipe.exact, functools.partial(formats_on, whole))
     make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
 
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
     if recipe.calib != "synthetic":
         return open_images(recipe.calib, model.preprocess)
-    facts = [
-        recipe.generator,
-        recipe.count,
-        recipe.seed,
-        recipe.exact,
-        model.fingerprint,
-        made_with(),
-    ]
+    facts = [recipe.generator, recipe.count, recipe.seed, recipe.exact, model.fingerprint, made_with()]
+    if set(STUDENTS) & set(recipe.generator.split(",")):
+        facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
     path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))
     return ImageSet.load(path)

@@ -1,7 +1,7 @@
-"""From a model and its calibration images to a plan: folds, formats, corrected layers, reconstructed blocks.
+"""From a model and its calibration images to a plan: a student, folds, formats, corrected layers, reconstructed blocks.
 
 Comes after the images and before ONNX. Each step that changes weights leaves a file of them, and a later one starts
-from what it left.
+from what it left. A student that came with the images is the first of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibrators.blocks import reconstruct
+from calibrators.errors import ImagesError
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
 from calibrators.scheme import SCHEMES
@@ -16,7 +17,7 @@ from dfq_deploy.building import made_with
 from dfq_deploy.choices import blocks_of, passes_of, scheme_of
 from dfq_deploy.formats import Job, formats_of
 from dfq_deploy.models import Model
-from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined
+from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined, save_weights
 
 __all__ = ["plan_of"]
 
@@ -28,6 +29,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
 
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
+        ImagesError: The student that came with the images is for another model or other formats.
     """
     recipe, model, images, work = job.recipe, job.model, job.images, job.work
     scheme, blocks, passes = scheme_of(recipe), blocks_of(recipe), passes_of(recipe)
@@ -35,15 +37,15 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
         [name for name in passes if kind_of(name) == kind] for kind in ("transform", "correct", "reconstruct")
     )
     facts = [images.fingerprint, scheme.name, scheme.weight and scheme.weight.name, blocks, made_with()]
-    refined, weights = model, []
+    refined, weights = _with_student(job)
 
     def fold(path: Path) -> None:
-        folded = copy_of(model)
+        folded = copy_of(refined)
         transform(folded.module, images, transforms, scheme, blocks)
         save_refined(path, model, folded)
 
     if transforms:
-        path = work.stage("folded", ".safetensors", [model.fingerprint, transforms, *facts], fold)
+        path = work.stage("folded", ".safetensors", [refined.fingerprint, transforms, *facts], fold)
         weights.append(path)
         refined = load_refined(model, path)
     plan = formats_of(replace(job, model=refined))
@@ -76,3 +78,21 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
             ),
         )
     return plan, refined, tuple(weights)
+
+
+def _with_student(job: Job) -> tuple[Model, list[Path]]:
+    """The job's model with the weights of the student that came with the images, and the file of those, if one did."""
+    model, images, student = job.model, job.images, job.images.student
+    if student is None:
+        return model, []
+    if (student.model, student.scheme) != (model.fingerprint, job.recipe.scheme):
+        learned_for = student.scheme if student.model == model.fingerprint else "another model"
+        raise ImagesError(
+            what=f"the student that came with {images.source} learned for {learned_for}.",
+            why=f"here are `{model.name}` and {job.recipe.scheme}, and what it learned serves only what it is for.",
+            fix="make the images with the same --model, weights and --scheme, or take them without the student: "
+            "dfq-deploy convert FILE --to folder.",
+        )
+    facts = [model.fingerprint, student.fingerprint]
+    path = job.work.stage("student", ".safetensors", facts, lambda path: save_weights(path, student.weights))
+    return load_refined(model, path), [path]

@@ -87,15 +87,19 @@ class GenerateRecipe(ModelRecipe):
     """How synthetic images are made."""
 
     generator: str = "psaq_v1"
-    """Method that makes the synthetic images: psaq_v1, dead_leaves, noise, or several with commas between them, which
-    share the count."""
+    """Method that makes the synthetic images: psaq_v1, psaq_v2 (which changes the model's weights, too), dead_leaves,
+    noise, or several with commas between them, which share the count."""
     exact: bool = False
     """Follow the paper's estimator and schedule to the letter; slower by an order of magnitude."""
     count: int = 32
     """Number of synthetic images."""
+    scheme: SchemeName = "w8a8"
+    """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (no
+    quantization); w4a8, w6a6 and w4a4 are for simulate only. Of generators they matter to psaq_v2 alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_name("scheme", self.scheme, tuple(SCHEMES))
         asked = self.generator.split(",")
         for name in asked:
             _check_name("generator", name, names("dfq_deploy.generation.generators"))
@@ -114,9 +118,6 @@ class CalibrateRecipe(GenerateRecipe):
     """What the plan and the engine are made for: ort (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX)."""
     provider: ProviderName = "cpu"
     """What runs the engine within ONNX Runtime; other backends have no choice."""
-    scheme: SchemeName = "w8a8"
-    """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (no
-    quantization); w4a8, w6a6 and w4a4 are for simulate only."""
     block: BlockSize = 64
     """Input channels that share a weight's scale; matters to w4a16. A layer that is not two or more of these wide gets
     smaller blocks, and the report says so."""
@@ -150,7 +151,6 @@ class CalibrateRecipe(GenerateRecipe):
         _check_name("provider", self.provider, _PROVIDERS)
         wrong = f"--backend {self.backend} has no --provider {self.provider}."
         _check(self.backend == "ort" or self.provider == "cpu", wrong, "providers are ONNX Runtime's.", "--backend ort")
-        _check_name("scheme", self.scheme, tuple(SCHEMES))
         wrong = f"--block {self.block} is no size of a block."
         _check(self.block in _BLOCKS, wrong, f"the sizes are {', '.join(map(str, _BLOCKS))}.", "one of them")
         _check_name("collector", self.collector, names("calibrators.collectors"))

@@ -1,4 +1,4 @@
-"""The model with the weights that refine passes gave it: a copy, beside the float model that everything is judged by.
+"""The model with other weights, a student's or from refine passes: a copy, beside the float model that judges all.
 
 Its changed tensors are one safetensors file. The scales that the corrections settled lie in the same file.
 """
@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from calibrators.errors import BundleError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.plan import QParams
 from dfq_deploy.models import Model
 
-__all__ = ["copy_of", "load_refined", "load_scales", "save_refined"]
+__all__ = ["changed_weights", "copy_of", "load_refined", "load_scales", "save_refined", "save_weights"]
 
 _SCALES = (".scale", ".zero_point")  # endings of the names that are no tensor of the model
 
@@ -29,14 +30,25 @@ def copy_of(model: Model) -> Model:
     return replace(model, module=copy.deepcopy(model.module))
 
 
+def changed_weights(model: Model, refined: Model) -> dict[str, np.ndarray]:
+    """The tensors in which `refined` differs from `model`, by name."""
+    before = model.module.state_dict()
+    after = refined.module.state_dict()
+    return {name: value.numpy(force=True) for name, value in after.items() if not torch.equal(value, before[name])}
+
+
 def save_refined(path: Path, model: Model, refined: Model, sites: Mapping[str, QParams] | None = None) -> None:
     """Write the tensors in which `refined` differs from `model`, and the scales and zero-points of `sites`."""
-    before = model.module.state_dict()
-    changed = {k: v.contiguous() for k, v in refined.module.state_dict().items() if not torch.equal(v, before[k])}
+    changed = changed_weights(model, refined)
     for name, qparams in (sites or {}).items():
-        changed |= {f"{name}{part}": torch.from_numpy(np.array(getattr(qparams, part[1:]))) for part in _SCALES}
+        changed |= {f"{name}{part}": getattr(qparams, part[1:]) for part in _SCALES}
+    save_weights(path, changed)
+
+
+def save_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Write tensors by name."""
     with written_whole(path) as temporary:
-        save_file(changed, temporary)
+        save_file({name: np.array(value, order="C") for name, value in weights.items()}, temporary)
 
 
 def load_refined(model: Model, path: Path) -> Model:

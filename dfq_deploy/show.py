@@ -38,6 +38,7 @@ __all__ = [
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 _ROWS = 20  # of layers that hurt; what they leave out is counted below them
+_STUDENT = "the weights are those of a student that came with the images; float has the model's own"
 _FEW = 3  # spared layers named per reason
 _COLOURS = {
     "pass": "green",
@@ -67,6 +68,8 @@ def print_check(found: "Check", folder: Path) -> None:
         table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
     _console.print(table)
     print_engine(found.engine, folder)
+    if found.student:
+        _console.print(_STUDENT)
     if found.drop is not None:
         _console.print("{} loses {:.2f} points against float ({:.2f} to {:.2f})".format(found.ran, *found.drop))
     if found.top1 is None:
@@ -87,6 +90,8 @@ def print_simulation(found: "Simulation", folder: Path) -> None:
         table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
     _console.print(table)
     _console.print(f"SQNR of the logits: {_decibels(found.sqnr_db)} dB")
+    if found.student:
+        _console.print(_STUDENT)
     if found.drop is not None:
         _console.print("simulated loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"report: {folder / 'report.json'}")
@@ -180,6 +185,8 @@ def print_images(images: ImageSet, path: Path) -> None:
     _console.print(f"{path}: {len(images)} images {images.preprocess.shape}, {images.source}")
     for name, value in images.made_by.items():
         _console.print(f"  {name}: {value}")
+    if images.student is not None:
+        _console.print(f"  student: {len(images.student.weights)} tensors, learned for {images.student.scheme}")
 
 
 def print_plan(plan: QuantPlan) -> None:
@@ -228,6 +235,8 @@ def print_path(path: Path) -> None:
         _console.print(f"{path}: {manifest.model.name}, {manifest.scheme}, for {manifest.backend}", style="bold")
         print_engine(manifest.engine, path)
         _console.print(f"  calibrated on: {manifest.images['source']}")
+        if manifest.model.student:
+            _console.print(f"  {_STUDENT}")
         _console.print(f"  float ONNX against torch: {manifest.float_parity:.1e}")
         for name in manifest.files:
             _console.print(f"  {name}: {(path / name).stat().st_size / 2**20:.1f} MiB")

@@ -28,6 +28,7 @@ class Simulation:
         drop: Points that are lost against float, paired per image, (value, low, high); None without labels.
         agreement: Top-1 agreement with float.
         sqnr_db: Signal to quantization noise of the logits.
+        student: What is simulated has the weights of a student that came with the images; float has the model's own.
     """
 
     scheme: str
@@ -37,6 +38,7 @@ class Simulation:
     drop: tuple[float, float, float] | None
     agreement: Share
     sqnr_db: float
+    student: bool = False
 
     def report(self) -> dict[str, Any]:
         """The findings as JSON."""

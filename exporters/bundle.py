@@ -39,8 +39,9 @@ class ModelFacts(_Facts):
         seed: Of random weights.
         fingerprint: SHA-256 of the name and the weights as they were loaded.
         classes: Number of logits.
-        refined: Files in the run folder's `work` with the weights that refine passes changed: after the transforms,
-            after the corrections. Each holds all that differs from the weights as they were loaded.
+        refined: Files in the run folder's `work` with changed weights: of a student that came with the calibration
+            images, after the transforms, after the corrections. Each holds all that differs from the weights as they
+            were loaded.
     """
 
     name: str
@@ -50,6 +51,11 @@ class ModelFacts(_Facts):
     fingerprint: _Sha256
     classes: int
     refined: tuple[_FileName, ...] = ()
+
+    @property
+    def student(self) -> bool:
+        """Whether the weights are those of a student."""
+        return any(name.startswith("student-") for name in self.refined)
 
 
 class EngineFacts(_Facts):

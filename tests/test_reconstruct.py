@@ -189,3 +189,27 @@ def test_weights_have_a_scale_per_row() -> None:
     learned.settle()
     steps = layer[0].weight / torch.from_numpy(site.scale)[:, None]
     assert torch.allclose(steps, steps.round(), atol=1e-5)
+
+
+def test_scales_that_are_not_learned_pass_the_same_gradient(images: ImageSet, plan: dict[str, QParams]) -> None:
+    gradients = []
+    for fixed in (False, True):
+        module = load_model("demo").module
+        learned = Learned(module, plan)
+        for part in (*learned.scales.values(), *learned.zeros.values()):
+            part.requires_grad_(part.requires_grad and not fixed)
+        weights = [module.blocks[1].mlp.fc1.weight, module.patch_embed.proj.weight]
+        gradients.append(torch.autograd.grad(module(torch.from_numpy(images.pixels[:4])).square().sum(), weights))
+    for first, second in zip(*gradients, strict=True):
+        assert first.abs().max() > 0
+        torch.testing.assert_close(first, second)
+
+
+def test_rounding_is_in_float32_whatever_arrives(plan: dict[str, QParams]) -> None:
+    module = load_model("demo").module
+    Learned(module, plan)
+    site = module.blocks[1].mlp.fc1.input_site
+    values = torch.linspace(-2, 2, 64)
+    rounded = site(values.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded, site(values.bfloat16().float()).bfloat16())

@@ -2,13 +2,24 @@
 
 A model and options come in, an `ImageSet` goes out. One image-optimisation loop (`engine`) serves every recipe in
 `generators`; a recipe says what is captured (`taps`), which `losses` are weighed and on which schedule. This room
-knows models and images; it knows nothing of plans, ONNX or run-times, and this file loads no torch.
+knows models and images. It knows nothing of ONNX or run-times, and of a plan only that it may be handed one to teach a
+student by; this file loads no torch.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["GenerateOptions", "Progress", "quiet"]
+from calibrators.images import ImageSet
+from calibrators.plan import QuantPlan
+
+if TYPE_CHECKING:  # the list of generators is shown without loading torch
+    from dfq_deploy.models import Model
+
+__all__ = ["Formats", "GenerateOptions", "Progress", "quiet"]
+
+Formats = Callable[["Model", ImageSet], QuantPlan]
+"""Called with a model and images, gives the plan that calibration on these images would."""
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with the steps done, the steps in all and the mean of each loss term since the last call, by name."""
@@ -26,8 +37,10 @@ class GenerateOptions:
         count: Number of images, at least 1.
         seed: Seed of everything random, at least 0; the same seed gives the same bytes on the same machine.
         exact: Compute as the paper's authors do, instead of the fast form of the same recipe.
+        formats: What a student is to be rounded to, where the generator has one. None: there is none.
     """
 
     count: int = 32
     seed: int = 0
     exact: bool = False
+    formats: Formats | None = None

@@ -130,6 +130,7 @@ def optimise(
     dtype: torch.dtype | None,
     generator: torch.Generator,
     progress: Progress,
+    after_step: Callable[[View], None] = lambda _: None,
 ) -> Optimised:
     """Images that lower the weighted sum of `terms`, from those in `start`.
 
@@ -142,6 +143,7 @@ def optimise(
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
         generator: Draws the shifts and flips, on the CPU.
         progress: Told every few steps.
+        after_step: Called after each step with what was seen in it; the tensors carry no gradients any more.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
@@ -151,7 +153,7 @@ def optimise(
     with captured(layers) as inputs:
         for stage in schedule.stages:
             for done in range(1, stage.steps + 1):
-                loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs)
+                after_step(loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs))
                 if done % _LOOK_EVERY == 0 or done == stage.steps:
                     progress(begin + done, schedule.steps, loop.trace.look())
                     cooling = done - round(stage.steps * schedule.warmup)
@@ -186,7 +188,7 @@ class _Loop:
         self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
         self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
 
-    def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> None:
+    def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> View:
         """Show the images to the model and move them by Adam at learning rate `rate`, within what pixels can be."""
         shown = self._moves.moved(self.pixels, step).requires_grad_()
         with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
@@ -199,6 +201,7 @@ class _Loop:
         self._adam.step()
         torch.clamp(self.pixels, self._low, self._high, out=self.pixels)
         self.trace.keep(values.detach())
+        return View(step, shown.detach(), outputs.detach().float(), {})
 
 
 @dataclass(frozen=True)

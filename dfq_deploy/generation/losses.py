@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "discrepancy",
     "kernel_entropy",
     "patch_similarity_entropy",
     "patch_similarity_entropy_v1",
@@ -121,6 +122,21 @@ def kernel_entropy(samples: Tensor, grid: Tensor, bandwidth: Tensor) -> Tensor:
     kernels = torch.exp(-(distances * distances))
     density = kernels.mean(-1) / (bandwidth * math.sqrt(2 * math.pi)) + _FLOOR
     return torch.trapezoid(-density * density.log(), grid, dim=-1)
+
+
+def discrepancy(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute error of `outputs`, relative to the mean size of what is `wanted`: a scalar.
+
+    The size counts as a constant: outputs come no closer by what is wanted becoming larger.
+
+    Args:
+        outputs: What a model puts out, of any shape.
+        wanted: What it should put out, of the same shape.
+
+    Source: PSAQ-ViT V2 (arXiv 2209.05687): the mean absolute error between teacher and student. The division is ours.
+    """
+    size = wanted.detach().abs().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
+    return (outputs - wanted).abs().mean() / size
 
 
 def total_variation(pixels: Tensor) -> Tensor:

@@ -38,4 +38,5 @@ def make_images(
         model.preprocess,
         source=f"synthetic:{'+'.join(generators)}",
         made_by={name: dict(part.made_by) for name, part in zip(generators, parts, strict=True)},
+        student=next((part.student for part in parts if part.student), None),
     )

@@ -1,0 +1,175 @@
+"""PSAQ-ViT V2: images and a quantized student evolve against each other, both under the float model as their teacher.
+
+Images are made as in V1, but with no classes. Once they have structure a student joins: the model, rounded as it will
+be when it is deployed. In each step the images move to where student and teacher differ, and then the student moves its
+weights to where they differ less. What is handed back is the images and these weights, which calibration, reference
+and engine use in place of the model's. They serve the formats that they learned for: `GenerateOptions.formats`, the
+run's (`dfq-deploy generate` takes `--scheme`, and all else by default). Without formats there is no student, and the
+images end where it would have joined.
+
+Source: Li et al., "PSAQ-ViT V2", arXiv 2209.05687. Its code was never released. It has teacher, student, the mean
+absolute error between them and no class prior; the form of the loss, L_PSE + 0.05 |R_TV - v| - D, and everything on the
+schedule is ours. The roughness keeps V1's target v, since images would flatten without one. D is divided by the mean
+size of the teacher's outputs. The student's scales are not learned: they are read off the images anew every `_ROUND`
+steps, as calibration will do at the end. It learns from a step's images in parts of `_PART`; backwards, rounding counts
+as the identity. Where there are several batches the student goes on from one to the next, so that a later batch cannot
+be made alone. The exact form has V1's estimator, more steps and float32.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibrators.images import ImageSet
+from calibrators.learned import Learned
+from calibrators.sites import Mode, set_mode
+from calibrators.student import Student
+from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
+from dfq_deploy.generation.batching import in_batches, provenance
+from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.losses import discrepancy
+from dfq_deploy.generation.taps import AttentionTap, attention_taps
+from dfq_deploy.generation.terms import Similarity, roughness, similarity_v1
+from dfq_deploy.models import Model
+from dfq_deploy.refined import changed_weights, copy_of
+
+__all__ = ["generate"]
+
+_EXACT_STAGES = (Stage(500, 15), Stage(500, 30))  # images alone, then images against student; shifts at 224 x 224
+_FAST_STAGES = (Stage(100, 30), Stage(30, 30))
+_WARMUP = 0.2  # share of a stage
+_ROUGHNESS = 0.05  # weight of the total variation, as in V1
+_AGAINST = 1.0  # weight of the discrepancy in the images' loss
+_LEARNING_RATE = 1e-4  # the student's, by Adam; it falls to 0 along a cosine
+_PART = 8  # images per update of the student
+_ROUND = 10  # steps between two looks at the student's ranges
+
+
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+    """`options.count` PSAQ-ViT V2 images for `model`, and a student, see `Generator`.
+
+    Raises:
+        ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
+        PlanError: The student's ranges are unusable, or there is nothing to quantize.
+    """
+    taps = attention_taps(model)
+    learner = None if options.formats is None else _Learner(model, options.formats, options.exact)
+    one_batch = functools.partial(_one_batch, model, taps, learner, options.exact)
+    made = in_batches(options, one_batch, progress)
+    facts: dict[str, Any] = {"precision": made[0].precision, "loss": [[batch.first, batch.last] for batch in made]}
+    student = learner.student() if learner else None
+    if learner and student:
+        facts["student"] = {"scheme": student.scheme, "discrepancy": [float(learner.losses[i]) for i in (0, -1)]}
+    return ImageSet.of(
+        np.concatenate([batch.pixels for batch in made]),
+        model.preprocess,
+        source="synthetic:psaq_v2",
+        made_by=provenance("psaq_v2", model, options) | facts,
+        student=student,
+    )
+
+
+def _one_batch(
+    model: Model,
+    taps: Sequence[AttentionTap],
+    learner: "_Learner | None",
+    exact: bool,
+    size: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Optimised:
+    """One batch of `size` images."""
+    device = next(model.module.parameters()).device
+    scale = min(model.preprocess.size) / 224
+    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in _stages(exact))
+    windowed = any(tap.windows > 1 for tap in taps)
+    schedule = Schedule(stages if learner else stages[:1], 0.25 if windowed else 0.20, _WARMUP, None)
+    start = torch.randn((size, *model.preprocess.shape), generator=generator)
+    rough = roughness(size, model.preprocess.size, generator)
+    similarity: Callable[[View], Tensor] = functools.partial(similarity_v1, taps)
+    if not exact:
+        similarity = Similarity(taps, schedule.steps, generator, device)
+    terms = [Term("patch_similarity", 1.0, similarity), Term("total_variation", _ROUGHNESS, rough)]
+    if learner:
+        terms.append(Term("discrepancy", -_AGAINST, learner.against))
+    return optimise(
+        model,
+        start,
+        layers={tap.name: tap.layer for tap in taps},
+        terms=terms,
+        schedule=schedule,
+        dtype=None if exact else fast_dtype(device),
+        generator=generator,
+        progress=progress,
+        after_step=learner.learn if learner else lambda _: None,
+    )
+
+
+def _stages(exact: bool) -> tuple[Stage, Stage]:
+    return _EXACT_STAGES if exact else _FAST_STAGES
+
+
+class _Learner:
+    """The student on its way, which rounds as the plan of the moment says.
+
+    Attributes:
+        losses: Its discrepancy in each step, as it was before it learned from that step's images.
+    """
+
+    def __init__(self, model: Model, formats: Formats, exact: bool) -> None:
+        self._teacher, self._formats = model, formats
+        self._dtype = None if exact else fast_dtype(next(model.module.parameters()).device)
+        self._begin, self._steps = (stage.steps for stage in _stages(exact))
+        self._student = copy_of(model)
+        self._parameters = list(self._student.module.parameters())
+        self._adam = torch.optim.Adam(self._parameters, lr=_LEARNING_RATE)
+        self._scheme = ""
+        self.losses: list[Tensor] = []
+
+    def against(self, view: View) -> Tensor:
+        """The discrepancy on the images of a step, which they are to raise; 0 before the student joins."""
+        if view.step < self._begin:
+            return view.outputs.new_zeros(())
+        if (view.step - self._begin) % _ROUND == 0:
+            self._calibrate(view.pixels)
+        found = self._discrepancy(view.pixels, view.outputs)
+        self.losses.append(found.detach())
+        return found
+
+    def learn(self, view: View) -> None:
+        """Lower the discrepancy on the images of a step by moving the student's weights."""
+        if view.step < self._begin:
+            return
+        done = (view.step - self._begin) / self._steps
+        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * done))
+        for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
+            loss = self._discrepancy(pixels, wanted)
+            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self._adam.step()
+
+    def student(self) -> Student | None:
+        """What it has learned; None if that is nothing."""
+        set_mode(self._student.module, Mode.OFF)
+        weights = changed_weights(self._teacher, self._student)
+        return Student(weights, self._teacher.fingerprint, self._scheme) if weights else None
+
+    def _discrepancy(self, pixels: Tensor, wanted: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+            outputs = self._student.module(pixels)
+        return discrepancy(outputs.float(), wanted)
+
+    def _calibrate(self, pixels: Tensor) -> None:
+        """Round by the plan that these images give the student as it is."""
+        images = ImageSet.of(pixels.numpy(force=True), self._teacher.preprocess, source="the images so far")
+        plan = self._formats(self._student, images)
+        self._scheme = plan.scheme
+        learned = Learned(self._student.module, plan.sites)
+        for part in (*learned.scales.values(), *learned.zeros.values()):
+            part.requires_grad_(False)
