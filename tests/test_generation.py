@@ -294,6 +294,26 @@ def test_weights_of_the_network_get_no_gradient(demo: Model):
     assert all(parameter.grad is None for parameter in demo.module.parameters())
 
 
+def test_after_each_step_one_is_told_what_was_seen(demo: Model):
+    seen = []
+    made = optimise(
+        demo,
+        torch.zeros(2, *demo.preprocess.shape),
+        layers={},
+        terms=[Term("logits", 1.0, lambda view: view.outputs.sum())],
+        schedule=Schedule((Stage(2, 0), Stage(1, 0)), 0.1, 0.2, None),
+        dtype=None,
+        generator=torch.Generator().manual_seed(0),
+        progress=quiet,
+        after_step=seen.append,
+    )
+    assert [view.step for view in seen] == [0, 1, 2]
+    assert not any(view.pixels.requires_grad or view.outputs.requires_grad for view in seen)
+    assert (seen[0].pixels == 0).all() and (seen[1].pixels != 0).any()
+    torch.testing.assert_close(seen[1].outputs, demo.module(seen[1].pixels))
+    assert made.steps == 3
+
+
 def test_a_flat_loss_ends_the_stage_early(demo: Model):
     flat = Term("flat", 1.0, lambda view: view.pixels.sum() * 0)
     told = []

@@ -143,7 +143,8 @@ def optimise(
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
         generator: Draws the shifts and flips, on the CPU.
         progress: Told every few steps.
-        after_step: Called after each step with what was seen in it; the tensors carry no gradients any more.
+        after_step: Called after each step with what was seen in it, but for the layers' inputs; no tensor carries a
+            gradient any more.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
@@ -189,7 +190,11 @@ class _Loop:
         self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
 
     def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> View:
-        """Show the images to the model and move them by Adam at learning rate `rate`, within what pixels can be."""
+        """Show the images to the model and move them by Adam at learning rate `rate`, within what pixels can be.
+
+        Returns:
+            What was seen, but for the layers' inputs, with no gradients any more.
+        """
         shown = self._moves.moved(self.pixels, step).requires_grad_()
         with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             outputs = self._module(shown)
