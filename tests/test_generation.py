@@ -11,7 +11,7 @@ import torch
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
-from dfq_deploy.generation import GenerateOptions, batching, quiet, terms
+from dfq_deploy.generation import GenerateOptions, batching, quiet, similarity
 from dfq_deploy.generation.engine import Schedule, Stage, Term, _Moves, optimise
 from dfq_deploy.generation.generators import psaq_v1, psaq_v2
 from dfq_deploy.generation.losses import (
@@ -387,10 +387,10 @@ def test_a_batch_can_be_made_alone(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_subsets_hold_different_numbers():
-    subsets = terms._subsets(5, 10, 4, torch.Generator().manual_seed(0))
+    subsets = similarity._subsets(5, 10, 4, torch.Generator().manual_seed(0))
     assert subsets.shape == (5, 4)
     assert all(len(set(row)) == 4 for row in subsets.tolist())
-    assert terms._subsets(2, 3, 64, torch.Generator()).shape == (2, 3)
+    assert similarity._subsets(2, 3, 64, torch.Generator()).shape == (2, 3)
 
 
 def test_psaq_gives_images_that_the_model_takes_for_their_class(demo: Model, monkeypatch: pytest.MonkeyPatch):

@@ -26,8 +26,8 @@ from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import in_batches, provenance
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
-from dfq_deploy.generation.terms import Similarity, roughness, similarity_v1
 from dfq_deploy.models import Model
 
 __all__ = ["generate"]

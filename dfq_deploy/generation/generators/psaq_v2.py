@@ -33,8 +33,8 @@ from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import in_batches, provenance
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
+from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
-from dfq_deploy.generation.terms import Similarity, roughness, similarity_v1
 from dfq_deploy.models import Model
 from dfq_deploy.refined import changed_weights, copy_of
 

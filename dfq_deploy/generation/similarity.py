@@ -1,6 +1,6 @@
-"""Terms of the loss that several recipes weigh: patch similarity and roughness, ready to be shown a step.
+"""Patch similarity, and the roughness beside it, as terms of the loss: what several recipes have in common.
 
-`losses` has the arithmetic; here it meets taps, random subsets of patches and the values that PSAQ-ViT uses.
+The arithmetic is in `losses`. Here it meets taps, random subsets of patches and the values that PSAQ-ViT uses.
 """
 
 import math
@@ -18,7 +18,7 @@ from dfq_deploy.generation.losses import (
 )
 from dfq_deploy.generation.taps import AttentionTap
 
-__all__ = ["Similarity", "roughness", "similarity_v1"]
+__all__ = ["Similarity", "averaged_over_heads", "roughness", "similarity_v1"]
 
 _PATCHES = 64  # that the fast form looks at, per image, block and step
 _ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
@@ -40,7 +40,7 @@ def roughness(images: int, size: tuple[int, int], generator: torch.Generator) ->
 
 def similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
     """L_PSE as V1 computes it: minus the entropies of all blocks, added up."""
-    return -_summed([patch_similarity_entropy_v1(_patches(tap, view)) for tap in taps])
+    return -_summed([patch_similarity_entropy_v1(averaged_over_heads(tap, view)) for tap in taps])
 
 
 class Similarity:
@@ -71,21 +71,23 @@ class Similarity:
         """The term in this step, a scalar."""
         return -_summed(
             [
-                patch_similarity_entropy(_patches(tap, view), windows=windows[view.step], tokens=tokens[view.step])
+                patch_similarity_entropy(
+                    averaged_over_heads(tap, view), windows=windows[view.step], tokens=tokens[view.step]
+                )
                 for tap, (windows, tokens) in zip(self._taps, self._subsets, strict=True)
             ]
         )
+
+
+def averaged_over_heads(tap: AttentionTap, view: View) -> Tensor:
+    """What is compared: softmax·V averaged over the heads, (B, windows, tokens, head_dim)."""
+    return tap.contexts(view.inputs).mean(3)
 
 
 def _subsets(steps: int, available: int, wanted: int, generator: torch.Generator) -> Tensor:
     """For each step, `wanted` different numbers below `available`, or all of them: (steps, n) int64."""
     order = torch.rand((steps, available), generator=generator).argsort(1)
     return order[:, : min(wanted, available)]
-
-
-def _patches(tap: AttentionTap, view: View) -> Tensor:
-    """What V1 compares: softmax·V averaged over the heads, (B, windows, tokens, head_dim)."""
-    return tap.contexts(view.inputs).mean(3)
 
 
 def _summed(entropies: Sequence[Tensor]) -> Tensor:
