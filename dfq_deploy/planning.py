@@ -31,6 +31,8 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
         ImagesError: The student that came with the images is for another model or other formats.
     """
+    if job.images.student and job.recipe.refine == "default":
+        job = replace(job, recipe=replace(job.recipe, refine="none"))  # it has learned to be rounded as it is
     recipe, model, images, work = job.recipe, job.model, job.images, job.work
     scheme, blocks, passes = scheme_of(recipe), blocks_of(recipe), passes_of(recipe)
     transforms, corrections, reconstructions = (

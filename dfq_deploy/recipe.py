@@ -130,8 +130,8 @@ class CalibrateRecipe(GenerateRecipe):
     attention: bool = False
     """Quantize the operands of the attention matmuls too; costs accuracy and, on a CPU, time."""
     refine: str = "default"
-    """Passes that change weights so that they quantize better: none, default (what suits the scheme), or names with
-    commas between them."""
+    """Passes that change weights so that they quantize better: none, default (what suits the scheme; none for a student
+    of psaq_v2), or names with commas between them."""
     spare: str = "auto"
     """Layers that stay float: none, or names with commas between them; massive among them is the ends of the model and
     what has massive activations, auto that and, for ONNX Runtime, what makes most of the noise (w4a16: gets 8 bits)."""

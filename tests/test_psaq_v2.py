@@ -260,16 +260,31 @@ def test_engine_and_reference_have_the_students_weights_and_float_has_not(
     images, plan = ImageSet.load(_kept(bundle, "images")), QuantPlan.load(bundle / "plan.safetensors")
     assert (manifest.model.student, report["student"]) == (True, True)
     assert (open_bundle(demo_bundle).model.student, plain["student"]) == (False, False)
-    assert manifest.model.refined[0] == _kept(bundle, "student").name
+    assert manifest.model.refined == (_kept(bundle, "student").name,), "it is not refined unless that is asked for"
     assert manifest.model.fingerprint == demo.fingerprint
     student = load_refined(demo, _kept(bundle, "student"))
     assert images.student is not None and images.student.scheme == "w8a8"
     for name, value in images.student.weights.items():
         np.testing.assert_array_equal(student.module.state_dict()[name], value)
-    assert plan.model not in (demo.fingerprint, student.fingerprint), "smooth came after it"
-    assert plan.model == load_refined(demo, bundle / "work" / manifest.model.refined[-1]).fingerprint
+    assert plan.model == student.fingerprint != demo.fingerprint
     assert report["top1"]["float"] == plain["top1"]["float"]
     assert report["top1"]["engine"] > 90
+
+
+def test_a_student_is_refined_when_asked_for(bundle: Path, demo: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(bundle, folder)
+    assert dfq.export(replace(_DEMO, refine="smooth,bias"), folder, limit=16).verdict == "pass"
+    manifest, plan = open_bundle(folder), QuantPlan.load(folder / "plan.safetensors")
+    stages = ("student", "folded", "refined")
+    assert manifest.model.refined == tuple(_kept(folder, stage).name for stage in stages)
+    models = [load_refined(demo, _kept(folder, stage)) for stage in stages]
+    assert len({model.fingerprint for model in models}) == 3
+    assert plan.model == models[-1].fingerprint
+    pixels = torch.from_numpy(ImageSet.load(_kept(folder, "images")).pixels[:])
+    torch.testing.assert_close(models[0].module(pixels), models[1].module(pixels), rtol=1e-3, atol=1e-3)
+    found = dfq.sensitivity(folder, limit=2)
+    assert all(layer.alone for layer in found.spared if ".attn." not in layer.name), "its ranges were found"
 
 
 def test_what_is_shown_of_a_student_is_said(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
