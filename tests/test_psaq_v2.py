@@ -100,6 +100,18 @@ def test_learning_steps_lower_the_discrepancy(demo: Model) -> None:
     assert last < 0.8 * first
 
 
+def test_a_student_that_is_near_its_teacher_moves_little(demo: Model) -> None:
+    far = []
+    for scheme in ("w4a4", "w8a8"):
+        learner, view = _learner(demo, scheme), _view(demo)
+        learner.against(view)
+        learner.learn(view)
+        before, student = demo.module.state_dict()["head.weight"], learner.student()
+        assert student is not None
+        far.append(np.abs(student.weights["head.weight"] - before.numpy()).max() / float(learner.losses[0]))
+    assert far[1] == pytest.approx(far[0], rel=0.1), "one share of the discrepancy"
+
+
 def test_generation_steps_raise_the_discrepancy(demo: Model) -> None:
     learner = _learner(demo, "w4a4")
     made = optimise(

@@ -12,8 +12,10 @@ absolute error between them and no class prior; the form of the loss, L_PSE + 0.
 schedule is ours. The roughness keeps V1's target v, since images would flatten without one. D is divided by the mean
 size of the teacher's outputs. The student's scales are not learned: they are read off the images anew every `_ROUND`
 steps, as calibration will do at the end. It learns from a step's images in parts of `_PART`; backwards, rounding counts
-as the identity. Where there are several batches the student goes on from one to the next, so that a later batch cannot
-be made alone. The exact form has V1's estimator, more steps and float32.
+as the identity. Its learning rate is proportional to how far off it is when it joins (one that suits 4 bits spoils a
+student in 8, which is near its teacher already) and falls to 0 along a cosine. Where there are several batches the
+student goes on from one to the next, so that a later batch cannot be made alone. The exact form has V1's estimator,
+more steps and float32.
 """
 
 import functools
@@ -45,7 +47,7 @@ _FAST_STAGES = (Stage(100, 30), Stage(30, 30))
 _WARMUP = 0.2  # share of a stage
 _ROUGHNESS = 0.05  # weight of the total variation, as in V1
 _AGAINST = 1.0  # weight of the discrepancy in the images' loss
-_LEARNING_RATE = 1e-4  # the student's, by Adam; it falls to 0 along a cosine
+_LEARNING_RATE = 1e-4  # the student's, by Adam, where it is as far off as its teacher's outputs are large
 _PART = 8  # images per update of the student
 _ROUND = 10  # steps between two looks at the student's ranges
 
@@ -145,8 +147,8 @@ class _Learner:
         """Lower the discrepancy on the images of a step by moving the student's weights."""
         if view.step < self._begin:
             return
-        done = (view.step - self._begin) / self._steps
-        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * done))
+        done, far = (view.step - self._begin) / self._steps, min(float(self.losses[0]), 1.0)
+        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * far * 0.5 * (1 + math.cos(math.pi * done))
         for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
             loss = self._discrepancy(pixels, wanted)
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
