@@ -5,16 +5,18 @@ machine, before or after the others. Nothing here knows what is made.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress
+from dfq_deploy.generation.engine import Optimised
 from dfq_deploy.models import Model
 
-__all__ = ["BATCH", "batches", "in_batches", "provenance"]
+__all__ = ["BATCH", "batches", "in_batches", "optimised_set", "provenance"]
 
 BATCH = 32  # images that are made together, at most
 
@@ -58,3 +60,15 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def optimised_set(generator: str, model: Model, options: GenerateOptions, made: Sequence[Optimised]) -> ImageSet:
+    """The batches that the optimisation loop made as one set, with the facts that repeat them."""
+    facts = {
+        "precision": made[0].precision,
+        "steps": [batch.steps for batch in made],
+        "loss": [[batch.first, batch.last] for batch in made],
+    }
+    pixels = np.concatenate([batch.pixels for batch in made])
+    made_by = provenance(generator, model, options) | facts
+    return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=made_by)
