@@ -11,9 +11,9 @@ import torch
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
-from dfq_deploy.generation import GenerateOptions, batching, quiet
+from dfq_deploy.generation import GenerateOptions, batching, quiet, similarity
 from dfq_deploy.generation.engine import Schedule, Stage, Term, View, _Moves, optimise
-from dfq_deploy.generation.generators import psaq_v1, spdfq, zeroq
+from dfq_deploy.generation.generators import dfq, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.losses import (
     _entropy_v1,
     attention_alignment,
@@ -55,6 +55,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (psaq_v1, spdfq, zeroq):
         for stages in ("_FAST_STAGES", "_V1_STAGES", "_STAGES"):
             monkeypatch.setattr(module, stages, FEW, raising=False)
+    monkeypatch.setattr(dfq, "_STAGE", FEW[0])
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -413,10 +414,10 @@ def test_a_batch_can_be_made_alone(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_subsets_hold_different_numbers():
-    subsets = psaq_v1._subsets(5, 10, 4, torch.Generator().manual_seed(0))
+    subsets = similarity._subsets(5, 10, 4, torch.Generator().manual_seed(0))
     assert subsets.shape == (5, 4)
     assert all(len(set(row)) == 4 for row in subsets.tolist())
-    assert psaq_v1._subsets(2, 3, 64, torch.Generator()).shape == (2, 3)
+    assert similarity._subsets(2, 3, 64, torch.Generator()).shape == (2, 3)
 
 
 def test_psaq_gives_images_that_the_model_takes_for_their_class(demo: Model, monkeypatch: pytest.MonkeyPatch):
@@ -452,4 +453,4 @@ def test_generators_are_listed_without_torch():
         "print(*names('dfq_deploy.generation.generators'), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dead_leaves", "noise", "psaq_v1", "spdfq", "zeroq", "False"]
+    assert done.stdout.split() == ["dead_leaves", "dfq", "noise", "psaq_v1", "spdfq", "zeroq", "False"]

@@ -11,12 +11,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from calibrators.errors import ImagesError
+from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.images import Preprocess
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.engine import Stage
-from dfq_deploy.generation.generators import psaq_v1, spdfq, zeroq
+from dfq_deploy.generation.generators import dfq, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -32,7 +32,7 @@ MODULES = {
         img_size=size, patch_size=4, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2), num_classes=10
     ),
 }
-TRANSFORMERS = ["psaq_v1", "spdfq"]
+TRANSFORMERS = ["dfq", "psaq_v1", "spdfq"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (psaq_v1, spdfq, zeroq):
         for stages in ("_FAST_STAGES", "_STAGES"):
             monkeypatch.setattr(module, stages, (Stage(2, 2),), raising=False)
+    monkeypatch.setattr(dfq, "_STAGE", Stage(2, 2))
 
 
 def model_of(module: nn.Module, size: tuple[int, int]) -> Model:
@@ -138,3 +139,37 @@ def test_zeroq_says_why_a_transformer_offers_nothing():
     with pytest.raises(ImagesError, match="has no BatchNorm") as refused:
         zeroq.generate(load_model("demo"), GenerateOptions(1))
     assert "LayerNorm" in refused.value.why
+
+
+# Memory.
+
+
+class Small(nn.Module):
+    """Attention in a model for which no more than `most` images fit into memory; every step is counted."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.body, self.most, self.seen = MODULES["average"](64), most, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("made up")
+        return self.body(x)
+
+
+@pytest.mark.parametrize("generator", ["dfq", "psaq_v1"])
+def test_a_batch_that_memory_does_not_hold_is_halved_once(generator: str):
+    torch.manual_seed(0)
+    model = model_of(Small(3), (64, 64))
+    with pytest.warns(CalibrationWarning, match="does not hold 6 images at once: they are made again, 3 at once"):
+        images = pick(GENERATORS, generator).generate(model, GenerateOptions(6))
+    assert len(images) == 6
+    assert images.made_by["batch"] == 3
+    assert model.module.seen[1:] == [6, 3, 3, 3, 3]  # after the probe: a step of all, then two of each half
+
+
+def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
+    model = model_of(Small(2), (64, 64))
+    with pytest.warns(CalibrationWarning), pytest.raises(ImagesError, match="does not hold 3 images at once"):
+        psaq_v1.generate(model, GenerateOptions(6))
