@@ -25,8 +25,7 @@ from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import in_batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
-from dfq_deploy.generation.losses import patch_similarity_entropy_v1, total_variation, total_variation_scale
-from dfq_deploy.generation.similarity import Similarity, averaged_over_heads
+from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -36,7 +35,6 @@ _V1_STAGES = (Stage(500, 15), Stage(500, 30))  # steps, and pixels of shift at 2
 _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
 _WARMUP = 0.2  # V1: 100 of 500 steps
-_ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -58,16 +56,14 @@ def _one_batch(
     schedule = _schedule(model, taps, exact)
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
     classes = torch.randint(model.classes, (size,), generator=generator).to(device)
-    lowest, highest = _ROUGHNESS
-    drawn = lowest + (highest - lowest) * torch.rand((), generator=generator).item()
-    wanted = drawn * total_variation_scale(size, model.preprocess.size)
-    similarity: Callable[[View], Tensor] = functools.partial(_similarity_v1, taps)
+    rough = roughness(size, model.preprocess.size, generator)
+    similarity: Callable[[View], Tensor] = functools.partial(similarity_v1, taps)
     if not exact:
         similarity = Similarity(taps, schedule.steps, generator, device)
     terms = (
         Term("patch_similarity", 1.0, similarity),
         Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
-        Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - wanted).abs()),
+        Term("total_variation", 0.05, rough),
     )
     return optimise(
         model,
@@ -86,9 +82,3 @@ def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedu
     scale = min(model.preprocess.size) / 224
     stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_V1_STAGES if exact else _FAST_STAGES))
     return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)
-
-
-def _similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
-    """L_PSE as V1 computes it: minus the entropies of all blocks, added up."""
-    entropies = [patch_similarity_entropy_v1(averaged_over_heads(tap, view)) for tap in taps]
-    return -torch.stack(entropies).sum()

@@ -15,7 +15,7 @@ one serves all.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
 from dfq_deploy.generation.batching import in_batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
-from dfq_deploy.generation.losses import attention_alignment, total_variation, total_variation_scale
+from dfq_deploy.generation.losses import attention_alignment
 from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
+from dfq_deploy.generation.similarity import roughness
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -39,7 +40,6 @@ _FAST_PLATEAU = 0.001
 _WARMUP = 0.2
 _ALIGNMENT = 1.0  # alpha
 _PARTS = 4  # of an image, at most
-_ROUGHNESS = 2750.0  # the middle of PSAQ-ViT's range, for 32 images at 224 x 224
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -92,11 +92,11 @@ class Spdfq:
             (tap, depth / len(taps), attention_prior(tap, size + len(parts), height / width, generator).to(device))
             for depth, tap in deep
         ]
-        wanted = _ROUGHNESS * total_variation_scale(size, model.preprocess.size)
+        rough = roughness(size, model.preprocess.size, generator)
         with rows_of(model, [tap for _, tap in deep] if self.alignment else []) as rows:
             terms = [
                 Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, labels[: len(view.outputs)])),
-                Term("total_variation", 0.05, lambda view: (total_variation(view.pixels[:size]) - wanted).abs()),
+                Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))),
             ]
             if self.alignment:
                 terms.append(Term("attention", _ALIGNMENT, functools.partial(_alignment, rows, priors)))
