@@ -16,8 +16,9 @@ from calibrators.images import Preprocess
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.engine import Stage
-from dfq_deploy.generation.generators import dfq, psaq_v1, spdfq, zeroq
+from dfq_deploy.generation.generators import dfq, noise, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.generators.spdfq import Spdfq
+from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 
@@ -173,3 +174,28 @@ def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
     model = model_of(Small(2), (64, 64))
     with pytest.warns(CalibrationWarning), pytest.raises(ImagesError, match="does not hold 3 images at once"):
         psaq_v1.generate(model, GenerateOptions(6))
+
+
+# Sets that are of no use.
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda pixels: np.full_like(pixels, 0.3), "image 0 is of one colour"),
+        (lambda pixels: np.where(np.arange(4)[:, None, None, None] == 2, np.nan, pixels), "image 2 holds NaN"),
+        (lambda pixels: pixels[[0, 0, 0, 0]], "all 4 images show the same"),
+    ],
+)
+def test_a_degenerate_set_is_refused(monkeypatch: pytest.MonkeyPatch, fault, said: str):
+    demo = load_model("demo")
+    sound = noise.generate(demo, GenerateOptions(4))
+    make_images(["noise"], demo, GenerateOptions(4))
+    broken = replace(sound, pixels=fault(sound.pixels[:]).astype(np.float32))
+    monkeypatch.setattr(noise, "generate", lambda *_, **__: broken)
+    with pytest.raises(ImagesError, match=said):
+        make_images(["noise"], demo, GenerateOptions(4))
+
+
+def test_one_image_is_a_set():
+    assert len(make_images(["noise"], load_model("demo"), GenerateOptions(1))) == 1

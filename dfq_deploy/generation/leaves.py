@@ -18,18 +18,26 @@ _SLOPES = (0.5, 2.5)  # of a texture's amplitudes over the frequency, in logarit
 _TEXTURES = 3  # per image
 
 
-def dead_leaves(random: np.random.Generator, preprocess: Preprocess) -> np.ndarray:
-    """One image, (C, H, W) float32 in normalised units."""
+def dead_leaves(random: np.random.Generator, preprocess: Preprocess, *, chroma: float | None = None) -> np.ndarray:
+    """One image, (C, H, W) float32 in normalised units.
+
+    Args:
+        random: Draws it.
+        preprocess: Its size, and what its units are.
+        chroma: How far a leaf's channels are from its grey, a standard deviation of values from 0 to 1; in photographs
+            it is small. None: any colour is as likely as any other.
+    """
     mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    normalised: np.ndarray = (_image(random, preprocess.shape) - mean) / std
+    normalised: np.ndarray = (_image(random, preprocess.shape, chroma) - mean) / std
     return normalised
 
 
-def _image(random: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+def _image(random: np.random.Generator, shape: tuple[int, int, int], chroma: float | None) -> np.ndarray:
     """One image, (C, H, W) float32 from 0 to 1."""
     channels, height, width = shape
     textures = [_texture(random, shape) for _ in range(_TEXTURES)]
-    image = 0.5 + random.uniform(0.05, 0.25) * textures[0] + random.normal(0, 0.2, (channels, 1, 1))
+    image = 0.5 + random.uniform(0.05, 0.25) * textures[0]
+    image = image + (random.normal(0, 0.2, (channels, 1, 1)) if chroma is None else random.normal(0, 0.2))
     y, x = np.mgrid[:height, :width]
     for _ in range(random.integers(_MOST_LEAVES)):
         radius = height * min(_SMALLEST / random.random(), _LARGEST)  # small ones are many, as in photographs
@@ -39,6 +47,8 @@ def _image(random: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarr
         across = (up * np.cos(angle) - left * np.sin(angle)) / flatness
         inside = np.hypot(along, across) if random.random() < 0.5 else np.maximum(np.abs(along), np.abs(across))
         colour = random.uniform(0, 1, (channels, 1, 1))
+        if chroma is not None:
+            colour = colour[:1] + random.normal(0, chroma, (channels, 1, 1))
         leaf = colour + random.uniform(0, 0.25) * textures[random.integers(_TEXTURES)]
         image = np.where(inside < radius, leaf, image)
     return np.clip(image, 0, 1).astype(np.float32)

@@ -31,6 +31,7 @@ __all__ = ["generate"]
 _STAGE = Stage(50, 30)  # steps, and pixels of shift at 224 x 224
 _LEARNING_RATE = 0.1
 _WARMUP = 0.2
+_CHROMA = 0.1  # brighter colours than photographs' widen the ranges of the first block
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -52,7 +53,7 @@ def _one_batch(
     schedule = Schedule((Stage(_STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
     classes = torch.randint(model.classes, (size,), generator=generator).to(device)
     random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess) for _ in range(size)]))
+    start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
     roughness = total_variation(start).item()
     return optimise(
         model,
