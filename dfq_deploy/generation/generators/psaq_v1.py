@@ -15,24 +15,17 @@ two stages of half; it stops on a plateau.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, provenance
+from dfq_deploy.generation.batching import in_batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
-from dfq_deploy.generation.losses import (
-    patch_similarity_entropy,
-    patch_similarity_entropy_v1,
-    total_variation,
-    total_variation_scale,
-)
+from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -42,8 +35,6 @@ _V1_STAGES = (Stage(500, 15), Stage(500, 30))  # steps, and pixels of shift at 2
 _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
 _WARMUP = 0.2  # V1: 100 of 500 steps
-_PATCHES = 64  # that the fast form looks at, per image, block and step
-_ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -54,15 +45,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """
     taps = attention_taps(model)
     one_batch = functools.partial(_one_batch, model, taps, options.exact)
-    made = in_batches(options, one_batch, progress)
-    facts = {
-        "precision": made[0].precision,
-        "steps": [batch.steps for batch in made],
-        "loss": [[batch.first, batch.last] for batch in made],
-    }
-    pixels = np.concatenate([batch.pixels for batch in made])
-    made_by = provenance("psaq_v1", model, options) | facts
-    return ImageSet.of(pixels, model.preprocess, source="synthetic:psaq_v1", made_by=made_by)
+    return optimised_set("psaq_v1", model, options, in_batches(options, one_batch, progress))
 
 
 def _one_batch(
@@ -73,16 +56,14 @@ def _one_batch(
     schedule = _schedule(model, taps, exact)
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
     classes = torch.randint(model.classes, (size,), generator=generator).to(device)
-    lowest, highest = _ROUGHNESS
-    drawn = lowest + (highest - lowest) * torch.rand((), generator=generator).item()
-    wanted = drawn * total_variation_scale(size, model.preprocess.size)
-    similarity: Callable[[View], Tensor] = functools.partial(_similarity_v1, taps)
+    rough = roughness(size, model.preprocess.size, generator)
+    similarity: Callable[[View], Tensor] = functools.partial(similarity_v1, taps)
     if not exact:
-        similarity = _Similarity(taps, schedule.steps, generator, device)
+        similarity = Similarity(taps, schedule.steps, generator, device)
     terms = (
         Term("patch_similarity", 1.0, similarity),
         Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
-        Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - wanted).abs()),
+        Term("total_variation", 0.05, rough),
     )
     return optimise(
         model,
@@ -101,50 +82,3 @@ def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedu
     scale = min(model.preprocess.size) / 224
     stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_V1_STAGES if exact else _FAST_STAGES))
     return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)
-
-
-def _similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
-    """L_PSE as V1 computes it: minus the entropies of all blocks, added up."""
-    return -_summed([patch_similarity_entropy_v1(_patches(tap, view)) for tap in taps])
-
-
-class _Similarity:
-    """L_PSE in the fast form, over a subset of patches that is another one in each step and block.
-
-    About `_PATCHES` patches: some of the only window, or all of some windows.
-    """
-
-    def __init__(
-        self, taps: Sequence[AttentionTap], steps: int, generator: torch.Generator, device: torch.device
-    ) -> None:
-        self._taps = taps
-        self._subsets = [
-            (
-                _subsets(steps, tap.windows, math.ceil(_PATCHES / tap.tokens), generator).to(device),
-                _subsets(steps, tap.tokens, _PATCHES, generator).to(device),
-            )
-            for tap in taps
-        ]
-
-    def __call__(self, view: View) -> Tensor:
-        return -_summed(
-            [
-                patch_similarity_entropy(_patches(tap, view), windows=windows[view.step], tokens=tokens[view.step])
-                for tap, (windows, tokens) in zip(self._taps, self._subsets, strict=True)
-            ]
-        )
-
-
-def _subsets(steps: int, available: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """For each step, `wanted` different numbers below `available`, or all of them: (steps, n) int64."""
-    order = torch.rand((steps, available), generator=generator).argsort(1)
-    return order[:, : min(wanted, available)]
-
-
-def _patches(tap: AttentionTap, view: View) -> Tensor:
-    """What V1 compares: softmax·V averaged over the heads, (B, windows, tokens, head_dim)."""
-    return tap.contexts(view.inputs).mean(3)
-
-
-def _summed(entropies: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(entropies)).sum()
