@@ -87,8 +87,8 @@ class GenerateRecipe(ModelRecipe):
     """How synthetic images are made."""
 
     generator: str = "psaq_v1"
-    """Method that makes the synthetic images: psaq_v1, psaq_v2 (which changes the model's weights, too), dead_leaves,
-    noise, or several with commas between them, which share the count."""
+    """Method that makes the synthetic images: dfq, psaq_v1, psaq_v2 (which changes the model's weights, too), spdfq,
+    dead_leaves, noise, zeroq (models with BatchNorm), or several with commas between them, which share the count."""
     exact: bool = False
     """Follow the paper's estimator and schedule to the letter; slower by an order of magnitude."""
     count: int = 32

@@ -12,14 +12,16 @@ from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.generation import GenerateOptions, batching, quiet, similarity
-from dfq_deploy.generation.engine import Schedule, Stage, Term, _Moves, optimise
-from dfq_deploy.generation.generators import psaq_v1, psaq_v2
+from dfq_deploy.generation.engine import Schedule, Stage, Term, View, _Moves, optimise
+from dfq_deploy.generation.generators import dfq, psaq_v1, psaq_v2, spdfq, zeroq
 from dfq_deploy.generation.losses import (
     _entropy_v1,
+    attention_alignment,
     discrepancy,
     kernel_entropy,
     patch_similarity_entropy,
     patch_similarity_entropy_v1,
+    statistics_distance,
     total_variation,
     total_variation_scale,
 )
@@ -37,12 +39,26 @@ def demo() -> Model:
     return load_model("demo")
 
 
+@pytest.fixture(scope="module")
+def convolutional() -> Model:
+    model = load_model("test_resnet", random_weights=True)
+    return replace(model, preprocess=Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.fixture
+def suited(demo: Model, convolutional: Model, name: str) -> Model:
+    """A small model that the generator `name` works on."""
+    return convolutional if name == "zeroq" else demo
+
+
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psaq_v1, "_FAST_STAGES", FEW)
-    monkeypatch.setattr(psaq_v1, "_V1_STAGES", FEW)
-    monkeypatch.setattr(psaq_v2, "_FAST_STAGES", FEW * 2)
-    monkeypatch.setattr(psaq_v2, "_EXACT_STAGES", FEW * 2)
+    for module in (psaq_v1, spdfq, zeroq):
+        for stages in ("_FAST_STAGES", "_V1_STAGES", "_STAGES"):
+            monkeypatch.setattr(module, stages, FEW, raising=False)
+    for stages in ("_FAST_STAGES", "_EXACT_STAGES"):
+        monkeypatch.setattr(psaq_v2, stages, FEW * 2)
+    monkeypatch.setattr(dfq, "_STAGE", FEW[0])
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -166,6 +182,26 @@ def test_total_variation_grows_as_its_scale_says():
     assert of_four / of_one == pytest.approx(total_variation_scale(4, (64, 64)) / total_variation_scale(1, (64, 64)))
 
 
+def test_attention_alignment_against_numpy():
+    rows, priors = draws(3, 2, 4, 5).abs(), draws(3, 2, 4, 5, seed=1).abs()
+    r, p = rows.numpy(), priors.numpy()
+    wanted = sum(((r[:, :, h] - p[:, :, h]) ** 2).mean() / (p[:, :, h] ** 2).mean() for h in range(4))
+    assert attention_alignment(rows, priors).item() == pytest.approx(wanted)
+    assert attention_alignment(torch.zeros_like(priors), priors).item() == pytest.approx(4)
+    assert torch.autograd.gradcheck(lambda x: attention_alignment(x, priors), rows.requires_grad_())
+
+
+def test_statistics_distance_against_numpy():
+    features, mean, std = draws(3, 4, 2, 5), draws(4, seed=1), draws(4, seed=2).abs()
+    flat = features.numpy().reshape(3, 4, -1)
+    wanted = (flat.mean(2) - mean.numpy()) ** 2 + (np.sqrt(flat.var(2) + 1e-6) - std.numpy()) ** 2
+    assert statistics_distance(features, mean, std).item() == pytest.approx(wanted.sum() / 3)
+    assert torch.autograd.gradcheck(lambda x: statistics_distance(x, mean, std), features.requires_grad_())
+    flat = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    statistics_distance(flat, torch.tensor(0.0), torch.tensor(1.0)).backward()
+    assert torch.isfinite(flat.grad).all()
+
+
 # Taps.
 
 
@@ -282,6 +318,35 @@ def test_gradient_goes_back_to_the_pixel_that_was_shown(demo: Model):
     assert made.last["distance"] < 0.01 * made.first["distance"]
 
 
+def test_gradient_goes_back_through_the_augmentation(demo: Model):
+    target = draws(3, 16, 16).float().clamp(-1, 1)
+    schedule = Schedule((Stage(40, 0),), 0.1, 0.2, None)
+    moves = _Moves.drawn(schedule, (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
+
+    def with_corner(images: torch.Tensor) -> torch.Tensor:
+        corner = images[:, :, :16, :16].flip(2)
+        return torch.cat([images, corner.repeat_interleave(2, 2).repeat_interleave(2, 3)])
+
+    def distance(view: View) -> torch.Tensor:
+        corner = moves.moved_back(view.pixels, view.step)[1:, :, ::2, ::2].flip(2)
+        return (corner - target).square().mean() + (len(view.outputs) - 2)  # the model was shown both
+
+    made = optimise(
+        demo,
+        torch.zeros(1, 3, 32, 32),
+        layers={},
+        terms=[Term("corner", 1.0, distance)],
+        schedule=schedule,
+        dtype=None,
+        generator=torch.Generator().manual_seed(0),
+        progress=quiet,
+        augment=with_corner,
+    )
+    assert made.last["corner"] < 0.01 * made.first["corner"]
+    np.testing.assert_allclose(made.pixels[0, :, :16, :16], target, atol=0.2)
+    assert not made.pixels[:, :, 16:].any() and not made.pixels[:, :, :, 16:].any()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_term_that_is_not_finite_names_itself_and_its_step(demo: Model, value: float):
     term = Term("entropy", 1.0, lambda view: view.pixels.sum() * (value if view.step == 3 else 0.0))
@@ -327,27 +392,27 @@ def test_a_flat_loss_ends_the_stage_early(demo: Model):
 
 
 @pytest.mark.parametrize("name", names(GENERATORS))
-def test_a_generator_says_what_it_made(demo: Model, few_steps: None, name: str):
+def test_a_generator_says_what_it_made(suited: Model, few_steps: None, name: str):
     told = []
     images = pick(GENERATORS, name).generate(
-        demo, GenerateOptions(count=3, seed=5), progress=lambda *step: told.append(step)
+        suited, GenerateOptions(count=3, seed=5), progress=lambda *step: told.append(step)
     )
-    assert images.pixels.shape == (3, *demo.preprocess.shape)
+    assert images.pixels.shape == (3, *suited.preprocess.shape)
     assert images.pixels.dtype == np.float32
     assert images.source == f"synthetic:{name}"
     assert images.labels is None
     assert images.made_by["generator"] == name
-    assert images.made_by["model_fingerprint"] == demo.fingerprint
+    assert images.made_by["model_fingerprint"] == suited.fingerprint
     assert told[-1][0] == told[-1][1]
     json.dumps(images.made_by)
 
 
 @pytest.mark.parametrize("name", names(GENERATORS))
 @pytest.mark.parametrize("exact", [False, True])
-def test_one_seed_gives_the_same_bytes(demo: Model, few_steps: None, tmp_path, name: str, exact: bool):
+def test_one_seed_gives_the_same_bytes(suited: Model, few_steps: None, tmp_path, name: str, exact: bool):
     generate = pick(GENERATORS, name).generate
     for file, seed in (("a", 1), ("b", 1), ("c", 2)):
-        generate(demo, GenerateOptions(3, seed, exact)).save(tmp_path / file)
+        generate(suited, GenerateOptions(3, seed, exact)).save(tmp_path / file)
     first, again, other = ((tmp_path / file).read_bytes() for file in "abc")
     assert first == again
     assert ImageSet.load(tmp_path / "a").fingerprint != ImageSet.load(tmp_path / "c").fingerprint
@@ -355,9 +420,9 @@ def test_one_seed_gives_the_same_bytes(demo: Model, few_steps: None, tmp_path, n
 
 
 @pytest.mark.parametrize("name", names(GENERATORS))
-def test_pixels_stay_within_the_models_own_bounds(demo: Model, few_steps: None, name: str):
+def test_pixels_stay_within_the_models_own_bounds(suited: Model, few_steps: None, name: str):
     preprocess = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5, 0.4, 0.9), (0.5, 0.9, 0.4))
-    images = pick(GENERATORS, name).generate(replace(demo, preprocess=preprocess), GenerateOptions(4))
+    images = pick(GENERATORS, name).generate(replace(suited, preprocess=preprocess), GenerateOptions(4))
     low, high = preprocess.bounds
     lowest, highest = images.pixels.min((0, 2, 3), keepdims=True)[0], images.pixels.max((0, 2, 3), keepdims=True)[0]
     assert ((lowest >= low) & (highest <= high)).all()
@@ -365,12 +430,12 @@ def test_pixels_stay_within_the_models_own_bounds(demo: Model, few_steps: None, 
 
 
 @pytest.mark.parametrize("name", names(GENERATORS))
-def test_a_batch_does_not_depend_on_those_after_it(demo: Model, few_steps: None, monkeypatch, name: str):
+def test_a_batch_does_not_depend_on_those_after_it(suited: Model, few_steps: None, monkeypatch, name: str):
     monkeypatch.setattr(batching, "BATCH", 2)
     generate = pick(GENERATORS, name).generate
     told = []
-    five = generate(demo, GenerateOptions(5, 7), progress=lambda *step: told.append(step[:2]))
-    two, four = (generate(demo, GenerateOptions(count, 7)) for count in (2, 4))
+    five = generate(suited, GenerateOptions(5, 7), progress=lambda *step: told.append(step[:2]))
+    two, four = (generate(suited, GenerateOptions(count, 7)) for count in (2, 4))
     assert len(five) == 5
     np.testing.assert_array_equal(five.pixels[:2], two.pixels)
     np.testing.assert_array_equal(five.pixels[:4], four.pixels)
@@ -426,4 +491,4 @@ def test_generators_are_listed_without_torch():
         "print(*names('dfq_deploy.generation.generators'), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dead_leaves", "noise", "psaq_v1", "psaq_v2", "False"]
+    assert done.stdout.split() == ["dead_leaves", "dfq", "noise", "psaq_v1", "psaq_v2", "spdfq", "zeroq", "False"]

@@ -45,11 +45,6 @@ def few_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Model:
-    return load_model("demo")
-
-
-@pytest.fixture(scope="module")
 def made(demo: Model) -> ImageSet:
     """Four images and a student for W4A4."""
     return psaq_v2.generate(demo, _options(4, "w4a4"))
@@ -79,7 +74,7 @@ def _kept(folder: Path, stage: str) -> Path:
 def _learner(model: Model, scheme: str) -> psaq_v2._Learner:
     """A learner that joins at once."""
     learner = psaq_v2._Learner(model, _options(1, scheme).formats, exact=True)
-    learner._begin, learner._steps = 0, 10**6
+    learner._joins, learner._steps = 0, 10**6
     return learner
 
 
@@ -173,6 +168,24 @@ def test_the_student_goes_on_from_batch_to_batch(demo: Model, monkeypatch: pytes
         for student in (two.student, four.student)
     ]
     assert far[1] > 1.2 * far[0]
+
+
+def test_where_memory_ends_the_student_begins_again_with_the_images(
+    demo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn, left = psaq_v2._Learner.learn, [6]
+
+    def short_of_memory(self: psaq_v2._Learner, view: View) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError
+        learn(self, view)
+
+    with monkeypatch.context() as patch, pytest.warns(CalibrationWarning, match="2 at once"):
+        patch.setattr(psaq_v2._Learner, "learn", short_of_memory)
+        halved = psaq_v2.generate(demo, _options(4, "w4a4"))
+    monkeypatch.setattr(batching, "BATCH", 2)
+    assert psaq_v2.generate(demo, _options(4, "w4a4")).fingerprint == halved.fingerprint
 
 
 def test_a_student_that_breaks_down_is_named(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:

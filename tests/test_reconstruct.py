@@ -20,13 +20,7 @@ from calibrators.refine import reconstruct as the_pass
 from calibrators.scheme import scheme_named
 from calibrators.sites import Mode, SitedLinear, attach_sites, set_mode
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
 from dfq_deploy.refined import copy_of
-
-
-@pytest.fixture(scope="module")
-def demo() -> Model:
-    return load_model("demo")
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +185,12 @@ def test_weights_have_a_scale_per_row() -> None:
     assert torch.allclose(steps, steps.round(), atol=1e-5)
 
 
-def test_scales_that_are_not_learned_pass_the_same_gradient(images: ImageSet, plan: dict[str, QParams]) -> None:
+def test_scales_that_are_not_learned_pass_the_same_gradient(
+    demo: Model, images: ImageSet, plan: dict[str, QParams]
+) -> None:
     gradients = []
     for fixed in (False, True):
-        module = load_model("demo").module
+        module = copy_of(demo).module
         learned = Learned(module, plan)
         for part in (*learned.scales.values(), *learned.zeros.values()):
             part.requires_grad_(part.requires_grad and not fixed)
@@ -205,8 +201,8 @@ def test_scales_that_are_not_learned_pass_the_same_gradient(images: ImageSet, pl
         torch.testing.assert_close(first, second)
 
 
-def test_rounding_is_in_float32_whatever_arrives(plan: dict[str, QParams]) -> None:
-    module = load_model("demo").module
+def test_rounding_is_in_float32_whatever_arrives(demo: Model, plan: dict[str, QParams]) -> None:
+    module = copy_of(demo).module
     Learned(module, plan)
     site = module.blocks[1].mlp.fc1.input_site
     values = torch.linspace(-2, 2, 64)

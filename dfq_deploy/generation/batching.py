@@ -1,42 +1,83 @@
 """Batches: how an order of many images is divided, and what every synthetic set records about itself.
 
 A batch's random numbers come from the order's seed and the batch's number alone, so any batch can be made alone, on any
-machine, before or after the others. Nothing here knows what is made.
+machine, before or after the others. Where the memory does not hold a batch, all are made half as large. Nothing here
+knows what is made.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from calibrators.errors import CalibrationWarning, ImagesError
+from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress
+from dfq_deploy.generation.engine import Optimised
 from dfq_deploy.models import Model
 
-__all__ = ["BATCH", "batches", "in_batches", "provenance"]
+__all__ = ["BATCH", "batches", "in_batches", "optimised_set", "provenance"]
 
 BATCH = 32  # images that are made together, at most
 
 _Made = TypeVar("_Made")
 
 
-def batches(options: GenerateOptions) -> Iterator[tuple[int, torch.Generator]]:
-    """Size and random generator (on the CPU) of each batch, in order; only the last may be smaller than `BATCH`."""
-    for number, start in enumerate(range(0, options.count, BATCH)):
+def batches(options: GenerateOptions, most: int | None = None) -> Iterator[tuple[int, torch.Generator]]:
+    """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`."""
+    most = most or BATCH
+    for number, start in enumerate(range(0, options.count, most)):
         seed = np.random.SeedSequence((options.seed, number)).generate_state(1, np.uint64)
-        yield min(BATCH, options.count - start), torch.Generator().manual_seed(int(seed[0]))
+        yield min(most, options.count - start), torch.Generator().manual_seed(int(seed[0]))
 
 
 def in_batches(
     options: GenerateOptions, one_batch: Callable[[int, torch.Generator, Progress], _Made], progress: Progress
 ) -> list[_Made]:
-    """What `one_batch` makes of each batch; `progress` is told of all of them as one."""
-    shares = list(batches(options))
+    """What `one_batch` makes of each batch; `progress` is told of all of them as one.
+
+    Raises:
+        ImagesError: The device's memory does not hold half a batch either.
+    """
+    whole = min(BATCH, options.count)
+    try:
+        return _made(options, whole, one_batch, progress)
+    except torch.OutOfMemoryError as cause:
+        if whole == 1:
+            raise _too_large(whole) from cause
+    half = whole // 2  # from here on, when the failed step's tensors are gone
+    told = f"the memory does not hold {whole} images at once: they are made again, {half} at once."
+    warnings.warn(told, CalibrationWarning, stacklevel=2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return _made(options, half, one_batch, progress)
+    except torch.OutOfMemoryError as cause:
+        raise _too_large(half) from cause
+
+
+def _made(
+    options: GenerateOptions,
+    most: int,
+    one_batch: Callable[[int, torch.Generator, Progress], _Made],
+    progress: Progress,
+) -> list[_Made]:
+    shares = list(batches(options, most))
     return [
         one_batch(size, generator, functools.partial(_tell_share, progress, number, len(shares)))
         for number, (size, generator) in enumerate(shares)
     ]
+
+
+def _too_large(images: int) -> ImagesError:
+    return ImagesError(
+        what=f"the device's memory does not hold {images} images at once.",
+        why="each step keeps what the model computes of all of them, for the gradient.",
+        fix="pass a smaller --count, free memory on the device, or use the generator `dead_leaves`.",
+    )
 
 
 def _tell_share(
@@ -58,3 +99,16 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def optimised_set(generator: str, model: Model, options: GenerateOptions, made: Sequence[Optimised]) -> ImageSet:
+    """The batches that the optimisation loop made as one set, with the facts that repeat them."""
+    facts = {
+        "precision": made[0].precision,
+        "steps": [batch.steps for batch in made],
+        "loss": [[batch.first, batch.last] for batch in made],
+        "batch": max(len(batch.pixels) for batch in made),
+    }
+    pixels = np.concatenate([batch.pixels for batch in made])
+    made_by = provenance(generator, model, options) | facts
+    return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=made_by)

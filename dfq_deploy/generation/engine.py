@@ -1,9 +1,10 @@
 """The one image-optimisation loop that every recipe uses.
 
-Noise goes in and images come out: in each step they are shifted and flipped, pass the frozen model, and move against
-the gradient of the recipe's weighted terms. A recipe brings the terms, the layers whose inputs they look at and the
-schedule; the loop knows none of their names. All that is random is drawn before the first step, and values come to the
-host every `_LOOK_EVERY` steps only, so that a GPU is not waited for in between.
+Noise goes in and images come out: in each step they, or what the recipe's augmentation makes of them, are shifted and
+flipped, pass the frozen model, and move against the gradient of the recipe's weighted terms. A recipe brings the terms,
+the layers whose inputs they look at and the schedule; the loop knows none of their names. All that is random is drawn
+before the first step, and values come to the host every `_LOOK_EVERY` steps only, so that a GPU is not waited for in
+between.
 
 One seed gives the same bytes on one CPU with one number of threads. On a GPU, fused attention may add up its gradient
 in another order on each run.
@@ -35,7 +36,7 @@ class View:
 
     Attributes:
         step: Number of the step within the schedule, from 0.
-        pixels: The images (B, C, H, W) as the model takes them, shifted and flipped, float32.
+        pixels: The images (B, C, H, W) as the model takes them, augmented, shifted and flipped, float32.
         outputs: The model's output, float32.
         inputs: The inputs of the recipe's layers by name, in the network's precision.
     """
@@ -130,6 +131,7 @@ def optimise(
     dtype: torch.dtype | None,
     generator: torch.Generator,
     progress: Progress,
+    augment: Callable[[Tensor], Tensor] = lambda images: images,
     after_step: Callable[[View], None] = lambda _: None,
 ) -> Optimised:
     """Images that lower the weighted sum of `terms`, from those in `start`.
@@ -143,13 +145,14 @@ def optimise(
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
         generator: Draws the shifts and flips, on the CPU.
         progress: Told every few steps.
-        after_step: Called after each step with what was seen in it, but for the layers' inputs; no tensor carries a
-            gradient any more.
+        augment: Makes of the images (B, C, H, W) what is shown to the model, (B', C, H, W), such as the images and
+            parts of them; differentiable.
+        after_step: Called after each step with what was seen in it, detached, but for the layers' inputs.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
     """
-    loop = _Loop(model, start, terms, schedule, dtype, generator)
+    loop = _Loop(model, start, terms, schedule, dtype, generator, augment)
     begin = 0
     with captured(layers) as inputs:
         for stage in schedule.stages:
@@ -179,8 +182,9 @@ class _Loop:
         schedule: Schedule,
         dtype: torch.dtype | None,
         generator: torch.Generator,
+        augment: Callable[[Tensor], Tensor],
     ) -> None:
-        self._module, self._terms, self._dtype = model.module, terms, dtype
+        self._module, self._terms, self._dtype, self._augment = model.module, terms, dtype, augment
         self._device = next(model.module.parameters()).device
         self.pixels = start.to(self._device, torch.float32, copy=True)
         self._low, self._high = (torch.from_numpy(bound).to(self._device) for bound in model.preprocess.bounds)
@@ -190,18 +194,16 @@ class _Loop:
         self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
 
     def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> View:
-        """Show the images to the model and move them by Adam at learning rate `rate`, within what pixels can be.
-
-        Returns:
-            What was seen, but for the layers' inputs, with no gradients any more.
-        """
-        shown = self._moves.moved(self.pixels, step).requires_grad_()
+        """Show the images to the model, move them by Adam at learning rate `rate`; returns what was seen, detached."""
+        images = self.pixels.detach().requires_grad_()
+        samples = self._augment(images)
+        shown = self._moves.moved(samples.detach(), step).requires_grad_()
         with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             outputs = self._module(shown)
         view = View(step, shown, outputs.float(), inputs)
         values = torch.stack([term.value(view) for term in self._terms])
         (gradient,) = torch.autograd.grad(values @ self._weights, shown)
-        self.pixels.grad = self._moves.moved_back(gradient, step)
+        (self.pixels.grad,) = torch.autograd.grad(samples, images, self._moves.moved_back(gradient, step))
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         torch.clamp(self.pixels, self._low, self._high, out=self.pixels)

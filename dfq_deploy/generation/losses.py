@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "attention_alignment",
     "discrepancy",
     "kernel_entropy",
     "patch_similarity_entropy",
     "patch_similarity_entropy_v1",
+    "statistics_distance",
     "total_variation",
     "total_variation_scale",
 ]
@@ -24,6 +26,7 @@ _GRID = 16  # points at which the fast form evaluates the density
 _V1_GRID = 10
 _V1_BANDWIDTH = 0.01  # the fast form's smallest one, too
 _FLOOR = 1e-4  # added to a density, so that its logarithm stays finite
+_LEAST_VARIANCE = 1e-6  # added to a variance, so that its root has a slope
 
 
 def patch_similarity_entropy(patches: Tensor, *, windows: Tensor, tokens: Tensor) -> Tensor:
@@ -163,3 +166,37 @@ def total_variation_scale(batch: int, size: tuple[int, int]) -> float:
     Source: ours, sqrt(batch / 32) · sqrt(height · width) / 224. PSAQ-ViT gives a target for one shape only.
     """
     return math.sqrt(batch / 32) * math.sqrt(size[0] * size[1]) / 224
+
+
+def attention_alignment(rows: Tensor, priors: Tensor) -> Tensor:
+    """How far attention is from its prior: per head a mean squared error, added up, a scalar.
+
+    Args:
+        rows: (B, windows, heads, tokens), attention to each patch.
+        priors: The same shape, what it should be.
+
+    Source: SPDFQ (arXiv 2412.16553), Attention Priors Alignment. Differs: a head's error is divided by the mean square
+    of its priors, so that 1 is the error of no attention at all, and a model's number of patches does not matter.
+    """
+    error = (rows - priors).square().mean((0, 1, 3))
+    return (error / priors.square().mean((0, 1, 3))).sum()
+
+
+def statistics_distance(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Squared distance between each image's statistics per channel and those given, added up over channels, a scalar.
+
+    Args:
+        features: (B, C, H, W).
+        mean: (C,), or a scalar for all channels, what each image's means should be.
+        std: The same of its standard deviations.
+
+    Returns:
+        The mean over the B images.
+
+    Source: ZeroQ (arXiv 2001.00281), distilled data; per image, as in its code.
+    """
+    values = features.flatten(2)
+    centred = values - values.mean(2, keepdim=True)
+    deviations = (centred.square().mean(2) + _LEAST_VARIANCE).sqrt()
+    distance = (values.mean(2) - mean).square() + (deviations - std).square()
+    return distance.sum(1).mean()

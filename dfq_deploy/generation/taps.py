@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from calibrators.errors import ImagesError
 from dfq_deploy.models import Model
 
-__all__ = ["AttentionTap", "attention_taps", "captured"]
+__all__ = ["AttentionTap", "attention_taps", "captured", "probe"]
 
 
 @contextlib.contextmanager
@@ -43,6 +43,7 @@ class AttentionTap:
     Attributes:
         name: The projection's name, `blocks.3.attn.proj`.
         layer: The projection.
+        attention: The module that it is part of.
         heads: Number of attention heads.
         windows: Windows per image; 1 where attention is global.
         prefix: Tokens in front of the patches: class and distillation tokens, registers.
@@ -51,6 +52,7 @@ class AttentionTap:
 
     name: str
     layer: nn.Linear
+    attention: nn.Module
     heads: int
     windows: int
     prefix: int
@@ -69,23 +71,22 @@ class AttentionTap:
 def attention_taps(model: Model) -> list[AttentionTap]:
     """The attentions of `model`, in its order: modules with `num_heads` whose `proj` is a Linear.
 
-    Class attentions and pooling heads see no two patches side by side and are left out. In models that add the class
-    token after these attentions (CaiT, XCiT) `prefix` drops a patch in its place.
+    Class attentions and pooling heads see no two patches side by side and are left out.
 
     Raises:
         ImagesError: There is none.
     """
-    device = next(model.module.parameters()).device
     attentions = {
         f"{name}.proj": module
         for name, module in model.module.named_modules()
         if isinstance(getattr(module, "proj", None), nn.Linear) and isinstance(getattr(module, "num_heads", None), int)
     }
     with torch.no_grad(), captured({name: attention.proj for name, attention in attentions.items()}) as inputs:
-        model.module(torch.zeros(_PROBE, *model.preprocess.shape, device=device))
-    prefix = int(getattr(model.module, "num_prefix_tokens", 0))
+        model.module(probe(model))
     taps = [
-        _tap(name, attention, inputs[name].shape, prefix) for name, attention in attentions.items() if name in inputs
+        _tap(model.module, name, attention, inputs[name].shape)
+        for name, attention in attentions.items()
+        if name in inputs
     ]
     taps = [tap for tap in taps if tap.tokens >= 2]
     if not taps:
@@ -97,12 +98,19 @@ def attention_taps(model: Model) -> list[AttentionTap]:
     return taps
 
 
+def probe(model: Model) -> Tensor:
+    """Blank images that show the shapes of what the model computes."""
+    return torch.zeros(_PROBE, *model.preprocess.shape, device=next(model.module.parameters()).device)
+
+
 _PROBE = 2  # images that show the shapes; more than 1, so that windows and images can be told apart
 
 
-def _tap(name: str, attention: nn.Module, shape: torch.Size, prefix: int) -> AttentionTap:
+def _tap(module: nn.Module, name: str, attention: nn.Module, shape: torch.Size) -> AttentionTap:
     windows, tokens = shape[0] // _PROBE, shape[1:-1].numel()
-    if windows > 1:
-        prefix = 0  # windows are cut out of the patch grid alone
+    prefix = int(getattr(module, "num_prefix_tokens", 0))
+    patches = getattr(getattr(module, "patch_embed", None), "num_patches", None)
+    if windows > 1 or tokens == patches:
+        prefix = 0  # windows are cut out of the patch grid alone; CaiT and XCiT add the class token later
     assert isinstance(attention.proj, nn.Linear) and isinstance(attention.num_heads, int)
-    return AttentionTap(name, attention.proj, attention.num_heads, windows, prefix, tokens - prefix)
+    return AttentionTap(name, attention.proj, attention, attention.num_heads, windows, prefix, tokens - prefix)

@@ -1,10 +1,7 @@
-"""Dead leaves: shapes that cover one another, over and with textures whose spectrum falls as that of photographs does.
+"""Dead leaves: shapes that cover one another, as things do in photographs (see `leaves`).
 
-The model is not asked. Such images have what those made by a model lack: smooth areas, edges and large structures; and
-they cost nothing. As calibration images they are best beside the latter.
-
-Source: Lee, Mumford and Huang, "Occlusion Models for Natural Images", IJCV 41 (2001); textures of falling spectrum as
-in Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963, sec. 3. Sizes, counts and colours are ours.
+The model is not asked. Such images have what those made by a model lack, smooth areas, edges and large structures, and
+they cost nothing. As calibration images they are best beside the latter, or where those start (`dfq`).
 """
 
 import numpy as np
@@ -12,59 +9,17 @@ import numpy as np
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import provenance
+from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.models import Model
 
 __all__ = ["generate"]
 
-_MOST_LEAVES = 60
-_SMALLEST, _LARGEST = 0.02, 0.6  # radius of a leaf, of the image's height
-_SLOPES = (0.5, 2.5)  # of a texture's amplitudes over the frequency, in logarithms
-_TEXTURES = 3  # per image
-
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
     """`options.count` images of dead leaves for `model`, see `Generator`."""
-    mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (model.preprocess.mean, model.preprocess.std))
     images = []
     for number in range(options.count):
-        random = np.random.default_rng([options.seed, number])
-        images.append((_image(random, model.preprocess.shape) - mean) / std)
+        images.append(dead_leaves(np.random.default_rng([options.seed, number]), model.preprocess))
         progress(number + 1, options.count, {})
     made_by = provenance("dead_leaves", model, options)
     return ImageSet.of(np.stack(images), model.preprocess, source="synthetic:dead_leaves", made_by=made_by)
-
-
-def _image(random: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
-    """One image, (C, H, W) float32 from 0 to 1."""
-    channels, height, width = shape
-    textures = [_texture(random, shape) for _ in range(_TEXTURES)]
-    image = 0.5 + random.uniform(0.05, 0.25) * textures[0] + random.normal(0, 0.2, (channels, 1, 1))
-    y, x = np.mgrid[:height, :width]
-    for _ in range(random.integers(_MOST_LEAVES)):
-        radius = height * min(_SMALLEST / random.random(), _LARGEST)  # small ones are many, as in photographs
-        angle, flatness = random.uniform(0, np.pi), random.uniform(0.3, 1)
-        left, up = x - random.uniform(0, width), y - random.uniform(0, height)
-        along = left * np.cos(angle) + up * np.sin(angle)
-        across = (up * np.cos(angle) - left * np.sin(angle)) / flatness
-        inside = np.hypot(along, across) if random.random() < 0.5 else np.maximum(np.abs(along), np.abs(across))
-        colour = random.uniform(0, 1, (channels, 1, 1))
-        leaf = colour + random.uniform(0, 0.25) * textures[random.integers(_TEXTURES)]
-        image = np.where(inside < radius, leaf, image)
-    return np.clip(image, 0, 1).astype(np.float32)
-
-
-def _texture(random: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
-    """Noise of a falling spectrum, mean 0 and deviation 1 per channel, (C, H, W)."""
-    channels, height, width = shape
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = 1
-    spectrum = random.normal(size=(2, channels, *frequency.shape)) / frequency ** random.uniform(*_SLOPES)
-    noise = np.fft.irfft2(spectrum[0] + 1j * spectrum[1], s=(height, width))
-    noise = np.tensordot(1 + random.normal(0, 0.5, (channels, channels)), _standard(noise), 1)  # colours go together
-    return _standard(noise)
-
-
-def _standard(values: np.ndarray) -> np.ndarray:
-    found: np.ndarray = values - values.mean((1, 2), keepdims=True)
-    found /= np.maximum(found.std((1, 2), keepdims=True), 1e-6)
-    return found

@@ -17,14 +17,13 @@ two stages of half; it stops on a plateau.
 import functools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, provenance
+from dfq_deploy.generation.batching import in_batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
@@ -46,15 +45,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """
     taps = attention_taps(model)
     one_batch = functools.partial(_one_batch, model, taps, options.exact)
-    made = in_batches(options, one_batch, progress)
-    facts = {
-        "precision": made[0].precision,
-        "steps": [batch.steps for batch in made],
-        "loss": [[batch.first, batch.last] for batch in made],
-    }
-    pixels = np.concatenate([batch.pixels for batch in made])
-    made_by = provenance("psaq_v1", model, options) | facts
-    return ImageSet.of(pixels, model.preprocess, source="synthetic:psaq_v1", made_by=made_by)
+    return optimised_set("psaq_v1", model, options, in_batches(options, one_batch, progress))
 
 
 def _one_batch(

@@ -21,9 +21,7 @@ more steps and float32.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ from calibrators.learned import Learned
 from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, provenance
+from dfq_deploy.generation.batching import in_batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
 from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
@@ -63,17 +61,12 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     learner = None if options.formats is None else _Learner(model, options.formats, options.exact)
     one_batch = functools.partial(_one_batch, model, taps, learner, options.exact)
     made = in_batches(options, one_batch, progress)
-    facts: dict[str, Any] = {"precision": made[0].precision, "loss": [[batch.first, batch.last] for batch in made]}
-    student = learner.student() if learner else None
-    if learner and student:
-        facts["student"] = {"scheme": student.scheme, "discrepancy": [float(learner.losses[i]) for i in (0, -1)]}
-    return ImageSet.of(
-        np.concatenate([batch.pixels for batch in made]),
-        model.preprocess,
-        source="synthetic:psaq_v2",
-        made_by=provenance("psaq_v2", model, options) | facts,
-        student=student,
-    )
+    images, student = optimised_set("psaq_v2", model, options, made), learner.student() if learner else None
+    if learner is None or student is None:
+        return images
+    learned = {"scheme": student.scheme, "discrepancy": [float(learner.losses[step]) for step in (0, -1)]}
+    made_by = {**images.made_by, "student": learned}
+    return ImageSet.of(images.pixels, model.preprocess, source=images.source, made_by=made_by, student=student)
 
 
 def _one_batch(
@@ -99,17 +92,22 @@ def _one_batch(
     terms = [Term("patch_similarity", 1.0, similarity), Term("total_variation", _ROUGHNESS, rough)]
     if learner:
         terms.append(Term("discrepancy", -_AGAINST, learner.against))
-    return optimise(
-        model,
-        start,
-        layers={tap.name: tap.layer for tap in taps},
-        terms=terms,
-        schedule=schedule,
-        dtype=None if exact else fast_dtype(device),
-        generator=generator,
-        progress=progress,
-        after_step=learner.learn if learner else lambda _: None,
-    )
+    try:
+        return optimise(
+            model,
+            start,
+            layers={tap.name: tap.layer for tap in taps},
+            terms=terms,
+            schedule=schedule,
+            dtype=None if exact else fast_dtype(device),
+            generator=generator,
+            progress=progress,
+            after_step=learner.learn if learner else lambda _: None,
+        )
+    except torch.OutOfMemoryError:  # all batches are made again, half as large
+        if learner:
+            learner.begin()
+        raise
 
 
 def _stages(exact: bool) -> tuple[Stage, Stage]:
@@ -126,18 +124,22 @@ class _Learner:
     def __init__(self, model: Model, formats: Formats, exact: bool) -> None:
         self._teacher, self._formats = model, formats
         self._dtype = None if exact else fast_dtype(next(model.module.parameters()).device)
-        self._begin, self._steps = (stage.steps for stage in _stages(exact))
-        self._student = copy_of(model)
+        self._joins, self._steps = (stage.steps for stage in _stages(exact))
+        self._scheme = ""
+        self.begin()
+
+    def begin(self) -> None:
+        """Know nothing but what the teacher knows."""
+        self._student = copy_of(self._teacher)
         self._parameters = list(self._student.module.parameters())
         self._adam = torch.optim.Adam(self._parameters, lr=_LEARNING_RATE)
-        self._scheme = ""
         self.losses: list[Tensor] = []
 
     def against(self, view: View) -> Tensor:
         """The discrepancy on the images of a step, which they are to raise; 0 before the student joins."""
-        if view.step < self._begin:
+        if view.step < self._joins:
             return view.outputs.new_zeros(())
-        if (view.step - self._begin) % _ROUND == 0:
+        if (view.step - self._joins) % _ROUND == 0:
             self._calibrate(view.pixels)
         found = self._discrepancy(view.pixels, view.outputs)
         self.losses.append(found.detach())
@@ -145,9 +147,9 @@ class _Learner:
 
     def learn(self, view: View) -> None:
         """Lower the discrepancy on the images of a step by moving the student's weights."""
-        if view.step < self._begin:
+        if view.step < self._joins:
             return
-        done, far = (view.step - self._begin) / self._steps, min(float(self.losses[0]), 1.0)
+        done, far = (view.step - self._joins) / self._steps, min(float(self.losses[0]), 1.0)
         self._adam.param_groups[0]["lr"] = _LEARNING_RATE * far * 0.5 * (1 + math.cos(math.pi * done))
         for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
             loss = self._discrepancy(pixels, wanted)

@@ -1,0 +1,71 @@
+"""Our own recipe: images of dead leaves, moved a little way towards what the model takes for classes.
+
+Dead leaves have the edges, the large structures, the contrast and the roughness of photographs, which images that start
+from noise never get; but they mean nothing to the deep layers. A few steps towards one class per image, and towards
+patches that differ from each other, give them that, while their roughness is held where it was.
+
+Source: ours. The patch similarity is that of PSAQ-ViT (arXiv 2203.02250). What was tried and left out, since it brought
+no gain: attention priors and soft labels as in SPDFQ (arXiv 2412.16553), the similarity between heads as in MimiQ
+(arXiv 2407.20021). The exact and the fast form differ in precision alone.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from calibrators.images import ImageSet
+from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, fast_dtype, optimise
+from dfq_deploy.generation.leaves import dead_leaves
+from dfq_deploy.generation.losses import total_variation
+from dfq_deploy.generation.similarity import Similarity
+from dfq_deploy.generation.taps import AttentionTap, attention_taps
+from dfq_deploy.models import Model
+
+__all__ = ["generate"]
+
+_STAGE = Stage(50, 30)  # steps, and pixels of shift at 224 x 224
+_LEARNING_RATE = 0.1
+_WARMUP = 0.2
+_CHROMA = 0.1  # brighter colours than photographs' widen the ranges of the first block
+
+
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+    """`options.count` images for `model`, see `Generator`.
+
+    Raises:
+        ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
+    """
+    one_batch = functools.partial(_one_batch, model, attention_taps(model), options.exact)
+    return optimised_set("dfq", model, options, in_batches(options, one_batch, progress))
+
+
+def _one_batch(
+    model: Model, taps: Sequence[AttentionTap], exact: bool, size: int, generator: torch.Generator, progress: Progress
+) -> Optimised:
+    """One batch of `size` images."""
+    device = next(model.module.parameters()).device
+    scale = min(model.preprocess.size) / 224
+    schedule = Schedule((Stage(_STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
+    classes = torch.randint(model.classes, (size,), generator=generator).to(device)
+    random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
+    roughness = total_variation(start).item()
+    return optimise(
+        model,
+        start,
+        layers={tap.name: tap.layer for tap in taps},
+        terms=(
+            Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
+            Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
+            Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - roughness).abs()),
+        ),
+        schedule=schedule,
+        dtype=None if exact else fast_dtype(device),
+        generator=generator,
+        progress=progress,
+    )

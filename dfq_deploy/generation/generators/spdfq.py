@@ -1,0 +1,147 @@
+"""SPDFQ, published later as SARDFQ: images that the model attends to as if they meant something.
+
+Noise spreads attention all over, and so do images made from patch similarity. The recipe asks each head of the deep
+half of the layers for attention of a random shape of its own, optimises 1 to 4 parts of each image, enlarged, as images
+in their own right, and asks for soft labels: the class of a part, and all of them for the whole.
+
+Source: Zhong et al., "Semantics Prompting Data-Free Quantization for Low-Bit Vision Transformers", arXiv 2412.16553:
+L = alpha·L_APA + L_SL + 0.05·L_TV, 32 images, Adam at 0.2 (windowed models 0.25), 1000 steps. `exact` keeps the number
+of steps and float32; the fast form takes 100 steps, computes the network in bfloat16 where that is fast and stops on a
+plateau. Unconfirmed there and ours in both: what the roughness L_TV is held to (PSAQ-ViT's target), the warm-up and the
+shifts (PSAQ-ViT's), how priors, parts and labels are drawn (see `priors`), bilinear enlargement, and alpha: the paper
+searches one per model between 1 and 1e5, and here the error is measured in units of the prior (see `losses`), so that
+one serves all.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibrators.images import ImageSet
+from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
+from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.losses import attention_alignment
+from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
+from dfq_deploy.generation.similarity import roughness
+from dfq_deploy.generation.taps import AttentionTap, attention_taps
+from dfq_deploy.models import Model
+
+__all__ = ["Spdfq", "generate"]
+
+_STAGES = (Stage(1000, 30),)  # steps, and pixels of shift at 224 x 224
+_FAST_STAGES = (Stage(100, 30),)
+_FAST_PLATEAU = 0.001
+_WARMUP = 0.2
+_ALIGNMENT = 1.0  # alpha
+_PARTS = 4  # of an image, at most
+
+
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+    """`options.count` SPDFQ images for `model`, see `Generator`.
+
+    Raises:
+        ImagesError: The model has no attention from patch to patch, or a term of the loss became NaN or Inf.
+    """
+    return Spdfq().generate(model, options, progress=progress)
+
+
+@dataclass(frozen=True)
+class Spdfq:
+    """The recipe, of which each part can be left out to see what it is worth.
+
+    Attributes:
+        alignment: Attention Priors Alignment.
+        reinforcement: Multi-Semantic Reinforcement; it shows the model 3.5 times as many images.
+        soft_labels: Softlabel Learning; without it each label is one class.
+    """
+
+    alignment: bool = True
+    reinforcement: bool = True
+    soft_labels: bool = True
+
+    def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+        """As the module's `generate`, with these parts."""
+        taps = taps_with_rows(model, attention_taps(model))
+        made = in_batches(options, functools.partial(self._one_batch, model, taps, options.exact), progress)
+        return optimised_set("spdfq", model, options, made)
+
+    def _one_batch(
+        self,
+        model: Model,
+        taps: Sequence[AttentionTap],
+        exact: bool,
+        size: int,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> Optimised:
+        """One batch of `size` images."""
+        device = next(model.module.parameters()).device
+        start = torch.randn((size, *model.preprocess.shape), generator=generator)
+        parts = rectangles(size, _PARTS, model.preprocess.size, generator)
+        labels = self._labels(parts[:, 0], size, model.classes, generator).to(device)
+        parts = parts if self.reinforcement else parts[:0]
+        deep = list(enumerate(taps, start=1))[len(taps) // 2 :]
+        height, width = model.preprocess.size
+        priors = [
+            (tap, depth / len(taps), attention_prior(tap, size + len(parts), height / width, generator).to(device))
+            for depth, tap in deep
+        ]
+        rough = roughness(size, model.preprocess.size, generator)
+        with rows_of(model, [tap for _, tap in deep] if self.alignment else []) as rows:
+            terms = [
+                Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, labels[: len(view.outputs)])),
+                Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))),
+            ]
+            if self.alignment:
+                terms.append(Term("attention", _ALIGNMENT, functools.partial(_alignment, rows, priors)))
+            return optimise(
+                model,
+                start,
+                layers={},
+                terms=terms,
+                schedule=_schedule(model, taps, exact),
+                dtype=None if exact else fast_dtype(device),
+                generator=generator,
+                progress=progress,
+                augment=functools.partial(_with_parts, parts.tolist()),
+            )
+
+    def _labels(self, owners: Tensor, size: int, classes: int, generator: torch.Generator) -> Tensor:
+        """Probabilities of each image, then of each part: (size + parts, classes).
+
+        Without soft labels a whole image is of the class of its first part.
+        """
+        of_parts = torch.randint(classes, (len(owners),), generator=generator)
+        alone = F.one_hot(of_parts, classes)
+        if self.soft_labels:
+            together = torch.zeros(size, classes, dtype=alone.dtype).index_add(0, owners, alone)
+            return soft_labels(torch.cat([together, alone]) > 0, generator)
+        first = torch.searchsorted(owners, torch.arange(size))
+        return torch.cat([alone[first], alone]).float()
+
+
+def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedule:
+    windowed = any(tap.windows > 1 for tap in taps)
+    scale = min(model.preprocess.size) / 224
+    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_STAGES if exact else _FAST_STAGES))
+    return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)
+
+
+def _with_parts(parts: Sequence[tuple[int, int, int, int, int]], images: Tensor) -> Tensor:
+    """The images, then the parts of them (see `rectangles`), each as large as an image."""
+    enlarged = [
+        F.interpolate(images[image : image + 1, :, top:bottom, left:right], size=images.shape[2:], mode="bilinear")
+        for image, top, bottom, left, right in parts
+    ]
+    return torch.cat([images, *enlarged])
+
+
+def _alignment(rows: AttentionRows, priors: Sequence[tuple[AttentionTap, float, Tensor]], _view: View) -> Tensor:
+    """L_APA: the deeper a layer, the more it weighs."""
+    return torch.stack([weight * attention_alignment(rows.of(tap), prior) for tap, weight, prior in priors]).sum()
