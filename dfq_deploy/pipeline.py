@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 from calibrators.errors import PlanError, RecipeError
@@ -276,8 +277,10 @@ def _load(recipe: ModelRecipe) -> Model:
 
 
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
-    options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact)
+    batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
+    options = GenerateOptions(count=recipe.count, seed=recipe.seed, exact=recipe.exact, keep_in=batches)
     make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
+    shutil.rmtree(batches, ignore_errors=True)
 
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:

@@ -7,6 +7,7 @@ knows models and images; it knows nothing of plans, ONNX or run-times, and this 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["GenerateOptions", "Progress", "quiet"]
 
@@ -26,8 +27,11 @@ class GenerateOptions:
         count: Number of images, at least 1.
         seed: Seed of everything random, at least 0; the same seed gives the same bytes on the same machine.
         exact: Compute as the paper's authors do, instead of the fast form of the same recipe.
+        keep_in: Folder in which batches that took long are kept, and found again by a run that makes the same. None:
+            they are not kept.
     """
 
     count: int = 32
     seed: int = 0
     exact: bool = False
+    keep_in: Path | None = None

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
@@ -41,7 +41,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
     one_batch = functools.partial(_one_batch, model, attention_taps(model), options.exact)
-    return optimised_set("dfq", model, options, in_batches(options, one_batch, progress))
+    return optimised_set("dfq", model, options, one_batch, progress)
 
 
 def _one_batch(
