@@ -179,7 +179,10 @@ class _Halves:
 
 @dataclass
 class _Sample:
-    """What has passed one fold so far: extremes of all tokens, and every n-th of them."""
+    """What has passed one fold so far: every n-th token that is read, and the extremes of all that the producer made.
+
+    For V these are wider than what is read, which averages it: other images may attend to single tokens.
+    """
 
     rows: list[Tensor]
     low: Tensor
@@ -188,19 +191,21 @@ class _Sample:
 
 def _sampled(module: nn.Module, images: ImageSet, folds: Sequence[Fold], batch_size: int = 16) -> list[_Sample]:
     """What passes each fold on all of `images`."""
-    found: dict[Fold, _Sample] = {}
+    nothing = [torch.full((fold.readers[0].in_features,), torch.inf) for fold in folds]
+    found = {fold: _Sample([], no, -no) for fold, no in zip(folds, nothing, strict=True)}
 
-    def look(fold: Fold, _reader: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
+    def read(fold: Fold, _reader: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
         step = max(1, len(tokens) * len(images) // (min(batch_size, len(images)) * _ROWS))
-        seen = _Sample([tokens[::step].clone()], tokens.amin(0), tokens.amax(0))
-        if before := found.get(fold):
-            seen = _Sample(
-                before.rows + seen.rows, torch.minimum(before.low, seen.low), torch.maximum(before.high, seen.high)
-            )
-        found[fold] = seen
+        found[fold].rows.append(tokens[::step].clone())
 
-    hooks = [fold.readers[0].register_forward_pre_hook(functools.partial(look, fold)) for fold in folds]
+    def made(fold: Fold, _producer: nn.Module, _inputs: object, output: Tensor) -> None:
+        sample, tokens = found[fold], output.flatten(0, -2)[:, fold.rows]
+        sample.low = torch.minimum(sample.low, tokens.amin(0))
+        sample.high = torch.maximum(sample.high, tokens.amax(0))
+
+    hooks = [fold.readers[0].register_forward_pre_hook(functools.partial(read, fold)) for fold in folds]
+    hooks += [fold.producer.register_forward_hook(functools.partial(made, fold)) for fold in folds]
     try:
         with torch.inference_mode():
             for batch in images.batches(batch_size):

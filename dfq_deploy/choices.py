@@ -59,7 +59,7 @@ def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
     backend = pick("exporters.backends", recipe.backend)
     backend.check(_one_layer_plan(recipe), options)
     if recipe.auto and recipe.least == "latency":
-        backend.time_layers((), (), options)
+        backend.time_layers((), (), options)  # of no models: raises if it cannot
 
 
 def scheme_of(recipe: CalibrateRecipe) -> QuantScheme:

@@ -10,6 +10,8 @@ import pytest
 import dfq_deploy as dfq
 from calibrators.errors import BackendError
 from dfq_deploy.evaluate import Check
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
 from exporters.tensorrt import cuda
 
 
@@ -45,6 +47,12 @@ def imagenet() -> Path:
     found = _data()
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    """The demo model; a module's tests share it and leave it as it is."""
+    return load_model("demo")
 
 
 @pytest.fixture(scope="session")

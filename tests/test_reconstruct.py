@@ -20,13 +20,7 @@ from calibrators.refine import reconstruct as the_pass
 from calibrators.scheme import scheme_named
 from calibrators.sites import Mode, SitedLinear, attach_sites, set_mode
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
 from dfq_deploy.refined import copy_of
-
-
-@pytest.fixture(scope="module")
-def demo() -> Model:
-    return load_model("demo")
 
 
 @pytest.fixture(scope="module")

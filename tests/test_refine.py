@@ -31,11 +31,6 @@ _TRANSFORMS = [name for name in names("calibrators.refine") if kind_of(name) == 
 
 
 @pytest.fixture(scope="module")
-def demo() -> Model:
-    return load_model("demo")
-
-
-@pytest.fixture(scope="module")
 def images(demo: Model) -> ImageSet:
     pixels = np.random.default_rng(0).normal(size=(8, *demo.preprocess.shape)).astype(np.float32)
     return ImageSet.of(pixels, demo.preprocess, source="test")
@@ -136,6 +131,27 @@ def test_a_transform_that_changes_the_function_is_refused_and_undone(
         transform(model.module, images, ["reparam"], scheme_named("w8a8"), ())
     state = demo.module.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
+
+
+def test_in_front_of_a_projection_a_transform_sees_how_far_v_reaches(
+    demo: Model, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, told = copy_of(demo), list[Seen]()
+
+    def look(seen: Seen) -> tuple[Tensor, Tensor]:
+        told.append(seen)
+        return torch.zeros_like(seen.low), torch.ones_like(seen.low)
+
+    monkeypatch.setattr(smooth, "transform", look)
+    folds = transform(copied.module, images, ["smooth"], scheme_named("w8a8"), ())
+    seen = told[folds.index("blocks.0.attn.proj")]
+    values: list[Tensor] = []
+    layers_of(copied.module)["blocks.0.attn.qkv"].register_forward_hook(lambda *call: values.append(call[2][..., 128:]))
+    with torch.inference_mode():
+        copied.module(torch.from_numpy(images.pixels[:]))
+    assert torch.allclose(seen.high, values[0].flatten(0, 1).amax(0))
+    assert torch.allclose(seen.low, values[0].flatten(0, 1).amin(0))
+    assert (seen.high > seen.rows.amax(0)).all()
 
 
 def test_smooth_lessens_the_error_where_one_channel_is_large() -> None:

@@ -19,15 +19,9 @@ from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, analyse
 from dfq_deploy.assignment import noisy_layers
 from dfq_deploy.formats import formats_for_spared
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
 
 _IMAGES = 6
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return load_model("demo")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +52,10 @@ def _layer(found: Sensitivity, name: str) -> LayerEffect:
     return next(layer for layer in found.layers if layer.name == name)
 
 
-def _by_hand(model: Model, plan: QuantPlan, sites: set[str], images: ImageSet) -> tuple[float, float]:
+def _by_hand(demo: Model, plan: QuantPlan, sites: set[str], images: ImageSet) -> tuple[float, float]:
     """SQNR in dB and top-1 agreement in percent with these sites quantized."""
     assert sites <= plan.sites.keys()
-    part = Reference(model, dataclasses.replace(plan, sites={site: plan.sites[site] for site in sites}))
+    part = Reference(demo, dataclasses.replace(plan, sites={site: plan.sites[site] for site in sites}))
     pixels = images.pixels[:_IMAGES]
     wanted, given = part.float(pixels).astype(np.float64), part.quantized(pixels).astype(np.float64)
     sqnr = 10 * np.log10((wanted**2).sum() / ((given - wanted) ** 2).sum())
@@ -76,19 +70,19 @@ def _is(effect: Effect | None, wanted: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.3.mlp.fc2"])
 def test_a_layer_is_quantized_alone_and_spared_alone(
-    found: Sensitivity, model: Model, plan: QuantPlan, images: ImageSet, name: str
+    found: Sensitivity, demo: Model, plan: QuantPlan, images: ImageSet, name: str
 ) -> None:
     layer, sites = _layer(found, name), {f"{name}.input", f"{name}.weight"}
-    _is(layer.alone, _by_hand(model, plan, sites, images))
-    others = _by_hand(model, plan, set(plan.sites) - sites, images)
+    _is(layer.alone, _by_hand(demo, plan, sites, images))
+    others = _by_hand(demo, plan, set(plan.sites) - sites, images)
     _is(layer.others, others)
-    assert layer.gain_db == pytest.approx(others[0] - _by_hand(model, plan, set(plan.sites), images)[0], abs=0.03)
+    assert layer.gain_db == pytest.approx(others[0] - _by_hand(demo, plan, set(plan.sites), images)[0], abs=0.03)
     assert layer.sites.keys() == sites
     for site, effect in layer.sites.items():
-        _is(effect, _by_hand(model, plan, {site}, images))
+        _is(effect, _by_hand(demo, plan, {site}, images))
 
 
-def test_the_whole_plan_and_the_sum_of_its_layers(found: Sensitivity, model: Model, plan: QuantPlan) -> None:
+def test_the_whole_plan_and_the_sum_of_its_layers(found: Sensitivity, demo: Model, plan: QuantPlan) -> None:
     assert sorted(layer.name for layer in found.layers) == sorted(plan.layers)
     noises = np.array([layer.alone.noise for layer in found.layers])
     assert (np.diff(noises) <= 0).all(), "the most harmful comes first"
@@ -115,9 +109,9 @@ def test_multiply_accumulates_are_counted_layer_by_layer(found: Sensitivity) -> 
 
 
 def test_what_the_plan_spares_is_measured_as_the_plan_would_quantize_it(
-    found: Sensitivity, model: Model, plan: QuantPlan, everything: QuantPlan, images: ImageSet, demo_bundle: Path
+    found: Sensitivity, demo: Model, plan: QuantPlan, everything: QuantPlan, images: ImageSet, demo_bundle: Path
 ) -> None:
-    formats = formats_for_spared(plan, model, demo_bundle / "work", blocks=(32, 64))
+    formats = formats_for_spared(plan, demo, demo_bundle / "work", blocks=(32, 64))
     assert formats.keys() == plan.spared.keys()
     for site, qparams in formats.items():
         np.testing.assert_array_equal(qparams.scale, everything.sites[site].scale)
@@ -127,27 +121,27 @@ def test_what_the_plan_spares_is_measured_as_the_plan_would_quantize_it(
     assert spared["head"].reason == plan.spared["head.weight"]
     for name in ("head", "patch_embed.proj", "blocks.2.attn.av"):
         sites = {site for site in everything.sites if site.startswith(f"{name}.")}
-        _is(spared[name].alone, _by_hand(model, everything, sites, images))
+        _is(spared[name].alone, _by_hand(demo, everything, sites, images))
 
 
 def test_attention_matmuls_are_layers_whose_sites_are_their_operands(
-    model: Model, everything: QuantPlan, images: ImageSet
+    demo: Model, everything: QuantPlan, images: ImageSet
 ) -> None:
-    found = analyse(model, everything, images, spared={})
+    found = analyse(demo, everything, images, spared={})
     layer = _layer(found, "blocks.1.attn.av")
     assert layer.sites.keys() == {"blocks.1.attn.av.lhs", "blocks.1.attn.av.rhs"}
-    _is(layer.sites["blocks.1.attn.av.lhs"], _by_hand(model, everything, {"blocks.1.attn.av.lhs"}, images))
+    _is(layer.sites["blocks.1.attn.av.lhs"], _by_hand(demo, everything, {"blocks.1.attn.av.lhs"}, images))
     assert not found.spared
 
 
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc2", "blocks.2.attn.proj"])
 @pytest.mark.parametrize("role", ["input", "weight"])
 def test_a_layer_that_is_broken_on_purpose_comes_first(
-    model: Model, plan: QuantPlan, images: ImageSet, name: str, role: str
+    demo: Model, plan: QuantPlan, images: ImageSet, name: str, role: str
 ) -> None:
     site = f"{name}.{role}"
     bad = dataclasses.replace(plan.sites[site], scale=np.asarray(50 * plan.sites[site].scale, np.float32))
-    found = analyse(model, dataclasses.replace(plan, sites={**plan.sites, site: bad}), images, spared={})
+    found = analyse(demo, dataclasses.replace(plan, sites={**plan.sites, site: bad}), images, spared={})
     worst = found.layers[0]
     assert worst.name == name
     assert worst.noise_percent > 40
@@ -155,9 +149,7 @@ def test_a_layer_that_is_broken_on_purpose_comes_first(
     assert max(worst.sites, key=lambda one: worst.sites[one].noise) == site
 
 
-def test_noisy_layers_are_those_that_make_the_noise_and_no_more(
-    model: Model, plan: QuantPlan, images: ImageSet
-) -> None:
+def test_noisy_layers_are_those_that_make_the_noise_and_no_more(demo: Model, plan: QuantPlan, images: ImageSet) -> None:
     coarse = {
         site: dataclasses.replace(q, scale=np.asarray(q.scale * np.float32(50)))
         if site.startswith("blocks.1.mlp.fc1.")
@@ -165,37 +157,37 @@ def test_noisy_layers_are_those_that_make_the_noise_and_no_more(
         for site, q in plan.sites.items()
     }
     broken = dataclasses.replace(plan, sites=coarse)
-    whole = analyse(model, plan, images, spared={}).whole.sqnr_db
-    found = noisy_layers(model, broken, images, wanted_db=whole - 3)
+    whole = analyse(demo, plan, images, spared={}).whole.sqnr_db
+    found = noisy_layers(demo, broken, images, wanted_db=whole - 3)
     assert list(found) == ["blocks.1.mlp.fc1"]
     assert "% of the noise" in found["blocks.1.mlp.fc1"]
-    assert noisy_layers(model, broken, images, wanted_db=-100) == {}
-    assert set(noisy_layers(model, plan, images, wanted_db=1000)) == set(plan.layers)
+    assert noisy_layers(demo, broken, images, wanted_db=-100) == {}
+    assert set(noisy_layers(demo, plan, images, wanted_db=1000)) == set(plan.layers)
 
 
-def test_noisy_layers_stay_within_the_budget(model: Model, plan: QuantPlan, images: ImageSet) -> None:
+def test_noisy_layers_stay_within_the_budget(demo: Model, plan: QuantPlan, images: ImageSet) -> None:
     costs = {layer: 1.0 + index % 2 for index, layer in enumerate(plan.layers)}
-    found = noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=5.5)
+    found = noisy_layers(demo, plan, images, wanted_db=1000, costs=costs, budget=5.5)
     assert 4.5 < sum(costs[layer] for layer in found) <= 5.5
-    assert noisy_layers(model, plan, images, wanted_db=1000, costs=costs, budget=0.5) == {}
+    assert noisy_layers(demo, plan, images, wanted_db=1000, costs=costs, budget=0.5) == {}
 
 
-def test_each_measurement_is_told(model: Model, plan: QuantPlan, images: ImageSet) -> None:
+def test_each_measurement_is_told(demo: Model, plan: QuantPlan, images: ImageSet) -> None:
     told: list[tuple[int, int]] = []
-    analyse(model, plan, images, spared={}, progress=lambda done, total: told.append((done, total)))
+    analyse(demo, plan, images, spared={}, progress=lambda done, total: told.append((done, total)))
     total = 1 + 2 * len(plan.layers) + len(plan.sites)
     assert told == [(done, total) for done in range(1, total + 1)]
 
 
-def test_batches_do_not_matter(model: Model, plan: QuantPlan, images: ImageSet, found: Sensitivity) -> None:
-    again = analyse(model, plan, images, spared={}, batch_size=4)
+def test_batches_do_not_matter(demo: Model, plan: QuantPlan, images: ImageSet, found: Sensitivity) -> None:
+    again = analyse(demo, plan, images, spared={}, batch_size=4)
     assert again.whole.sqnr_db == pytest.approx(found.whole.sqnr_db, abs=0.3)
     assert again.n == _IMAGES
 
 
-def test_a_plan_of_one_layer_leaves_nothing_when_it_is_spared(model: Model, plan: QuantPlan, images: ImageSet) -> None:
+def test_a_plan_of_one_layer_leaves_nothing_when_it_is_spared(demo: Model, plan: QuantPlan, images: ImageSet) -> None:
     sites = {site: qparams for site, qparams in plan.sites.items() if site.startswith("blocks.0.attn.qkv.")}
-    found = analyse(model, dataclasses.replace(plan, sites=sites), images, spared={})
+    found = analyse(demo, dataclasses.replace(plan, sites=sites), images, spared={})
     (layer,) = found.layers
     assert (layer.others.sqnr_db, layer.gain_db, layer.noise_percent) == (np.inf, np.inf, 100.0)
     report = json.loads(json.dumps(found.report(), allow_nan=False))
@@ -219,9 +211,9 @@ def test_without_any_images_noise_is_used_and_named(demo_bundle: Path, tmp_path:
     assert [layer.macs_percent for layer in alone.spared] == [layer.macs_percent for layer in found.spared]
 
 
-def test_ranges_of_other_images_are_not_taken(demo_bundle: Path, model: Model, plan: QuantPlan) -> None:
+def test_ranges_of_other_images_are_not_taken(demo_bundle: Path, demo: Model, plan: QuantPlan) -> None:
     other = dataclasses.replace(plan, images="of others")
-    assert formats_for_spared(other, model, demo_bundle / "work", blocks=(32, 64)) == {}
+    assert formats_for_spared(other, demo, demo_bundle / "work", blocks=(32, 64)) == {}
 
 
 def test_a_bundle_that_quantizes_nothing_has_nothing_to_measure(tmp_path: Path) -> None:

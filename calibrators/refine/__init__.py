@@ -25,8 +25,9 @@ class Seen:
 
     Attributes:
         rows: A sample of tokens, (tokens, channels) float32.
-        low: Smallest value of each channel over all images, (channels,).
-        high: Largest value of each channel over all images, (channels,).
+        low: Smallest value of each channel over all images, (channels,); of V itself where attention's averages of it
+            are read, since on other images they may come to that.
+        high: Largest value, likewise, (channels,).
         readers: Weights of the layers that read it, one above the other, (outputs, channels).
         activation: Its number format, or None if it stays in float.
         weight: The number format of the readers' weights.

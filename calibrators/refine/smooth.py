@@ -5,7 +5,8 @@ both the activation and the weights changes the readers' outputs least.
 
 Source: Xiao et al., "SmoothQuant", arXiv 2211.10438, eq. 4: factor = max|X|^a / max|W|^(1 - a) per channel. There `a`
 is set by hand for the whole model; here it is searched per fold, and the activation is given a range `_HEADROOM` times
-what was seen, since real images reach further than synthetic ones. Where only weights are quantized the factor is
+what was seen, since real images reach further than synthetic ones. For the same reason max|X| in front of attention's
+projection is that of V, not of the averages of it that arrive. Where only weights are quantized the factor is
 mean|X|^a, as in Lin et al., "AWQ", arXiv 2306.00978, sec. 3.2: weights of channels that count get finer steps.
 """
 
