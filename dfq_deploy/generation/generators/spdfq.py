@@ -122,7 +122,7 @@ class Spdfq:
         if self.soft_labels:
             together = torch.zeros(size, classes, dtype=alone.dtype).index_add(0, owners, alone)
             return soft_labels(torch.cat([together, alone]) > 0, generator)
-        first = torch.searchsorted(owners, torch.arange(size))
+        first = torch.searchsorted(owners.contiguous(), torch.arange(size))
         return torch.cat([alone[first], alone]).float()
 
 
