@@ -9,7 +9,7 @@ demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 gpu: .venv/test.stamp
 	$(BIN)/pytest tests/gpu -rs

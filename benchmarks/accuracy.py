@@ -17,7 +17,7 @@ WEIGHTS = {
     "vit_t": "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors",
     "deit_t": "deit_tiny_patch16_224.fb_in1k_LNfixedpoint.safetensors",
 }
-IMAGES = {"32 noise": "noise", "32 psaq_v1": "psaq_v1", "128 real": None}
+IMAGES = {"32 noise": "noise", "32 psaq_v1": "psaq_v1", "32 dfq": "dfq", "128 real": None}
 TITLES = ("model", "images", "seed", "refine", "float", "reference", "engine", "drop")
 TITLES += ("SQNR to float, dB", "engine = float", "engine = reference", "noise floor", "in float")
 

@@ -44,7 +44,7 @@ def main() -> None:
         folder = Path(name)
         noise = {count: str(folder / f"noise-{count}.safetensors") for count in (32, 512)}
         stages = {
-            "generate psaq_v1": ("generate", *model, "--out", str(folder / "psaq.safetensors")),
+            "generate": ("generate", *model, "--out", str(folder / "images.safetensors")),
             "generate noise": ("generate", *model, "--generator", "noise", "--out", noise[32]),
             "generate noise 512": ("generate", *model, "--generator", "noise", "--count", "512", "--out", noise[512]),
             "calibrate 32": ("calibrate", *model, "--calib", noise[32], "--out", str(folder / "a" / "plan")),

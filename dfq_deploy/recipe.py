@@ -86,7 +86,7 @@ class ModelRecipe:
 class GenerateRecipe(ModelRecipe):
     """How synthetic images are made."""
 
-    generator: str = "psaq_v1"
+    generator: str = "dfq"
     """Method that makes the synthetic images: dfq, psaq_v1, spdfq, dead_leaves, noise, zeroq (models with BatchNorm),
     or several with commas between them, which share the count."""
     exact: bool = False

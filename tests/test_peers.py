@@ -34,7 +34,7 @@ def test_a_table_has_a_line_per_result_in_the_order_of_the_rows() -> None:
         "ours_w8a8": NUMBERS | {"generating_seconds": 300.0, "generating_cpu_seconds": 180.2},
     }
     ours, dynamic, nncf = table(found).splitlines()[2:]
-    assert ours.startswith("| **dfq-deploy w8a8** | **none: 32 psaq_v1** |")
+    assert ours.startswith("| **dfq-deploy w8a8** | **none: 32 dfq** |")
     assert ours.endswith("| 78.39 | 97.61 | 7.2 | 1.89 / 1.80 | 180 + 61 | 1.3 |")
     assert dynamic == "| ORT dynamic | none needed | 78.39 | 97.61 | 7.2 | 1.89 / 1.80 | 61 | 1.3 |"
     assert nncf.startswith("| NNCF, transformer | 128 real | fails: `no wheel for 'a\\|b'...")

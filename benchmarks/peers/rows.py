@@ -60,7 +60,7 @@ def _rows() -> list[Row]:
         return Row(key, title, environment, script, option, None, given)
 
     def ours(key: str, title: str, option: str) -> Row:
-        return Row(key, title, "", "ours", option, "synthetic", "**none: 32 psaq_v1**")
+        return Row(key, title, "", "ours", option, "synthetic", "**none: 32 dfq**")
 
     def modelopt(option: str, title: str) -> list[Row]:
         key, script = f"modelopt_{option}", "modelopt_onnx"

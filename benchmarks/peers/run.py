@@ -161,7 +161,7 @@ class Subject:
         out = self._images["synthetic"]
         kept = out.with_suffix(".json")
         if not (out.exists() and kept.exists()):
-            return self._tool("", "ours", "psaq_v1", None, out)
+            return self._tool("", "ours", "images", None, out)
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
 

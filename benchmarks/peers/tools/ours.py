@@ -1,6 +1,6 @@
 """dfq-deploy itself, by its public functions and with its defaults.
 
-`psaq_v1` as option makes the synthetic images that the other options, which are schemes, then calibrate on: one set per
+`images` as option makes the synthetic images that the other options, which are schemes, then calibrate on: one set per
 model, as a user would keep it. Of an export everything counts from loading the weights to the finished bundle, but not
 the check of it.
 """
@@ -31,8 +31,8 @@ class _Clock:
 
 
 def quantize(job: Job) -> Moment | None:
-    """Images for `psaq_v1`, else the model in the scheme that the option names, with its block if there is one."""
-    if job.option == "psaq_v1":
+    """Images for `images`, else the model in the scheme that the option names, with its block if there is one."""
+    if job.option == "images":
         dfq.generate(dfq.Recipe(model=job.name, checkpoint=job.checkpoint), job.out)
         return None
     scheme, _, block = job.option.partition(":")
