@@ -201,10 +201,14 @@ def test_a_run_that_was_killed_goes_on_with_the_batches_that_are_missing(
         generate(model, GenerateOptions(5, 3, keep_in=tmp_path), progress=killed)
     assert len(list(tmp_path.iterdir())) == 2
     model.module.seen.clear()
-    resumed = generate(model, GenerateOptions(5, 3, keep_in=tmp_path))
+    told: list[float] = []
+    resumed = generate(
+        model, GenerateOptions(5, 3, keep_in=tmp_path), progress=lambda step, steps, _: told.append(step / steps)
+    )
     assert len(model.module.seen) == steps - 4
     np.testing.assert_array_equal(resumed.pixels[:], whole.pixels)
     assert resumed.made_by == whole.made_by
+    assert told == [pytest.approx(share) for share in (1 / 3, 2 / 3, 1)]
     other = generate(model, GenerateOptions(5, 4, keep_in=tmp_path))
     assert other.fingerprint != whole.fingerprint
 

@@ -155,6 +155,7 @@ def _kept(
     path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
     if path.exists():
         kept = ImageSet.load(path)
+        progress(1, 1, {})
         return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
     made = one_batch(size, generator, progress)
     of_loop = {"precision": made.precision, "steps": made.steps, "first": made.first, "last": made.last}
