@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 
-.PHONY: demo test gpu lint bench bench-peers accuracy simulated float-body int4 latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq float-body int4 latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -32,6 +32,9 @@ accuracy: .venv/test.stamp
 
 simulated: .venv/test.stamp
 	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated
+
+spdfq: .venv/test.stamp
+	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq
 
 float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body

@@ -9,6 +9,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -283,8 +284,12 @@ def _load(recipe: ModelRecipe) -> Model:
 
 def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
     whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
-    options = GenerateOptions(recipe.count, recipe.seed, recipe.exact, functools.partial(formats_on, whole))
+    batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
+    options = GenerateOptions(
+        recipe.count, recipe.seed, recipe.exact, formats=functools.partial(formats_on, whole), keep_in=batches
+    )
     make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
+    shutil.rmtree(batches, ignore_errors=True)
 
 
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:

@@ -1,6 +1,7 @@
 """Each recipe that optimises images, on every kind of model; and what it says where it cannot work."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ from torch import nn
 from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.images import Preprocess
 from calibrators.registry import pick
-from dfq_deploy.generation import GenerateOptions
+from dfq_deploy import pipeline
+from dfq_deploy.generation import GenerateOptions, batching
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import dfq, noise, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.recipe import GenerateRecipe
 
 GENERATORS = "dfq_deploy.generation.generators"
 PLAIN = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -176,6 +179,46 @@ def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
         psaq_v1.generate(model, GenerateOptions(6))
 
 
+# Going on after a kill.
+
+
+@pytest.mark.parametrize("generator", TRANSFORMERS)
+def test_a_run_that_was_killed_goes_on_with_the_batches_that_are_missing(
+    generator: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(batching, "BATCH", 2)
+    torch.manual_seed(0)
+    model = model_of(Small(64), (64, 64))
+    generate = pick(GENERATORS, generator).generate
+    whole = generate(model, GenerateOptions(5, 3))
+    steps = len(model.module.seen)
+
+    def killed(step: int, *_: object) -> None:
+        if step > 4:  # of 6: in the last of three batches
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, GenerateOptions(5, 3, keep_in=tmp_path), progress=killed)
+    assert len(list(tmp_path.iterdir())) == 2
+    model.module.seen.clear()
+    told: list[float] = []
+    resumed = generate(
+        model, GenerateOptions(5, 3, keep_in=tmp_path), progress=lambda step, steps, _: told.append(step / steps)
+    )
+    assert len(model.module.seen) == steps - 4
+    np.testing.assert_array_equal(resumed.pixels[:], whole.pixels)
+    assert resumed.made_by == whole.made_by
+    assert told == [pytest.approx(share) for share in (1 / 3, 2 / 3, 1)]
+    other = generate(model, GenerateOptions(5, 4, keep_in=tmp_path))
+    assert other.fingerprint != whole.fingerprint
+
+
+def test_batches_are_not_kept_once_the_set_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(batching, "BATCH", 2)
+    pipeline.generate(GenerateRecipe(model="demo", generator="dfq", count=3), tmp_path / "images.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["images.safetensors"]
+
+
 # Sets that are of no use.
 
 
@@ -183,7 +226,7 @@ def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
     ("fault", "said"),
     [
         (lambda pixels: np.full_like(pixels, 0.3), "image 0 is of one colour"),
-        (lambda pixels: np.where(np.arange(4)[:, None, None, None] == 2, np.nan, pixels), "image 2 holds NaN"),
+        (lambda pixels: np.where(np.arange(4)[:, None, None, None] == 2, 0, pixels), "image 2 is of one colour"),
         (lambda pixels: pixels[[0, 0, 0, 0]], "all 4 images show the same"),
     ],
 )

@@ -8,6 +8,7 @@ student by; this file loads no torch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibrators.images import ImageSet
@@ -38,9 +39,12 @@ class GenerateOptions:
         seed: Seed of everything random, at least 0; the same seed gives the same bytes on the same machine.
         exact: Compute as the paper's authors do, instead of the fast form of the same recipe.
         formats: What a student is to be rounded to, where the generator has one. None: there is none.
+        keep_in: Folder in which batches that took long are kept, and found again by a run that makes the same. None:
+            they are not kept.
     """
 
     count: int = 32
     seed: int = 0
     exact: bool = False
     formats: Formats | None = None
+    keep_in: Path | None = None

@@ -7,13 +7,15 @@ knows what is made.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from calibrators.errors import CalibrationWarning, ImagesError
+from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress
 from dfq_deploy.generation.engine import Optimised
@@ -101,8 +103,33 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
     }
 
 
-def optimised_set(generator: str, model: Model, options: GenerateOptions, made: Sequence[Optimised]) -> ImageSet:
-    """The batches that the optimisation loop made as one set, with the facts that repeat them."""
+def optimised_set(
+    generator: str,
+    model: Model,
+    options: GenerateOptions,
+    one_batch: Callable[[int, torch.Generator, Progress], Optimised],
+    progress: Progress,
+    settings: dict[str, Any] | None = None,
+) -> ImageSet:
+    """What the optimisation loop makes, batch after batch, as one set, with the facts that repeat it.
+
+    Finished batches are kept where `options.keep_in` says, as long as there are several.
+
+    Args:
+        generator: The recipe's name.
+        model: The model that the images are for.
+        options: How many, and from which seed.
+        one_batch: Makes a batch of a size.
+        progress: Told of all batches as one.
+        settings: What else decides on the images.
+
+    Raises:
+        ImagesError: The device's memory does not hold half a batch either.
+    """
+    origin = provenance(generator, model, options) | (settings or {})
+    if options.keep_in and options.count > BATCH:
+        one_batch = functools.partial(_kept, options.keep_in, origin, model, one_batch)
+    made = in_batches(options, one_batch, progress)
     facts = {
         "precision": made[0].precision,
         "steps": [batch.steps for batch in made],
@@ -110,5 +137,27 @@ def optimised_set(generator: str, model: Model, options: GenerateOptions, made: 
         "batch": max(len(batch.pixels) for batch in made),
     }
     pixels = np.concatenate([batch.pixels for batch in made])
-    made_by = provenance(generator, model, options) | facts
-    return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=made_by)
+    return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=origin | facts)
+
+
+def _kept(
+    folder: Path,
+    origin: Mapping[str, Any],
+    model: Model,
+    one_batch: Callable[[int, torch.Generator, Progress], Optimised],
+    size: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Optimised:
+    """The batch from its file; made, and put there, if it is not."""
+    device = next(model.module.parameters()).device.type
+    facts = [{**origin, "count": size}, generator.initial_seed(), device]
+    path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
+    if path.exists():
+        kept = ImageSet.load(path)
+        progress(1, 1, {})
+        return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
+    made = one_batch(size, generator, progress)
+    of_loop = {"precision": made.precision, "steps": made.steps, "first": made.first, "last": made.last}
+    ImageSet.of(made.pixels, model.preprocess, source="batch", made_by=of_loop).save(path)
+    return made

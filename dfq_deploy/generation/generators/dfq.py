@@ -4,9 +4,10 @@ Dead leaves have the edges, the large structures, the contrast and the roughness
 from noise never get; but they mean nothing to the deep layers. A few steps towards one class per image, and towards
 patches that differ from each other, give them that, while their roughness is held where it was.
 
-Source: ours. The patch similarity is that of PSAQ-ViT (arXiv 2203.02250). What was tried and left out, since it brought
-no gain: attention priors and soft labels as in SPDFQ (arXiv 2412.16553), the similarity between heads as in MimiQ
-(arXiv 2407.20021). The exact and the fast form differ in precision alone.
+Source: ours. The patch similarity is that of PSAQ-ViT (arXiv 2203.02250). Left out, since the second moments of what
+layers take in came no closer to those of real images: attention priors and soft labels as in SPDFQ (arXiv 2412.16553),
+similar heads as in MimiQ (arXiv 2407.20021), a roughness that is free or that of PSAQ-ViT.
+The exact and the fast form differ in precision alone.
 """
 
 import functools
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
@@ -41,7 +42,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
     one_batch = functools.partial(_one_batch, model, attention_taps(model), options.exact)
-    return optimised_set("dfq", model, options, in_batches(options, one_batch, progress))
+    return optimised_set("dfq", model, options, one_batch, progress)
 
 
 def _one_batch(

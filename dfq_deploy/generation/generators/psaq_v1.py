@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
@@ -45,7 +45,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """
     taps = attention_taps(model)
     one_batch = functools.partial(_one_batch, model, taps, options.exact)
-    return optimised_set("psaq_v1", model, options, in_batches(options, one_batch, progress))
+    return optimised_set("psaq_v1", model, options, one_batch, progress)
 
 
 def _one_batch(

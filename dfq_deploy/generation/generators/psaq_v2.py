@@ -21,6 +21,7 @@ more steps and float32.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from calibrators.learned import Learned
 from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
 from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
@@ -60,8 +61,9 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     taps = attention_taps(model)
     learner = None if options.formats is None else _Learner(model, options.formats, options.exact)
     one_batch = functools.partial(_one_batch, model, taps, learner, options.exact)
-    made = in_batches(options, one_batch, progress)
-    images, student = optimised_set("psaq_v2", model, options, made), learner.student() if learner else None
+    anew = replace(options, keep_in=None)  # a student has to learn from each batch
+    images = optimised_set("psaq_v2", model, anew, one_batch, progress)
+    student = learner.student() if learner else None
     if learner is None or student is None:
         return images
     learned = {"scheme": student.scheme, "discrepancy": [float(learner.losses[step]) for step in (0, -1)]}

@@ -15,7 +15,7 @@ one serves all.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import attention_alignment
 from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
@@ -68,8 +68,8 @@ class Spdfq:
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, with these parts."""
         taps = taps_with_rows(model, attention_taps(model))
-        made = in_batches(options, functools.partial(self._one_batch, model, taps, options.exact), progress)
-        return optimised_set("spdfq", model, options, made)
+        one_batch = functools.partial(self._one_batch, model, taps, options.exact)
+        return optimised_set("spdfq", model, options, one_batch, progress, asdict(self))
 
     def _one_batch(
         self,
@@ -122,7 +122,7 @@ class Spdfq:
         if self.soft_labels:
             together = torch.zeros(size, classes, dtype=alone.dtype).index_add(0, owners, alone)
             return soft_labels(torch.cat([together, alone]) > 0, generator)
-        first = torch.searchsorted(owners, torch.arange(size))
+        first = torch.searchsorted(owners.contiguous(), torch.arange(size))
         return torch.cat([alone[first], alone]).float()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import in_batches, optimised_set
+from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import statistics_distance
 from dfq_deploy.models import Model
@@ -50,8 +50,8 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
             why="LayerNorm, as in vision transformers, computes its statistics anew for each image and stores none.",
             fix="use the generator `psaq_v1` for a vision transformer, or `dead_leaves` for any model.",
         )
-    made = in_batches(options, functools.partial(_one_batch, model, norms, options.exact), progress)
-    return optimised_set("zeroq", model, options, made)
+    one_batch = functools.partial(_one_batch, model, norms, options.exact)
+    return optimised_set("zeroq", model, options, one_batch, progress)
 
 
 def _one_batch(
