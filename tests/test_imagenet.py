@@ -51,6 +51,6 @@ def test_synthetic_images_alone_keep_the_accuracy(
 
 
 def _as_close_as_the_reference_to_itself(report: dict[str, Any]) -> bool:
-    """By the distance of the logits; and by the decisions, which are some ten of 921 in either share, not surely less."""
+    """By the distance of the logits, and by the decisions, of which some ten of 921 differ by chance."""
     intervals = report["intervals_95"]
     return report["floor_ratio"][0] < 1.1 and intervals["engine_reference"][1] > intervals["noise_floor"][0]
