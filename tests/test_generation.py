@@ -252,7 +252,7 @@ def test_model_without_attention_is_refused(exact: bool):
     model = load_model("test_resnet", random_weights=True)
     with pytest.raises(ImagesError, match="shows no attention") as refused:
         psaq_v1.generate(model, GenerateOptions(1, 0, exact))
-    assert "noise" in refused.value.fix
+    assert "zeroq" in refused.value.fix
 
 
 # The loop.

@@ -93,7 +93,7 @@ def attention_taps(model: Model) -> list[AttentionTap]:
         raise ImagesError(
             what=f"`{model.name}` shows no attention to synthesise images from.",
             why="this recipe looks at softmax·V of patches: the input of a Linear `proj` beside `num_heads`.",
-            fix="use the generator `noise`, or real images.",
+            fix="use the generator `dead_leaves`, for a CNN `zeroq`, or real images.",
         )
     return taps
 

@@ -48,7 +48,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         raise ImagesError(
             what=f"`{model.name}` has no BatchNorm layers, and zeroq matches what they remember.",
             why="LayerNorm, as in vision transformers, computes its statistics anew for each image and stores none.",
-            fix="use the generator `psaq_v1` for a vision transformer, or `dead_leaves` for any model.",
+            fix="use the generator `dfq` for a vision transformer, or `dead_leaves` for any model.",
         )
     one_batch = functools.partial(_one_batch, model, norms, options.exact)
     return optimised_set("zeroq", model, options, one_batch, progress)
