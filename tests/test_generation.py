@@ -35,11 +35,6 @@ FEW = (Stage(3, 2),)
 
 
 @pytest.fixture(scope="module")
-def demo() -> Model:
-    return load_model("demo")
-
-
-@pytest.fixture(scope="module")
 def convolutional() -> Model:
     model = load_model("test_resnet", random_weights=True)
     return replace(model, preprocess=Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3))
