@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,21 +35,15 @@ def test_synthetic_images_alone_keep_the_accuracy(
     assert code == 0, found["reason"]
     assert found["n"] == 921
     assert found["top1"]["float"] - found["top1"]["engine"] <= most_points_lost
-    assert _as_close_as_the_reference_to_itself(found)
+    assert found["agreement"]["engine_reference"] >= found["agreement"]["noise_floor"] - 1.0
     assert found["agreement"]["engine_float"] >= least_agreement
     noisy = json.loads(next((tmp_path / "run" / "work").glob("noise-*")).read_text())
     (kept,) = (tmp_path / "run" / "work").glob("images-*")
     folder = tmp_path / "massive"
     arguments = ["--model", model, "--checkpoint", checkpoint, "--calib", str(kept), "--spare", "massive"]
-    assert run(["export", *arguments, "--out", str(folder), "--images", images, "--limit", "300"]) == 0
+    assert run(["export", *arguments, "--out", str(folder), "--images", images]) == 0
     plain = json.loads((folder / "report.json").read_text())
     assert plain["top1"]["float"] - plain["top1"]["engine"] <= most_points_lost_in_all
-    assert _as_close_as_the_reference_to_itself(plain)
+    assert plain["agreement"]["engine_reference"] >= plain["agreement"]["noise_floor"] - 1.0
     assert plain["engine"]["layers"]["int8"] >= 47
     assert found["engine"]["layers"]["int8"] == plain["engine"]["layers"]["int8"] - len(noisy)
-
-
-def _as_close_as_the_reference_to_itself(report: dict[str, Any]) -> bool:
-    """By the distance of the logits, and by the decisions, of which some ten of 921 differ by chance."""
-    intervals = report["intervals_95"]
-    return report["floor_ratio"][0] < 1.1 and intervals["engine_reference"][1] > intervals["noise_floor"][0]
