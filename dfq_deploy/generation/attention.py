@@ -80,7 +80,7 @@ def taps_with_rows(model: Model, taps: Sequence[AttentionTap]) -> list[Attention
         raise ImagesError(
             what=f"`{model.name}` shows no attention from token to token.",
             why="this recipe shapes softmax(Q·Kᵀ) of patches, and the model computes none.",
-            fix="use the generator `psaq_v1` or `dead_leaves`, or real images.",
+            fix="use the generator `dfq` or `dead_leaves`, or real images.",
         )
     return found
 

@@ -1,15 +1,16 @@
-"""Patch similarity, and the roughness beside it, as terms of the loss: what several recipes have in common.
+"""What recipes have in common with PSAQ-ViT: patch similarity and roughness as terms of the loss, and the schedule.
 
 The arithmetic is in `losses`. Here it meets taps, random subsets of patches and the values that PSAQ-ViT uses.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dfq_deploy.generation.engine import View
+from dfq_deploy.generation.engine import Schedule, Stage, View
 from dfq_deploy.generation.losses import (
     patch_similarity_entropy,
     patch_similarity_entropy_v1,
@@ -17,11 +18,13 @@ from dfq_deploy.generation.losses import (
     total_variation_scale,
 )
 from dfq_deploy.generation.taps import AttentionTap
+from dfq_deploy.models import Model
 
-__all__ = ["Similarity", "averaged_over_heads", "roughness", "similarity_v1"]
+__all__ = ["Similarity", "averaged_over_heads", "roughness", "schedule", "similarity"]
 
 _PATCHES = 64  # that the fast form looks at, per image, block and step
 _ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
+_WARMUP = 0.2  # V1: 100 of 500 steps
 
 
 def roughness(images: int, size: tuple[int, int], generator: torch.Generator) -> Callable[[View], Tensor]:
@@ -38,7 +41,24 @@ def roughness(images: int, size: tuple[int, int], generator: torch.Generator) ->
     return lambda view: (total_variation(view.pixels) - wanted).abs()
 
 
-def similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
+def schedule(
+    model: Model, taps: Sequence[AttentionTap], stages: Sequence[Stage], plateau: float | None = None
+) -> Schedule:
+    """PSAQ-ViT's rates, and `stages` with the shifts, which are for 224 x 224, as the model's images are large."""
+    scale = min(model.preprocess.size) / 224
+    windowed = any(tap.windows > 1 for tap in taps)
+    scaled = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in stages)
+    return Schedule(scaled, 0.25 if windowed else 0.20, _WARMUP, plateau)
+
+
+def similarity(
+    taps: Sequence[AttentionTap], exact: bool, steps: int, generator: torch.Generator, device: torch.device
+) -> Callable[[View], Tensor]:
+    """L_PSE, by V1's own arithmetic or in the fast form, whose subsets `generator` draws for `steps` steps."""
+    return functools.partial(_similarity_v1, taps) if exact else Similarity(taps, steps, generator, device)
+
+
+def _similarity_v1(taps: Sequence[AttentionTap], view: View) -> Tensor:
     """L_PSE as V1 computes it: minus the entropies of all blocks, added up."""
     return -_summed([patch_similarity_entropy_v1(averaged_over_heads(tap, view)) for tap in taps])
 

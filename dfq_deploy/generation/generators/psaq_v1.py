@@ -15,17 +15,16 @@ two stages of half; it stops on a plateau.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
-from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
+from dfq_deploy.generation.engine import Optimised, Stage, Term, fast_dtype, optimise
+from dfq_deploy.generation.similarity import roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -34,7 +33,6 @@ __all__ = ["generate"]
 _V1_STAGES = (Stage(500, 15), Stage(500, 30))  # steps, and pixels of shift at 224 x 224
 _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
-_WARMUP = 0.2  # V1: 100 of 500 steps
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -53,15 +51,12 @@ def _one_batch(
 ) -> Optimised:
     """One batch of `size` images."""
     device = next(model.module.parameters()).device
-    schedule = _schedule(model, taps, exact)
+    steps = schedule(model, taps, _V1_STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU)
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
     classes = torch.randint(model.classes, (size,), generator=generator).to(device)
     rough = roughness(size, model.preprocess.size, generator)
-    similarity: Callable[[View], Tensor] = functools.partial(similarity_v1, taps)
-    if not exact:
-        similarity = Similarity(taps, schedule.steps, generator, device)
     terms = (
-        Term("patch_similarity", 1.0, similarity),
+        Term("patch_similarity", 1.0, similarity(taps, exact, steps.steps, generator, device)),
         Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
         Term("total_variation", 0.05, rough),
     )
@@ -70,15 +65,8 @@ def _one_batch(
         start,
         layers={tap.name: tap.layer for tap in taps},
         terms=terms,
-        schedule=schedule,
+        schedule=steps,
         dtype=None if exact else fast_dtype(device),
         generator=generator,
         progress=progress,
     )
-
-
-def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedule:
-    windowed = any(tap.windows > 1 for tap in taps)
-    scale = min(model.preprocess.size) / 224
-    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_V1_STAGES if exact else _FAST_STAGES))
-    return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)

@@ -20,7 +20,7 @@ more steps and float32.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -32,9 +32,9 @@ from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.engine import Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
-from dfq_deploy.generation.similarity import Similarity, roughness, similarity_v1
+from dfq_deploy.generation.similarity import roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 from dfq_deploy.refined import changed_weights, copy_of
@@ -43,7 +43,6 @@ __all__ = ["generate"]
 
 _EXACT_STAGES = (Stage(500, 15), Stage(500, 30))  # images alone, then images against student; shifts at 224 x 224
 _FAST_STAGES = (Stage(100, 30), Stage(30, 30))
-_WARMUP = 0.2  # share of a stage
 _ROUGHNESS = 0.05  # weight of the total variation, as in V1
 _AGAINST = 1.0  # weight of the discrepancy in the images' loss
 _LEARNING_RATE = 1e-4  # the student's, by Adam, where it is as far off as its teacher's outputs are large
@@ -82,16 +81,11 @@ def _one_batch(
 ) -> Optimised:
     """One batch of `size` images."""
     device = next(model.module.parameters()).device
-    scale = min(model.preprocess.size) / 224
-    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in _stages(exact))
-    windowed = any(tap.windows > 1 for tap in taps)
-    schedule = Schedule(stages if learner else stages[:1], 0.25 if windowed else 0.20, _WARMUP, None)
+    steps = schedule(model, taps, _stages(exact) if learner else _stages(exact)[:1])
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
     rough = roughness(size, model.preprocess.size, generator)
-    similarity: Callable[[View], Tensor] = functools.partial(similarity_v1, taps)
-    if not exact:
-        similarity = Similarity(taps, schedule.steps, generator, device)
-    terms = [Term("patch_similarity", 1.0, similarity), Term("total_variation", _ROUGHNESS, rough)]
+    compared = similarity(taps, exact, steps.steps, generator, device)
+    terms = [Term("patch_similarity", 1.0, compared), Term("total_variation", _ROUGHNESS, rough)]
     if learner:
         terms.append(Term("discrepancy", -_AGAINST, learner.against))
     try:
@@ -100,7 +94,7 @@ def _one_batch(
             start,
             layers={tap.name: tap.layer for tap in taps},
             terms=terms,
-            schedule=schedule,
+            schedule=steps,
             dtype=None if exact else fast_dtype(device),
             generator=generator,
             progress=progress,

@@ -25,10 +25,10 @@ from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.engine import Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import attention_alignment
 from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
-from dfq_deploy.generation.similarity import roughness
+from dfq_deploy.generation.similarity import roughness, schedule
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -37,7 +37,6 @@ __all__ = ["Spdfq", "generate"]
 _STAGES = (Stage(1000, 30),)  # steps, and pixels of shift at 224 x 224
 _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
-_WARMUP = 0.2
 _ALIGNMENT = 1.0  # alpha
 _PARTS = 4  # of an image, at most
 
@@ -105,7 +104,7 @@ class Spdfq:
                 start,
                 layers={},
                 terms=terms,
-                schedule=_schedule(model, taps, exact),
+                schedule=schedule(model, taps, _STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU),
                 dtype=None if exact else fast_dtype(device),
                 generator=generator,
                 progress=progress,
@@ -124,13 +123,6 @@ class Spdfq:
             return soft_labels(torch.cat([together, alone]) > 0, generator)
         first = torch.searchsorted(owners.contiguous(), torch.arange(size))
         return torch.cat([alone[first], alone]).float()
-
-
-def _schedule(model: Model, taps: Sequence[AttentionTap], exact: bool) -> Schedule:
-    windowed = any(tap.windows > 1 for tap in taps)
-    scale = min(model.preprocess.size) / 224
-    stages = tuple(Stage(stage.steps, round(stage.jitter * scale)) for stage in (_STAGES if exact else _FAST_STAGES))
-    return Schedule(stages, 0.25 if windowed else 0.20, _WARMUP, None if exact else _FAST_PLATEAU)
 
 
 def _with_parts(parts: Sequence[tuple[int, int, int, int, int]], images: Tensor) -> Tensor:
