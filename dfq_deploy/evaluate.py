@@ -4,7 +4,8 @@ An engine never equals its reference to the last bit, and rounding flips compoun
 rests on two things. Each layer, fed the reference's own input, must agree to float32 rounding. And the whole engine
 must be no further from the reference than the noise floor, up to a factor of two that the number of images must be able
 to resolve: the reference's distance from itself when its input moves by a relative 1e-6 or, for an fp16 or bf16 body,
-when what its modules put out is rounded to that.
+when what its modules put out is rounded to that. Which decisions a move changes is chance, so the floor is the mean of
+several moves.
 """
 
 import math
@@ -29,6 +30,7 @@ __all__ = ["Check", "Share", "evaluate", "mean_with_interval", "sqnr_db", "sqnr_
 
 _CONFIDENCE = 0.95
 _FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
+_MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
 # Relative to a layer's largest output. float32 sums of some thousand terms differ by 1e-6; fp16 and bf16 keep 11 and 8
 # bits of a weight, an input and an output.
@@ -49,10 +51,14 @@ class Share:
 
     @classmethod
     def of(cls, hits: np.ndarray) -> "Share":
-        """The share of true values in a boolean array."""
-        interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(_CONFIDENCE, method="wilson")
-        percent, low, high = (round(100 * float(v), 3) for v in (hits.mean(), interval.low, interval.high))
-        return cls(percent, low, high, len(hits))
+        """The share of true values in a boolean array, (n,) or, where the images were looked at k times, (k, n).
+
+        Looking again adds no images: the interval stays that of n.
+        """
+        n, share = hits.shape[-1], float(hits.mean())
+        interval = stats.binomtest(round(share * n), n).proportion_ci(_CONFIDENCE, method="wilson")
+        percent, low, high = (round(100 * float(v), 3) for v in (share, interval.low, interval.high))
+        return cls(percent, low, high, n)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Check:
         images: Where they come from.
         top1: Label accuracy of float, reference and engine; None without labels.
         drop: Points that the engine loses against float, paired per image, (value, low, high); None without labels.
-        agreement: Top-1 agreement: engine_reference, engine_float, and noise_floor (reference with itself moved).
+        agreement: Top-1 agreement: engine_reference, engine_float, and noise_floor (reference with itself moved, the
+            mean of several moves).
         distance: Mean of |a - b|² / |b|² over the logits of an image, for the same three pairs.
         cosine: Mean cosine of the logits, for the same three pairs.
         floor_ratio: Engine's distance over the noise floor's, (value, low, high).
@@ -132,17 +139,19 @@ def evaluate(
     """
     generator = torch.Generator().manual_seed(_SEED)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("float", "reference", "engine", "moved")}
+    body = facts.options.body
+    moves = _MOVES if body == "fp32" else 1
     done = 0
     for batch in images.batches(batch_size):
         parts["float"].append(reference.float(batch))
         parts["reference"].append(reference.quantized(batch))
-        parts["moved"].append(reference.moved(batch, generator, facts.options.body))
+        parts["moved"].append(np.stack([reference.moved(batch, generator, body) for _ in range(moves)]))
         parts["engine"].append(engine(batch))
         done += len(batch)
         progress(done, len(images))
-    logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
+    logits = {name: np.concatenate(part, axis=-2).astype(np.float64) for name, part in parts.items()}
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
-    tolerance = {layer: _tolerance(reference.plan, layer, facts.options.body) for layer in layer_error}
+    tolerance = {layer: _tolerance(reference.plan, layer, body) for layer in layer_error}
     ran = "the engine" if absent is None else "model.onnx in ONNX Runtime"
     found = _judged(logits, images, facts, layer_error, tolerance, ran)
     return found if absent is None else _not_run(found, absent)
@@ -156,7 +165,7 @@ def _judged(
     tolerance: Mapping[str, float],
     ran: str,
 ) -> Check:
-    best = {name: values.argmax(1) for name, values in logits.items()}
+    best = {name: values.argmax(-1) for name, values in logits.items()}
     pairs = {
         "engine_reference": ("engine", "reference"),
         "engine_float": ("engine", "float"),
@@ -254,14 +263,19 @@ def without_nan(value: Any) -> Any:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a - b|² / |b|², per image; unlike a cosine it sees a wrong scale."""
-    return np.asarray(np.square(a - b).sum(1) / np.maximum(np.square(b).sum(1), 1e-30))
+    """|a - b|² / |b|², per image, the mean of several `a`; unlike a cosine it sees a wrong scale."""
+    return _per_image(np.square(a - b).sum(-1) / np.maximum(np.square(b).sum(-1), 1e-30))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine, per image."""
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray((a * b).sum(1) / np.maximum(lengths, 1e-30))
+    """Cosine, per image, the mean of several `a`."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return _per_image((a * b).sum(-1) / np.maximum(lengths, 1e-30))
+
+
+def _per_image(values: np.ndarray) -> np.ndarray:
+    """(n,), from that or from (k, n) where the images were looked at k times."""
+    return np.asarray(values.reshape(-1, values.shape[-1]).mean(0))
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -68,6 +68,13 @@ def test_a_share_has_scipys_wilson_interval(hits: int, n: int) -> None:
     assert 0 <= found.low <= found.percent <= found.high <= 100
 
 
+def test_images_that_were_looked_at_several_times_count_once() -> None:
+    looks = np.array([np.arange(50) < 48, np.arange(50) < 50, np.arange(50) < 49])
+    found = Share.of(looks)
+    assert found.percent == pytest.approx(98)
+    assert dataclasses.replace(found, percent=0) == dataclasses.replace(Share.of(looks[2]), percent=0)
+
+
 def test_a_good_bundle_passes(demo_run: tuple[Path, Check]) -> None:
     _, found = demo_run
     assert (found.verdict, found.ran) == ("pass", "the engine"), found.reason

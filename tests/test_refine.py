@@ -160,10 +160,19 @@ def test_smooth_lessens_the_error_where_one_channel_is_large() -> None:
     rows[:, 3] *= 50
     int8 = CODES["int8"]
     seen = Seen(rows, rows.amin(0), rows.amax(0), torch.randn(8, 16, generator=generator), int8, int8, None)
-    offsets, factors = smooth.transform(seen)
-    assert not offsets.any()
+    _, factors = smooth.transform(seen)
     assert factors[3] > 3 * factors[torch.arange(16) != 3].max()
     assert torch.isclose(factors.log().mean(), torch.tensor(0.0), atol=1e-5)
+
+
+def test_smooth_centres_channels_that_lie_on_one_side() -> None:
+    rows = torch.rand(256, 16, generator=torch.Generator().manual_seed(0)) + 3
+    int8 = CODES["int8"]
+    seen = Seen(rows, rows.amin(0), rows.amax(0), torch.ones(8, 16), int8, int8, None)
+    offsets, _ = smooth.transform(seen)
+    assert torch.allclose(offsets, (seen.low + seen.high) / 2)
+    alone, _ = smooth.transform(replace(seen, activation=None))
+    assert not alone.any()
 
 
 def test_smooth_gives_weights_finer_steps_where_inputs_are_large() -> None:

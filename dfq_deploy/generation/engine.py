@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from calibrators.errors import ImagesError
 from dfq_deploy.generation import Progress
 from dfq_deploy.generation.taps import captured
+from dfq_deploy.generation.written_out import attention_written_out
 from dfq_deploy.models import Model
 
 __all__ = ["Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
@@ -154,7 +155,7 @@ def optimise(
     """
     loop = _Loop(model, start, terms, schedule, dtype, generator, augment)
     begin = 0
-    with captured(layers) as inputs:
+    with attention_written_out(loop.device), captured(layers) as inputs:
         for stage in schedule.stages:
             for done in range(1, stage.steps + 1):
                 after_step(loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs))
@@ -185,11 +186,11 @@ class _Loop:
         augment: Callable[[Tensor], Tensor],
     ) -> None:
         self._module, self._terms, self._dtype, self._augment = model.module, terms, dtype, augment
-        self._device = next(model.module.parameters()).device
-        self.pixels = start.to(self._device, torch.float32, copy=True)
-        self._low, self._high = (torch.from_numpy(bound).to(self._device) for bound in model.preprocess.bounds)
-        self._moves = _Moves.drawn(schedule, model.preprocess.size, generator, self._device)
-        self._weights = torch.tensor([term.weight for term in terms], device=self._device)
+        self.device = next(model.module.parameters()).device
+        self.pixels = start.to(self.device, torch.float32, copy=True)
+        self._low, self._high = (torch.from_numpy(bound).to(self.device) for bound in model.preprocess.bounds)
+        self._moves = _Moves.drawn(schedule, model.preprocess.size, generator, self.device)
+        self._weights = torch.tensor([term.weight for term in terms], device=self.device)
         self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
         self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
 
@@ -198,7 +199,7 @@ class _Loop:
         images = self.pixels.detach().requires_grad_()
         samples = self._augment(images)
         shown = self._moves.moved(samples.detach(), step).requires_grad_()
-        with torch.autocast(self._device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+        with torch.autocast(self.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             outputs = self._module(shown)
         view = View(step, shown, outputs.float(), inputs)
         values = torch.stack([term.value(view) for term in self._terms])
