@@ -21,8 +21,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of table.md")
     parser.add_argument("--models", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--schemes", nargs="+", default=["w4a8", "w6a6", "w4a4"])
-    parser.add_argument("--generator", default="psaq_v1,dead_leaves")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--generator", default="dfq")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--refine", default="default")
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
@@ -31,7 +32,9 @@ def main() -> None:
     for model in args.models:
         checkpoint = data / "weights" / WEIGHTS[model]
         images = args.out / f"{model}.safetensors"
-        recipe = CalibrateRecipe(model=model, checkpoint=checkpoint, generator=args.generator, count=args.count)
+        recipe = CalibrateRecipe(
+            model=model, checkpoint=checkpoint, generator=args.generator, count=args.count, seed=args.seed
+        )
         if not images.exists():
             dfq.generate(recipe, images)
         for scheme in args.schemes:

@@ -173,12 +173,8 @@ class CalibrateRecipe(GenerateRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateRecipe(CalibrateRecipe):
-    """How images become a plan that is simulated only: with other defaults, since few bits take better images."""
+    """How images become a plan that is simulated only."""
 
-    generator: str = "psaq_v1,dead_leaves"
-    """Method that makes the synthetic images, or several with commas between them, which share the count."""
-    count: int = 64
-    """Number of synthetic images."""
     scheme: SchemeName = "w4a4"
     """Formats: w4a8, w6a6, w4a4, which no run-time has kernels for, or any of export's."""
 
