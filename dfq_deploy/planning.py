@@ -10,6 +10,7 @@ from pathlib import Path
 
 from calibrators.blocks import reconstruct
 from calibrators.errors import ImagesError
+from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
 from calibrators.scheme import SCHEMES
@@ -24,7 +25,7 @@ __all__ = ["plan_of", "suited"]
 
 
 def suited(recipe: CalibrateRecipe, images: ImageSet) -> CalibrateRecipe:
-    """`recipe`, with no passes by default where a student came with the images: it has learned to be rounded as it is."""
+    """`recipe` for these images: a student that came with them has learned to be rounded as it is, with no passes."""
     return replace(recipe, refine="none") if images.student and recipe.refine == "default" else recipe
 
 

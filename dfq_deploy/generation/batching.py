@@ -90,9 +90,10 @@ def _tell_share(
 
 
 def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[str, Any]:
-    """Facts for `ImageSet.made_by` that repeat a synthetic set, and what it cost: no pass, as long as no loop says more.
+    """Facts for `ImageSet.made_by` that repeat a synthetic set.
 
-    `passes` are those of the whole network, per image that was made. Seconds would differ from run to run.
+    `passes` are those of the whole network, per image that is made: none, where no loop says otherwise. Seconds are not
+    among the facts, since one seed gives the same bytes.
     """
     return {
         "generator": generator,
