@@ -22,6 +22,8 @@ _ROOM = 4.0  # dB beyond the shortest and the longest bar
 _QUANTIZED, _SPARED, _WHOLE = "#2f6f9f", "#e0a458", "#a02c2c"
 _ENDS = {"noise": "#767676", REAL: "#a02c2c"}  # what the others are between
 _PANEL, _LINE = 2.9, 0.32  # inches: width of a panel, height of a generator in it
+_LEAST_ROOM = 0.25  # points beside what is drawn, where all of it is at one place
+_APART = 0.13  # of a generator's height: its seeds above, their mean below
 
 
 def plot_sensitivity(found: Sensitivity, path: str | Path) -> None:
@@ -59,7 +61,7 @@ def plot_generators(found: GeneratorBench, path: str | Path) -> None:
     quantizers = list(dict.fromkeys((row.refine, row.scheme) for row in found.rows))
     refines, schemes = (list(dict.fromkeys(values)) for values in zip(*quantizers, strict=True))
     names = list(dict.fromkeys(row.generator for row in found.rows))
-    size = (1.6 + _PANEL * max(2, len(schemes)), 1.3 + (0.9 + _LINE * len(names)) * len(refines))
+    size = (1.6 + _PANEL * max(2, len(schemes)), 1.6 + (0.9 + _LINE * len(names)) * len(refines))
     figure = Figure(figsize=size, layout="constrained")
     path = _suited(path, figure)
     grid = figure.subplots(len(refines), len(schemes), sharey=True, squeeze=False)
@@ -70,14 +72,15 @@ def plot_generators(found: GeneratorBench, path: str | Path) -> None:
             axes.set_yticks(range(len(names)), names, fontsize=9)
             axes.set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(
-        f"{found.model}: {found.settings['count']} images to calibrate on, judged by {found.n} of {found.images}",
+        f"{found.model}\ncalibrated on {found.settings['count']} images, judged by {found.n} images, {found.images}",
         x=0.01,
         ha="left",
         fontsize=11,
     )
     figure.supxlabel(
-        "top-1 agreement with the float model, % (dots: seeds, bar: mean ± standard deviation, dashed: noise and real "
-        "images; right: seconds to make the images)",
+        "top-1 agreement with the float model, %, each panel to its own scale\n"
+        "dots: seeds; bar: mean ± standard deviation; dashed: mean of noise and of real images; "
+        "right: time to make a set of images",
         fontsize=8,
     )
     _save(figure, path)
@@ -90,7 +93,7 @@ def _draw_generators(axes: Axes, rows: list[Row]) -> None:
         assert spread is not None
         axes.plot(
             [result.agreement for result in row.results],
-            [height] * len(row.results),
+            [height - _APART] * len(row.results),
             marker="o",
             markersize=4,
             linestyle="",
@@ -100,7 +103,7 @@ def _draw_generators(axes: Axes, rows: list[Row]) -> None:
         )
         axes.errorbar(
             spread.mean,
-            height,
+            height + _APART,
             xerr=spread.deviation,
             color=colour,
             marker="|",
@@ -109,16 +112,24 @@ def _draw_generators(axes: Axes, rows: list[Row]) -> None:
             linewidth=1.5,
         )
         if row.generator in _ENDS:
-            axes.axvline(spread.mean, color=colour, linewidth=0.9, linestyle="--", zorder=0)
+            axes.axvline(spread.mean, color=colour, linewidth=0.9, linestyle="--", zorder=1)
         if seconds := row.spread("seconds"):
-            text = f"{seconds.mean:.{0 if seconds.mean >= 10 else 1}f} s"
+            text = f"{seconds.mean:.{0 if seconds.mean >= 10 else 1}f} s" if seconds.mean >= 0.1 else "< 0.1 s"
             axes.annotate(text, (1.02, height), xycoords=axes.get_yaxis_transform(), fontsize=8, va="center")
-    axes.margins(x=0.08)
+    _span_percent(axes)
     axes.grid(axis="x", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
+
+
+def _span_percent(axes: Axes) -> None:
+    """Leave room on either side of what is drawn, and show no tick beyond 100 %."""
+    low, high = axes.dataLim.intervalx
+    room = max(_LEAST_ROOM, 0.08 * (high - low))
+    axes.set_xlim(low - room, high + room)
+    axes.set_xticks([tick for tick in axes.get_xticks() if low - room <= tick <= min(high + room, 100)])
 
 
 def _suited(path: str | Path, figure: Figure) -> Path:

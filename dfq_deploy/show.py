@@ -110,7 +110,7 @@ def print_generators(found: "GeneratorBench", folder: Path) -> None:
             table.add_column(column, justify="left" if column == "images" else "right", no_wrap=True)
         for row in found.rows:
             if (row.scheme, row.refine) == (scheme, refine):
-                figures = (row.shown(figure, 1) for figure in ("drop", "agreement", "sqnr_db"))
+                figures = (row.shown("drop"), row.shown("agreement"), row.shown("sqnr_db", 1))
                 seconds = row.spread("seconds")
                 way, passes = (
                     " / ".join(v or "-" for v in pair) if any(pair) else "" for pair in (row.shares(), row.passes())
