@@ -129,8 +129,8 @@ class Gap:
         measure: `agreement` or `top1`.
         noise: Mean with noise; None if it was not asked for.
         real: Mean with real images; None if there were none.
-        why: Why nothing can be called a share of the gap; None if it can. Of one seed no deviation is known, and any gap
-            that is positive counts.
+        why: Why nothing can be called a share of the gap; None if it can. Of one seed no deviation is known,
+            and any gap that is positive counts.
     """
 
     scheme: str
