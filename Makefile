@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
+FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq float-body int4 latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq generators float-body int4 latency clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -35,6 +36,9 @@ simulated: .venv/test.stamp
 
 spdfq: .venv/test.stamp
 	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq
+
+generators: .venv/test.stamp
+	$(BIN)/python examples/compare_generators.py --out $(OUT)/generators $(FLAGS)
 
 float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body

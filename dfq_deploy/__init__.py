@@ -11,10 +11,12 @@ from calibrators.errors import RecipeError
 
 __version__ = "0.1.0"
 __all__ = [
+    "GeneratorsRecipe",
     "ImageSet",
     "ImageSetReader",
     "Recipe",
     "Runner",
+    "bench_generators",
     "build",
     "calibrate",
     "check",
@@ -23,25 +25,30 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "plot_generators",
     "plot_sensitivity",
     "sensitivity",
     "simulate",
 ]
 
 if TYPE_CHECKING:
-    from dfq_deploy.charts import plot_sensitivity
+    from dfq_deploy.bench_recipe import GeneratorsRecipe
+    from dfq_deploy.charts import plot_generators, plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
+    from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import Recipe
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
 
 _HOMES = {
+    "GeneratorsRecipe": "bench_recipe",
     "ImageSet": "converting",
     "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
+    "bench_generators": "generator_bench",
     "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",
@@ -50,6 +57,7 @@ _HOMES = {
     "export": "pipeline",
     "generate": "pipeline",
     "load": "runtime",
+    "plot_generators": "charts",
     "plot_sensitivity": "charts",
     "sensitivity": "pipeline",
     "simulate": "pipeline",

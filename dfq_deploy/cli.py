@@ -19,6 +19,7 @@ from rich.markup import escape
 import dfq_deploy as dfq
 from calibrators.errors import CalibrationWarning, DeployError
 from dfq_deploy import show as shown
+from dfq_deploy.bench_cli import bench
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import (
     BackendName,
@@ -44,6 +45,7 @@ app = cyclopts.App(
     suppress_keyboard_interrupt=False,  # `run` says it in three lines
 )
 app.meta.suppress_keyboard_interrupt = False  # which cyclopts does not pass on
+app.command(bench)
 
 
 @app.command

@@ -41,7 +41,7 @@ from dfq_deploy.opening import (
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
-from dfq_deploy.simulation import Simulation, compare
+from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
@@ -150,12 +150,16 @@ def simulate(
         calibration = _calibration_images(recipe, model, work, watch)
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out / "plan.safetensors")
+    shown = (picked or calibration).spread(limit or len(picked or calibration))
+    reference = Reference(refined, plan, model)
+
+    def tell(done: int, total: int) -> None:
+        watch.progress(done, total, {})
+
+    watch.stage("float", False)
+    floats = logits_of(reference.float, shown, progress=tell)
     watch.stage("compare", False)
-    found = compare(
-        Reference(refined, plan, model),
-        (picked or calibration).spread(limit or len(picked or calibration)),
-        progress=lambda done, total: watch.progress(done, total, {}),
-    )
+    found = compare(reference, shown, floats, progress=tell)
     found = replace(found, student=calibration.student is not None)
     with written_whole(out / "report.json") as temporary:
         temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")

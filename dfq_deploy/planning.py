@@ -10,6 +10,7 @@ from pathlib import Path
 
 from calibrators.blocks import reconstruct
 from calibrators.errors import ImagesError
+from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
 from calibrators.scheme import SCHEMES
@@ -17,9 +18,15 @@ from dfq_deploy.building import made_with
 from dfq_deploy.choices import blocks_of, passes_of, scheme_of
 from dfq_deploy.formats import Job, formats_of
 from dfq_deploy.models import Model
+from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined, save_weights
 
-__all__ = ["plan_of"]
+__all__ = ["plan_of", "suited"]
+
+
+def suited(recipe: CalibrateRecipe, images: ImageSet) -> CalibrateRecipe:
+    """`recipe` for these images: a student that came with them has learned to be rounded as it is, with no passes."""
+    return replace(recipe, refine="none") if images.student and recipe.refine == "default" else recipe
 
 
 def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
@@ -31,8 +38,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
         ImagesError: The student that came with the images is for another model or other formats.
     """
-    if job.images.student and job.recipe.refine == "default":
-        job = replace(job, recipe=replace(job.recipe, refine="none"))  # it has learned to be rounded as it is
+    job = replace(job, recipe=suited(job.recipe, job.images))
     recipe, model, images, work = job.recipe, job.model, job.images, job.work
     scheme, blocks, passes = scheme_of(recipe), blocks_of(recipe), passes_of(recipe)
     transforms, corrections, reconstructions = (

@@ -17,10 +17,17 @@ from calibrators.sites import Mode, QuantSite, set_mode, sites_of
 from dfq_deploy.models import Model
 from exporters.census import Body
 
-__all__ = ["Reference"]
+__all__ = ["Reference", "float_logits"]
 
 _MOVE = 1e-6  # relative; about eight float32 roundings
 _BODIES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def float_logits(model: Model, images: np.ndarray) -> np.ndarray:
+    """Logits of `model` as it is, (N, classes) float32."""
+    with torch.inference_mode():
+        logits: np.ndarray = model.module(torch.from_numpy(images)).numpy()
+    return logits
 
 
 class Reference:
@@ -46,14 +53,12 @@ class Reference:
                 fix="make the plan again, or pass the --checkpoint that it was made with.",
             )
         self._module = model.module
-        self._floats = (floats or model).module
+        self._floats = floats or model
         self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
         """Logits of the float model, (N, classes) float32."""
-        with torch.inference_mode():
-            logits: np.ndarray = self._floats(torch.from_numpy(images)).numpy()
-        return logits
+        return float_logits(self._floats, images)
 
     def quantized(self, images: np.ndarray) -> np.ndarray:
         """Logits under the plan, (N, classes) float32."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and 
     from dfq_deploy.analysis import Sensitivity
     from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
+    from dfq_deploy.generator_results import GeneratorBench
     from dfq_deploy.simulation import Simulation
     from dfq_deploy.sparing import Massive
 
@@ -29,6 +30,7 @@ __all__ = [
     "print_converted",
     "print_engine",
     "print_findings",
+    "print_generators",
     "print_images",
     "print_path",
     "print_plan",
@@ -95,6 +97,32 @@ def print_simulation(found: "Simulation", folder: Path) -> None:
     if found.drop is not None:
         _console.print("simulated loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"report: {folder / 'report.json'}")
+
+
+def print_generators(found: "GeneratorBench", folder: Path) -> None:
+    """A benchmark of generators: a row per quantizer and kind of images, and why a share is missing."""
+    _console.print(
+        f"{found.model}: float top-1 {found.float_top1:.2f} %, {found.n} images, {found.images}", style="bold"
+    )
+    for scheme, refine in dict.fromkeys((row.scheme, row.refine) for row in found.rows):
+        table = Table(title=f"\n{scheme}, refine {refine}", title_justify="left", box=None, pad_edge=False)
+        for column in ("images", "points lost", "= float, %", "SQNR, dB", "way, %", "s", "passes"):
+            table.add_column(column, justify="left" if column == "images" else "right", no_wrap=True)
+        for row in found.rows:
+            if (row.scheme, row.refine) == (scheme, refine):
+                figures = (row.shown("drop"), row.shown("agreement"), row.shown("sqnr_db", 1))
+                seconds = row.spread("seconds")
+                way, passes = (
+                    " / ".join(v or "-" for v in pair) if any(pair) else "" for pair in (row.shares(), row.passes())
+                )
+                table.add_row(row.generator, *figures, way, f"{seconds.mean:.1f}" if seconds else "", passes)
+        _console.print(table)
+    _console.print(f"\nmean ± standard deviation over seeds {found.settings['seeds']}; s: seconds to make the images")
+    _console.print("way: from noise (0) to real images (100), by agreement with float / by top-1")
+    _console.print("passes of the whole model: forward / backward, per image")
+    for note in found.notes():
+        _console.print(f"  no way told in {note}")
+    _console.print(f"figures, table and chart: {folder / 'generators'}.json, .md, .png")
 
 
 def print_engine(facts: EngineFacts, folder: Path) -> None:

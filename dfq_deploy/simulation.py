@@ -1,6 +1,7 @@
 """What a plan is worth, computed in PyTorch: the reference against the float model, with no engine in between.
 
-For number formats that no run-time has kernels for. It says how accurate they are, not how fast anything would be.
+For number formats that no run-time has kernels for. It says how accurate they are, not how fast anything would be. The
+float model's logits are computed by themselves, so that many plans can be held against them.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from calibrators.images import ImageSet
 from dfq_deploy.evaluate import Share, mean_with_interval, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 
-__all__ = ["Simulation", "compare"]
+__all__ = ["Simulation", "compare", "logits_of"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,33 @@ class Simulation:
         return found
 
 
-def compare(
-    reference: Reference,
+def logits_of(
+    network: Callable[[np.ndarray], np.ndarray],
     images: ImageSet,
     *,
     batch_size: int = 16,
+    progress: Callable[[int, int], object] = lambda *_: None,
+) -> np.ndarray:
+    """What `network` makes of all images, (N, classes) float64.
+
+    Args:
+        network: A model, a batch of images in, logits out: `Reference.float`, `Reference.quantized`.
+        images: What it is shown.
+        batch_size: Images per forward pass.
+        progress: Called with images done and in all.
+    """
+    parts: list[np.ndarray] = []
+    for batch in images.batches(batch_size):
+        parts.append(network(batch))
+        progress(sum(map(len, parts)), len(images))
+    return np.concatenate(parts).astype(np.float64)
+
+
+def compare(
+    reference: Reference,
+    images: ImageSet,
+    floats: np.ndarray,
+    *,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Simulation:
     """Compare a reference with the float model.
@@ -58,15 +81,10 @@ def compare(
     Args:
         reference: The torch model under a plan.
         images: What to compare on, real or synthetic, labelled or not.
-        batch_size: Images per forward pass.
+        floats: The float model's logits on them, see `logits_of`.
         progress: Called with images done and in all.
     """
-    parts: dict[str, list[np.ndarray]] = {"float": [], "simulated": []}
-    for batch in images.batches(batch_size):
-        parts["float"].append(reference.float(batch))
-        parts["simulated"].append(reference.quantized(batch))
-        progress(sum(map(len, parts["float"])), len(images))
-    logits = {name: np.concatenate(part).astype(np.float64) for name, part in parts.items()}
+    logits = {"float": floats, "simulated": logits_of(reference.quantized, images, progress=progress)}
     best = {name: values.argmax(1) for name, values in logits.items()}
     top1 = drop = None
     if images.labels is not None:

@@ -279,6 +279,7 @@ def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
         "check",
         "sensitivity",
         "simulate",
+        "bench",
         "infer",
         "show",
         "convert",

@@ -26,6 +26,7 @@ from dfq_deploy.generation.losses import (
     total_variation_scale,
 )
 from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.priors import rectangles
 from dfq_deploy.generation.taps import attention_taps, captured
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -412,6 +413,37 @@ def test_one_seed_gives_the_same_bytes(suited: Model, few_steps: None, tmp_path,
     assert first == again
     assert ImageSet.load(tmp_path / "a").fingerprint != ImageSet.load(tmp_path / "c").fingerprint
     assert first != other
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("psaq_v1", 3), ("dfq", 3), ("zeroq", 3), ("psaq_v2", 3), ("noise", 0), ("dead_leaves", 0)]
+)
+def test_the_passes_per_image_are_those_of_the_schedule(
+    suited: Model, few_steps: None, monkeypatch: pytest.MonkeyPatch, name: str, passes: int
+):
+    monkeypatch.setattr(batching, "BATCH", 2)
+    made = pick(GENERATORS, name).generate(suited, GenerateOptions(3)).made_by
+    assert made["passes"] == {"forward": passes, "backward": passes}
+
+
+def test_parts_of_images_are_passes_too(demo: Model, few_steps: None, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+
+    def counted(*arguments) -> torch.Tensor:
+        drawn.append(rectangles(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(spdfq, "rectangles", counted)
+    made = spdfq.generate(demo, GenerateOptions(4)).made_by
+    shown = 3 * (4 + len(drawn[0])) / 4
+    assert made["passes"] == {"forward": shown, "backward": shown}
+    assert shown > 3
+
+
+def test_a_stage_that_ends_early_takes_fewer_passes(demo: Model):
+    flat = Term("flat", 1.0, lambda view: view.pixels.sum() * 0)
+    made = run_loop(demo, flat, steps=100, plateau=0.001)
+    assert (made.forward, made.backward) == (60 * 2, 60 * 2)
 
 
 @pytest.mark.parametrize("name", names(GENERATORS))

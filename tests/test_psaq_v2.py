@@ -71,6 +71,20 @@ def _kept(folder: Path, stage: str) -> Path:
 # The competition.
 
 
+def test_the_students_passes_count_too(demo: Model, made: ImageSet) -> None:
+    alone, against, learning = 3 + 4, 4, 4
+    each = {"forward": alone + against + learning, "backward": alone + against + learning}
+    assert made.made_by["passes"] == each
+    assert psaq_v2.generate(demo, _options(9, "w8a8")).made_by["passes"] == each, (
+        "its parts of 8 are counted as one pass"
+    )
+
+
+def test_passes_are_those_of_each_batch(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "BATCH", 2)
+    assert psaq_v2.generate(demo, _options(3, "w4a4")).made_by["passes"] == {"forward": 15, "backward": 15}
+
+
 def _learner(model: Model, scheme: str) -> psaq_v2._Learner:
     """A learner that joins at once."""
     learner = psaq_v2._Learner(model, _options(1, scheme).formats, exact=True)

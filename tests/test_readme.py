@@ -93,6 +93,9 @@ def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureF
     assert {name for name in app if not name.startswith("-")} <= commands
     for command in commands:
         assert app[command] is not None
+        for below in app[command]:
+            assert below.startswith("-") or f"`dfq-deploy {command} {below}" in README
+            run([command, below, "--help"])
     for command in commands:
         run([command, "--help"])
     helped = capsys.readouterr().out

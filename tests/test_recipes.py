@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_goes_on_with_the_batches_that_are_missing(
     model = model_of(Small(64), (64, 64))
     generate = pick(GENERATORS, generator).generate
     whole = generate(model, GenerateOptions(5, 3))
-    steps = len(model.module.seen)
+    steps, seen = len(model.module.seen), sum(model.module.seen)
 
     def killed(step: int, *_: object) -> None:
         if step > 4:  # of 6: in the last of three batches
@@ -208,6 +208,8 @@ def test_a_run_that_was_killed_goes_on_with_the_batches_that_are_missing(
     assert len(model.module.seen) == steps - 4
     np.testing.assert_array_equal(resumed.pixels[:], whole.pixels)
     assert resumed.made_by == whole.made_by
+    probes = 2 * (2 if generator == "spdfq" else 1)  # images that show the shapes
+    assert resumed.made_by["passes"]["forward"] == (seen - probes) / 5
     assert told == [pytest.approx(share) for share in (1 / 3, 2 / 3, 1)]
     other = generate(model, GenerateOptions(5, 4, keep_in=tmp_path))
     assert other.fingerprint != whole.fingerprint

@@ -8,6 +8,7 @@ knows what is made.
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,13 +90,18 @@ def _tell_share(
 
 
 def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[str, Any]:
-    """Facts for `ImageSet.made_by` that repeat a synthetic set."""
+    """Facts for `ImageSet.made_by` that repeat a synthetic set.
+
+    `passes` are those of the whole network, per image that is made: none, where no loop says otherwise. Seconds are not
+    among the facts, since one seed gives the same bytes.
+    """
     return {
         "generator": generator,
         "count": options.count,
         "seed": options.seed,
         "exact": options.exact,
         "batch": BATCH,
+        "passes": {"forward": 0.0, "backward": 0.0},
         "model": model.name,
         "model_fingerprint": model.fingerprint,
         "torch": torch.__version__,
@@ -135,6 +141,10 @@ def optimised_set(
         "steps": [batch.steps for batch in made],
         "loss": [[batch.first, batch.last] for batch in made],
         "batch": max(len(batch.pixels) for batch in made),
+        "passes": {
+            "forward": sum(batch.forward for batch in made) / options.count,
+            "backward": sum(batch.backward for batch in made) / options.count,
+        },
     }
     pixels = np.concatenate([batch.pixels for batch in made])
     return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=origin | facts)
@@ -158,6 +168,6 @@ def _kept(
         progress(1, 1, {})
         return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
     made = one_batch(size, generator, progress)
-    of_loop = {"precision": made.precision, "steps": made.steps, "first": made.first, "last": made.last}
+    of_loop = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "pixels"}
     ImageSet.of(made.pixels, model.preprocess, source="batch", made_by=of_loop).save(path)
     return made

@@ -105,6 +105,8 @@ class Optimised:
         steps: How many steps it took.
         first: Each term in the first step, without its weight.
         last: Each term in the last step.
+        forward: Images that went forward through a whole network, counted once per pass.
+        backward: Images whose gradient came back through one.
     """
 
     pixels: np.ndarray
@@ -112,6 +114,8 @@ class Optimised:
     steps: int
     first: Mapping[str, float]
     last: Mapping[str, float]
+    forward: int
+    backward: int
 
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
@@ -169,11 +173,19 @@ def optimise(
     if trace.steps < schedule.steps:
         progress(schedule.steps, schedule.steps, trace.terms(-1))
     precision = str(dtype or torch.float32).removeprefix("torch.")
-    return Optimised(loop.pixels.cpu().numpy(), precision, trace.steps, trace.terms(0), trace.terms(-1))
+    return Optimised(
+        pixels=loop.pixels.cpu().numpy(),
+        precision=precision,
+        steps=trace.steps,
+        first=trace.terms(0),
+        last=trace.terms(-1),
+        forward=loop.shown,
+        backward=loop.shown,
+    )
 
 
 class _Loop:
-    """What goes on from step to step: the images, Adam's state and the trace of the terms."""
+    """What goes on from step to step: the images, Adam's state, the trace of the terms, and how many were shown."""
 
     def __init__(
         self,
@@ -193,6 +205,7 @@ class _Loop:
         self._weights = torch.tensor([term.weight for term in terms], device=self.device)
         self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
         self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
+        self.shown = 0
 
     def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> View:
         """Show the images to the model, move them by Adam at learning rate `rate`; returns what was seen, detached."""
@@ -209,6 +222,7 @@ class _Loop:
         self._adam.step()
         torch.clamp(self.pixels, self._low, self._high, out=self.pixels)
         self.trace.keep(values.detach())
+        self.shown += len(shown)
         return View(step, shown.detach(), outputs.detach().float(), {})
 
 

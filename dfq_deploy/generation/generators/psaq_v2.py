@@ -88,8 +88,9 @@ def _one_batch(
     terms = [Term("patch_similarity", 1.0, compared), Term("total_variation", _ROUGHNESS, rough)]
     if learner:
         terms.append(Term("discrepancy", -_AGAINST, learner.against))
+    before = learner.shown if learner else 0
     try:
-        return optimise(
+        made = optimise(
             model,
             start,
             layers={tap.name: tap.layer for tap in taps},
@@ -104,6 +105,8 @@ def _one_batch(
         if learner:
             learner.begin()
         raise
+    more = learner.shown - before if learner else 0
+    return replace(made, forward=made.forward + more, backward=made.backward + more)
 
 
 def _stages(exact: bool) -> tuple[Stage, Stage]:
@@ -115,6 +118,8 @@ class _Learner:
 
     Attributes:
         losses: Its discrepancy in each step, as it was before it learned from that step's images.
+        shown: Images that went through it, forward and backward, counted once per pass; those that only its ranges
+            were read from are not among them.
     """
 
     def __init__(self, model: Model, formats: Formats, exact: bool) -> None:
@@ -130,6 +135,7 @@ class _Learner:
         self._parameters = list(self._student.module.parameters())
         self._adam = torch.optim.Adam(self._parameters, lr=_LEARNING_RATE)
         self.losses: list[Tensor] = []
+        self.shown = 0
 
     def against(self, view: View) -> Tensor:
         """The discrepancy on the images of a step, which they are to raise; 0 before the student joins."""
@@ -163,6 +169,7 @@ class _Learner:
     def _discrepancy(self, pixels: Tensor, wanted: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             outputs = self._student.module(pixels)
+        self.shown += len(pixels)
         return discrepancy(outputs.float(), wanted)
 
     def _calibrate(self, pixels: Tensor) -> None:

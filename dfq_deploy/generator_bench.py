@@ -1,0 +1,277 @@
+"""Which generator's images calibrate best: many sets of images, one quantizer, the same labelled images to judge by.
+
+Comes in: a model and a `GeneratorsRecipe`. Goes out: a `GeneratorBench`, and the folder's JSON, table and chart. Every
+set of images and every single result is a file in `work/`, so that a run that was killed goes on where it was, and one
+with more seeds or schemes computes what is missing. Nothing is printed.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibrators.errors import ImagesError
+from calibrators.files import written_whole
+from calibrators.images import ImageSet
+from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe
+from dfq_deploy.building import made_with
+from dfq_deploy.charts import plot_generators
+from dfq_deploy.choices import passes_of
+from dfq_deploy.evaluate import Share, without_nan
+from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_on
+from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.generators import STUDENTS
+from dfq_deploy.generation.making import make_images
+from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.opening import labelled_for, open_images
+from dfq_deploy.planning import plan_of, suited
+from dfq_deploy.reference import Reference, float_logits
+from dfq_deploy.simulation import compare, logits_of
+from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.workspace import Workspace
+
+__all__ = ["bench_generators"]
+
+_PARTS = 1000  # that the making of one set is told in
+
+
+def bench_generators(
+    recipe: GeneratorsRecipe,
+    out: str | Path,
+    *,
+    images: str | None = None,
+    real: str | None = None,
+    limit: int | None = None,
+    watch: Watch = SILENT,
+) -> GeneratorBench:
+    """Calibrate on the images of each generator, and measure what the model is worth then; simulated in PyTorch.
+
+    Args:
+        recipe: The model, the generators, the number formats, the refine passes and the seeds.
+        out: Folder of `generators.json`, `.md` and `.png`; what is finished is kept in its `work/`.
+        images: Labelled images to judge by (`folder:PATH`, `npz:PATH`, a file). None: those that the model brings along
+            (the demo does).
+        real: Real images to calibrate on, for comparison; each seed draws as many as the recipe counts. None: there are
+            none, and nothing can be said of how far a generator goes from noise to them.
+        limit: Judge by this many of the images, evenly spaced.
+        watch: Told how it goes, and of each row when it is finished.
+
+    Raises:
+        DeployError: A generator cannot work on the model, or images cannot be had; what was finished stays.
+    """
+    out = Path(out)
+    watch.stage("model", False)
+    model = load_model(
+        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
+    )
+    judges = _labelled(model, images)
+    judges = judges if limit is None else judges.spread(limit)
+    pool = None if real is None else _enough(open_images(real, model.preprocess), recipe.count)
+    with Workspace(out, SILENT.stage) as work:
+        watch.stage("float", False)
+        desk = _Desk(recipe, model, judges, _floats(model, judges, work, watch), pool, work)
+        for generator in desk.generators:
+            watch.stage(generator, False)
+            _make_all(desk, generator, watch)
+        watch.stage("results", False)
+        found = _measured(desk, watch)
+    found.save(out)
+    plot_generators(found, out / "generators.png")
+    return found
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What the benchmark works with.
+
+    Attributes:
+        recipe: What is asked for.
+        model: The model.
+        judges: Labelled images that all results are measured on.
+        floats: The float model's logits on them.
+        pool: Real calibration images to draw from, or None.
+        work: Where finished sets and results are kept.
+    """
+
+    recipe: GeneratorsRecipe
+    model: Model
+    judges: ImageSet
+    floats: np.ndarray
+    pool: ImageSet | None
+    work: Workspace
+
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """The kinds of images, real ones last."""
+        return self.recipe.generator_names + ((REAL,) if self.pool else ())
+
+    def images(self, generator: str, scheme: str, seed: int, progress: Progress = quiet) -> tuple[ImageSet, Path]:
+        """A set of images, from its file or made now, and that file. Those that bring a student are made per scheme."""
+        name, quantizer = f"images-{generator}", self.recipe.quantizer(scheme)
+        facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
+        options = GenerateOptions(self.recipe.count, seed, formats=partial(formats_on, quantizer))
+        make = partial(self._make, generator, options, progress)
+        if generator in STUDENTS:
+            name += f"-{scheme}"
+            facts += [getattr(quantizer, field) for field in FORMAT_FIELDS]
+        if generator == REAL and self.pool is not None:
+            facts.append(self.pool.fingerprint)
+            make = partial(_draw, self.pool, self.recipe.count, seed)
+        path = self.work.stage(f"{name}-{seed}", ".safetensors", facts, make)
+        return ImageSet.load(path), path
+
+    def _make(self, generator: str, options: GenerateOptions, progress: Progress, path: Path) -> None:
+        """Make a set, from its beginning, so that the seconds beside it are those of the whole."""
+        began = time.monotonic()
+        made = make_images([generator], self.model, options, progress=progress)
+        _write(_seconds_beside(path), time.monotonic() - began)
+        made.save(path)
+
+    def result(self, scheme: str, refine: str, generator: str, seed: int) -> Result:
+        """What one set of images gives under one quantizer, from its file or measured now."""
+        images, path = self.images(generator, scheme, seed)
+        recipe = suited(self.recipe.quantizer(scheme, refine), images)
+        facts = [scheme, passes_of(recipe), images.fingerprint, *_judged_by(self.model, self.judges)]
+        name = f"result-{scheme}-{recipe.refine}-{generator}-{seed}"
+
+        def measure(path: Path) -> None:
+            plan, refined, _files = plan_of(Job(recipe, self.model, images, self.work, SILENT))
+            reference = Reference(refined, plan, self.model)
+            found = compare(reference, self.judges, self.floats)
+            assert found.top1 is not None and found.drop is not None
+            figures = {
+                "drop": found.drop[0],
+                "top1": found.top1["simulated"].percent,
+                "agreement": found.agreement.percent,
+                "sqnr_db": found.sqnr_db,
+            }
+            _write(path, without_nan(figures))
+
+        figures = _read(self.work.stage(name, ".json", facts, measure))
+        known = {figure: np.nan if value is None else value for figure, value in figures.items()}
+        passes = images.made_by.get("passes", {"forward": None, "backward": None})
+        seconds = None if generator == REAL else _read(_seconds_beside(path))
+        return Result(seed, **known, seconds=seconds, **passes)
+
+
+def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np.ndarray:
+    """The float model's logits on the images that all is judged by: computed once for all results."""
+
+    def write(path: Path) -> None:
+        logits = logits_of(
+            partial(float_logits, model), judges, progress=lambda done, total: watch.progress(done, total, {})
+        )
+        with written_whole(path) as temporary:
+            np.save(temporary, logits)
+
+    floats: np.ndarray = np.load(work.stage("logits", ".npy", _judged_by(model, judges), write))
+    return floats
+
+
+def _judged_by(model: Model, judges: ImageSet) -> list[Any]:
+    return [judges.fingerprint, model.fingerprint, made_with()]
+
+
+def _make_all(desk: _Desk, generator: str, watch: Watch) -> None:
+    """Make all sets of one generator that are missing."""
+    schemes = desk.recipe.scheme_names if generator in STUDENTS else desk.recipe.scheme_names[:1]
+    sets = [(scheme, seed) for scheme in schemes for seed in desk.recipe.seed_numbers]
+    for number, (scheme, seed) in enumerate(sets):
+
+        def tell(step: int, steps: int, terms: Mapping[str, float], before: int = number * _PARTS) -> None:
+            watch.progress(before + _PARTS * step // steps, len(sets) * _PARTS, terms)
+
+        desk.images(generator, scheme, seed, tell)
+        tell(1, 1, {})
+
+
+def _measured(desk: _Desk, watch: Watch) -> GeneratorBench:
+    """All results, row after row."""
+    recipe, judges = desk.recipe, desk.judges
+    quantizers = list(itertools.product(recipe.scheme_names, recipe.refine))
+    seeds = recipe.seed_numbers
+    total = len(quantizers) * len(desk.generators) * len(seeds)
+    gaps: list[Gap] = []
+    rows: list[Row] = []
+    for scheme, refine in quantizers:
+        own: list[Row] = []
+        for generator in desk.generators:
+            results: list[Result] = []
+            for seed in seeds:
+                results.append(desk.result(scheme, refine, generator, seed))
+                watch.progress(len(seeds) * (len(rows) + len(own)) + len(results), total, {})
+            own.append(Row(scheme, refine, generator, tuple(results)))
+            watch.tell(str(own[-1]))
+        found = gaps_of(own)
+        gaps += found
+        rows += [row.between(found) for row in own]
+    return GeneratorBench(
+        model=desk.model.name,
+        float_top1=Share.of(desk.floats.argmax(1) == judges.labels).percent,
+        n=len(judges),
+        images=judges.source,
+        settings={
+            **asdict(recipe),
+            "checkpoint": recipe.checkpoint and recipe.checkpoint.name,
+            "spare": recipe.quantizer(recipe.scheme_names[0]).spare,
+            "real": desk.pool and desk.pool.source,
+        },
+        versions=made_with(),
+        threads=torch.get_num_threads(),
+        gaps=tuple(gaps),
+        rows=tuple(rows),
+    )
+
+
+def _labelled(model: Model, place: str | None) -> ImageSet:
+    """The labelled images at `place`, or those that come with the model."""
+    place = place or (f"npz:{model.labelled}" if model.labelled else None)
+    images = labelled_for(model, open_images(place, model.preprocess)) if place else None
+    if images is None or images.labels is None:
+        raise ImagesError(
+            what=f"{images.source} has no labels." if images else f"no labelled images come with `{model.name}`.",
+            why="what is lost by quantization is counted in labels.",
+            fix="pass --images folder:PATH, with a sub-folder per class or a labels.csv.",
+        )
+    return images
+
+
+def _enough(pool: ImageSet, count: int) -> ImageSet:
+    """`pool`, out of which sets can be drawn."""
+    if len(pool) < count:
+        raise ImagesError(
+            what=f"{pool.source} holds {len(pool)} images, and each set takes {count}.",
+            why="real images stand beside as many synthetic ones, and none is taken twice.",
+            fix=f"pass more with --real, or --count {len(pool)}.",
+        )
+    return pool
+
+
+def _draw(pool: ImageSet, count: int, seed: int, path: Path) -> None:
+    """Draw a set of real images, none twice."""
+    drawn = np.random.default_rng(seed).choice(len(pool), count, replace=False)
+    pixels = np.concatenate([pool.pixels[i : i + 1] for i in sorted(drawn.tolist())])
+    ImageSet.of(pixels, pool.preprocess, source=f"{count} of {pool.source}").save(path)
+
+
+def _seconds_beside(path: Path) -> Path:
+    """Where the seconds stand that it took to make the images in `path`: not in it, whose bytes its seed decides."""
+    return path.with_name(f"{path.name}.seconds")
+
+
+def _write(path: Path, value: object) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
