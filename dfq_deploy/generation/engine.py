@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibrators.errors import ImagesError
 from dfq_deploy.generation import Progress
 from dfq_deploy.generation.taps import captured
+from dfq_deploy.generation.trace import Trace
 from dfq_deploy.generation.written_out import attention_written_out
 from dfq_deploy.models import Model
 
 __all__ = ["Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
 
 _LOOK_EVERY = 10  # steps between two looks at the loss: for progress, NaN and the plateau
-_WINDOW = 20  # steps over which the loss is averaged to tell a plateau
 _BETAS = (0.5, 0.9)  # Adam's, as in PSAQ-ViT
 
 
@@ -204,7 +203,7 @@ class _Loop:
         self._moves = _Moves.drawn(schedule, model.preprocess.size, generator, self.device)
         self._weights = torch.tensor([term.weight for term in terms], device=self.device)
         self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
-        self.trace = _Trace([term.name for term in terms], self._weights, schedule.steps)
+        self.trace = Trace([term.name for term in terms], self._weights, schedule.steps)
         self.shown = 0
 
     def step(self, step: int, rate: float, inputs: Mapping[str, Tensor]) -> View:
@@ -262,54 +261,3 @@ class _Moves:
     def moved_back(self, gradient: Tensor, step: int) -> Tensor:
         """The gradient of the images from the gradient of what was shown."""
         return gradient.index_select(2, self.rows_back[step]).index_select(3, self.columns_back[step])
-
-
-class _Trace:
-    """Each term's value in each step, kept on the device until someone looks."""
-
-    def __init__(self, names: Sequence[str], weights: Tensor, steps: int) -> None:
-        self._names = names
-        self._weights = weights.tolist()
-        self._waiting = torch.empty(steps, len(names), device=weights.device)
-        self._kept = 0
-        self._rows: list[list[float]] = []
-
-    @property
-    def steps(self) -> int:
-        """Steps that were looked at."""
-        return len(self._rows)
-
-    def keep(self, values: Tensor) -> None:
-        """Note the terms (T,) of the next step."""
-        self._waiting[self._kept] = values
-        self._kept += 1
-
-    def look(self) -> dict[str, float]:
-        """Mean of each term since the last look.
-
-        Raises:
-            ImagesError: One of them is not finite.
-        """
-        fresh = self._waiting[len(self._rows) : self._kept].tolist()
-        for row in fresh:
-            self._rows.append(row)
-            for name, value in zip(self._names, row, strict=True):
-                if not math.isfinite(value):
-                    raise ImagesError(
-                        what=f"synthesis broke down in step {len(self._rows)}: the term `{name}` is {value}.",
-                        why="the model puts out NaN or Inf for these images, or the images left float32's range.",
-                        fix="check the weights, try another --seed, or use the generator `noise`.",
-                    )
-        return dict(zip(self._names, np.mean(fresh, axis=0).tolist(), strict=True))
-
-    def terms(self, step: int) -> dict[str, float]:
-        """Each term in one step."""
-        return dict(zip(self._names, self._rows[step], strict=True))
-
-    def flat(self, cooling: int, share: float) -> bool:
-        """Whether the loss stopped falling, as `Schedule.plateau` says, within the last `cooling` steps."""
-        if cooling < 2 * _WINDOW:
-            return False
-        totals = np.asarray(self._rows) @ np.asarray(self._weights)
-        before, now = totals[-2 * _WINDOW : -_WINDOW].mean(), totals[-_WINDOW:].mean()
-        return bool(before - now <= share * (totals[0] - now))
