@@ -45,7 +45,6 @@ app = cyclopts.App(
     suppress_keyboard_interrupt=False,  # `run` says it in three lines
 )
 app.meta.suppress_keyboard_interrupt = False  # which cyclopts does not pass on
-app.command(bench)
 
 
 @app.command
@@ -250,6 +249,9 @@ def convert(
 def doctor() -> int:
     """Say what is installed, what that enables, and what would go wrong."""
     return shown.print_findings(dfq.diagnose())
+
+
+app.command(bench)
 
 
 @app.meta.default
