@@ -9,7 +9,7 @@ here: production uses this file too.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,7 +24,7 @@ from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.student import Student
 
-__all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set"]
+__all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set", "joined"]
 
 _HEADER = "dfq_imageset"
 _FORMAT = 1
@@ -247,6 +247,25 @@ class ImageSet:
                 fix="make it again with `dfq-deploy generate`.",
             )
         return images
+
+
+def joined(sets: Sequence[ImageSet]) -> ImageSet:
+    """The images of several sets with the same preprocessing as one, without labels, in memory.
+
+    Raises:
+        ImagesError: One of them brings a student, which serves its own images.
+    """
+    if any(images.student for images in sets):
+        raise ImagesError(
+            what="sets of images with a student cannot be joined.",
+            why="a student learned from its own images, and a model can have the weights of one.",
+            fix="pass one of them.",
+        )
+    sources = " and ".join(dict.fromkeys(images.source for images in sets))
+    pixels = np.concatenate([images.pixels[: len(images)] for images in sets])
+    return ImageSet.of(
+        pixels, sets[0].preprocess, source=sources, made_by={"parts": [images.made_by for images in sets]}
+    )
 
 
 def is_image_set(path: Path) -> bool:

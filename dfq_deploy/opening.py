@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibrators.errors import BundleError, ImagesError, NotHereError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet, Preprocess, joined
 from calibrators.registry import names, pick
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -95,7 +95,7 @@ def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, st
 
 
 def open_images(place: str, preprocess: Preprocess) -> ImageSet:
-    """The images at `folder:PATH`, `npz:PATH` or in an ImageSet file.
+    """The images at `folder:PATH`, `npz:PATH` or in an ImageSet file, or in several of these with commas between them.
 
     Raises:
         ImagesError: There are none, or they were made for another model.
@@ -105,6 +105,9 @@ def open_images(place: str, preprocess: Preprocess) -> ImageSet:
         images: ImageSet = pick("calibrators.sources", kind).open_images(Path(path), preprocess)
         return images
     if not Path(place).is_file():
+        parts = place.split(",")
+        if len(parts) > 1 and all(Path(part).is_file() for part in parts):
+            return joined([open_images(part, preprocess) for part in parts])
         raise ImagesError(
             what=f"`{place}` names no images.",
             why=f"it is neither a file nor one of {', '.join(f'{k}:PATH' for k in names('calibrators.sources'))}.",

@@ -290,7 +290,12 @@ def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) ->
     whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
     batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
     options = GenerateOptions(
-        recipe.count, recipe.seed, recipe.exact, formats=functools.partial(formats_on, whole), keep_in=batches
+        count=recipe.count,
+        first=recipe.first,
+        seed=recipe.seed,
+        exact=recipe.exact,
+        formats=functools.partial(formats_on, whole),
+        keep_in=batches,
     )
     make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
     shutil.rmtree(batches, ignore_errors=True)
@@ -299,7 +304,7 @@ def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) ->
 def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
     if recipe.calib != "synthetic":
         return open_images(recipe.calib, model.preprocess)
-    facts = [recipe.generator, recipe.count, recipe.seed, recipe.exact, model.fingerprint, made_with()]
+    facts = [recipe.generator, recipe.count, recipe.first, recipe.seed, recipe.exact, model.fingerprint, made_with()]
     if set(STUDENTS) & set(recipe.generator.split(",")):
         facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
     path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))

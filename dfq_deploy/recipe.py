@@ -14,6 +14,8 @@ from calibrators.errors import RecipeError
 from calibrators.files import written_whole
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
+from dfq_deploy.generation import BATCH
+from dfq_deploy.generation.generators import STUDENTS
 from exporters.backends import BuildOptions
 
 __all__ = [
@@ -91,8 +93,10 @@ class GenerateRecipe(ModelRecipe):
     dead_leaves, noise, zeroq (models with BatchNorm), or several with commas between them, which share the count."""
     exact: bool = False
     """Follow the paper's estimator and schedule to the letter; slower by an order of magnitude."""
-    count: int = 32
+    count: int = BATCH
     """Number of synthetic images."""
+    first: int = 0
+    """Number of the first one, a multiple of 32: several machines can make parts of a set, which --calib a,b joins."""
     scheme: SchemeName = "w8a8"
     """Formats: w8a8, w8a8_asym and w8a8_dynamic (ONNX Runtime), w8a8_fp8 (sm89 on), w4a16 (INT4 weights), float (no
     quantization); w4a8, w6a6 and w4a4 are for simulate only. Of generators they matter to psaq_v2 alone."""
@@ -105,7 +109,12 @@ class GenerateRecipe(ModelRecipe):
             _check_name("generator", name, names("dfq_deploy.generation.generators"))
         _check(self.count >= 1, f"--count {self.count} makes no images.", "at least one is needed.", "--count 32")
         wrong = f"--count {self.count} is too few for {len(asked)} generators."
-        _check(self.count >= len(asked), wrong, "each makes one image or more.", f"--count {32 * len(asked)}")
+        _check(self.count >= len(asked), wrong, "each makes one image or more.", f"--count {BATCH * len(asked)}")
+        wrong = f"--first {self.first} begins no batch."
+        _check(self.first >= 0 and self.first % BATCH == 0, wrong, f"images are made {BATCH} at a time.", "--first 0")
+        alone = self.first == 0 or (len(asked) == 1 and asked[0] not in STUDENTS)
+        wrong = f"--first {self.first} cannot be had from {self.generator}."
+        _check(alone, wrong, "a student learns from all images; several generators share the count.", "--first 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,8 @@ class CalibrateRecipe(GenerateRecipe):
     """How images become a plan."""
 
     calib: str = "synthetic"
-    """Calibration images: synthetic, folder:PATH, npz:PATH, or a file made by `dfq-deploy generate`."""
+    """Calibration images: synthetic, folder:PATH, npz:PATH, or a file made by `dfq-deploy generate`; several such files
+    with commas between them count as one."""
     backend: BackendName = "ort"
     """What the plan and the engine are made for: ort (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX)."""
     provider: ProviderName = "cpu"

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from timm.data import create_transform
 
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet, Preprocess, is_image_set
+from calibrators.images import ImageSet, Preprocess, is_image_set, joined
 from calibrators.sources import folder, npz
+from calibrators.student import Student
 from dfq_deploy.models.loading import load_model
 
 SMALL = Preprocess((8, 8), 0.875, "center", "bicubic", (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
@@ -354,3 +355,18 @@ def test_a_bare_array_and_a_missing_file_are_no_archive(tmp_path: Path) -> None:
     (tmp_path / "bare.npz").write_bytes(bare.getvalue())
     for name in ("bare.npz", "missing.npz"):
         assert name in _refusal(lambda name=name: npz.open_images(tmp_path / name, SMALL)).what
+
+
+def test_sets_are_joined_in_their_order() -> None:
+    pixels = _pixels()
+    parts = [ImageSet.of(part, SMALL, source=source) for part, source in ((pixels[:2], "one"), (pixels[2:], "other"))]
+    whole = joined(parts)
+    assert whole.fingerprint == ImageSet.of(pixels, SMALL, source="all").fingerprint
+    assert whole.source == "one and other"
+
+
+def test_a_set_with_a_student_is_not_joined() -> None:
+    student = Student({"weight": np.ones(3, np.float32)}, "model", "w8a8")
+    taught = ImageSet.of(_pixels(), SMALL, source="taught", student=student)
+    with pytest.raises(ImagesError, match="with a student cannot be joined"):
+        joined([taught, ImageSet.of(_pixels(), SMALL, source="other")])

@@ -23,6 +23,7 @@ from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.opening import open_images
 from dfq_deploy.recipe import GenerateRecipe
 
 GENERATORS = "dfq_deploy.generation.generators"
@@ -244,3 +245,11 @@ def test_a_degenerate_set_is_refused(monkeypatch: pytest.MonkeyPatch, fault, sai
 
 def test_one_image_is_a_set():
     assert len(make_images(["noise"], load_model("demo"), GenerateOptions(1))) == 1
+
+
+def test_parts_that_were_made_apart_are_the_whole(demo: Model, tmp_path: Path) -> None:
+    for name, first, count in (("whole", 0, 40), ("begin", 0, 32), ("rest", 32, 8)):
+        recipe = GenerateRecipe(model="demo", generator="noise", count=count, first=first)
+        pipeline.generate(recipe, tmp_path / name)
+    parts = open_images(f"{tmp_path / 'begin'},{tmp_path / 'rest'}", demo.preprocess)
+    assert parts.fingerprint == open_images(str(tmp_path / "whole"), demo.preprocess).fingerprint

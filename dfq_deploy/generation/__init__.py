@@ -17,7 +17,10 @@ from calibrators.plan import QuantPlan
 if TYPE_CHECKING:  # the list of generators is shown without loading torch
     from dfq_deploy.models import Model
 
-__all__ = ["Formats", "GenerateOptions", "Progress", "quiet"]
+__all__ = ["BATCH", "Formats", "GenerateOptions", "Progress", "quiet"]
+
+BATCH = 32
+"""Images that are made together, at most."""
 
 Formats = Callable[["Model", ImageSet], QuantPlan]
 """Called with a model and images, gives the plan that calibration on these images would."""
@@ -41,10 +44,13 @@ class GenerateOptions:
         formats: What a student is to be rounded to, where the generator has one. None: there is none.
         keep_in: Folder in which batches that took long are kept, and found again by a run that makes the same. None:
             they are not kept.
+        first: Number of the first of them among all that the seed gives, a multiple of `BATCH`; they are those that
+            stand there in a set that begins at 0.
     """
 
-    count: int = 32
+    count: int = BATCH
     seed: int = 0
     exact: bool = False
     formats: Formats | None = None
     keep_in: Path | None = None
+    first: int = 0

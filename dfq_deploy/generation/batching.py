@@ -18,13 +18,11 @@ import torch
 from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
-from dfq_deploy.generation import GenerateOptions, Progress
+from dfq_deploy.generation import BATCH, GenerateOptions, Progress
 from dfq_deploy.generation.engine import Optimised
 from dfq_deploy.models import Model
 
-__all__ = ["BATCH", "batches", "in_batches", "optimised_set", "provenance"]
-
-BATCH = 32  # images that are made together, at most
+__all__ = ["batches", "in_batches", "optimised_set", "provenance"]
 
 _Made = TypeVar("_Made")
 
@@ -32,7 +30,7 @@ _Made = TypeVar("_Made")
 def batches(options: GenerateOptions, most: int | None = None) -> Iterator[tuple[int, torch.Generator]]:
     """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`."""
     most = most or BATCH
-    for number, start in enumerate(range(0, options.count, most)):
+    for number, start in enumerate(range(0, options.count, most), options.first // most):
         seed = np.random.SeedSequence((options.seed, number)).generate_state(1, np.uint64)
         yield min(most, options.count - start), torch.Generator().manual_seed(int(seed[0]))
 
@@ -98,6 +96,7 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
     return {
         "generator": generator,
         "count": options.count,
+        "first": options.first,
         "seed": options.seed,
         "exact": options.exact,
         "batch": BATCH,
@@ -161,7 +160,7 @@ def _kept(
 ) -> Optimised:
     """The batch from its file; made, and put there, if it is not."""
     device = next(model.module.parameters()).device.type
-    facts = [{**origin, "count": size}, generator.initial_seed(), device]
+    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed(), device]
     path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
     if path.exists():
         kept = ImageSet.load(path)

@@ -19,7 +19,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """`options.count` images of dead leaves for `model`, see `Generator`."""
     images = []
     for number in range(options.count):
-        images.append(dead_leaves(np.random.default_rng([options.seed, number]), model.preprocess))
+        images.append(dead_leaves(np.random.default_rng([options.seed, options.first + number]), model.preprocess))
         progress(number + 1, options.count, {})
     made_by = provenance("dead_leaves", model, options)
     return ImageSet.of(np.stack(images), model.preprocess, source="synthetic:dead_leaves", made_by=made_by)
