@@ -56,9 +56,7 @@ _MISTAKES = {
     "no number": ["export", *_NOISE, "--out", "o", "--count", "many"],
     "no images": ["export", *_NOISE, "--out", "o", "--count", "0"],
     "a part that begins no batch": ["export", *_NOISE, "--out", "o", "--first", "5"],
-    "a part of several generators": [
-        *["generate", "--model", "demo", "--generator", "noise,dfq", "--out", "o", "--first", "32"]
-    ],
+    "a part of several generators": ["export", *_NOISE[:3], "noise,dfq", "--out", "o", "--first", "32"],
     "a part for a student": ["generate", "--model", "demo", "--generator", "psaq_v2", "--out", "o", "--first", "32"],
     "a seed out of range": ["export", *_NOISE, "--out", "o", "--seed", "-1"],
     "a percentile out of range": ["export", *_NOISE, "--out", "o", "--percentile", "40"],
