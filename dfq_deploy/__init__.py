@@ -15,6 +15,7 @@ __all__ = [
     "ImageSetReader",
     "Recipe",
     "Runner",
+    "audit",
     "build",
     "calibrate",
     "check",
@@ -29,7 +30,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dfq_deploy.charts import plot_sensitivity
+    from dfq_deploy.audit import audit
+    from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
@@ -42,6 +44,7 @@ _HOMES = {
     "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
+    "audit": "audit",
     "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",
@@ -50,7 +53,7 @@ _HOMES = {
     "export": "pipeline",
     "generate": "pipeline",
     "load": "runtime",
-    "plot_sensitivity": "charts",
+    "plot_sensitivity": "charts.sensitivity",
     "sensitivity": "pipeline",
     "simulate": "pipeline",
 }

@@ -217,7 +217,7 @@ def test_infer_shows_the_asked_number_of_classes(desk: Path, capsys: pytest.Capt
     [("bundle", "demo, w8a8, for ort"), ("bundle/plan.safetensors", "w8a8: 32 sites"), ("images", "synthetic:noise")],
 )
 def test_show_knows_each_kind_of_file(desk: Path, capsys: pytest.CaptureFixture[str], path: str, wanted: str) -> None:
-    (images,) = Path("bundle/work").glob("images-*")
+    (images,) = Path("bundle/work").glob("images-*.safetensors")
     assert cli.run(["show", str(images) if path == "images" else path]) == 0
     assert wanted in capsys.readouterr().out.replace("\n", "")
 

@@ -1,7 +1,4 @@
-"""Charts: results as pictures for a report or a slide. Nothing is computed here.
-
-The only module that loads matplotlib, so that what draws nothing does without it.
-"""
+"""The chart of a sensitivity analysis: a bar per layer, the most harmful first."""
 
 import math
 from pathlib import Path
@@ -9,9 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibrators.errors import RecipeError
-from calibrators.files import written_whole
 from dfq_deploy.analysis import Sensitivity
+from dfq_deploy.charts.saving import check_format, save
 
 __all__ = ["plot_sensitivity"]
 
@@ -31,21 +27,14 @@ def plot_sensitivity(found: Sensitivity, path: str | Path) -> None:
         RecipeError: matplotlib writes no such format.
     """
     path = Path(path)
+    check_format(path)
     figure = Figure(figsize=(9, 2 + _ROW * (len(found.layers) + len(found.spared))), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix.lower().removeprefix(".") not in formats:
-        raise RecipeError(
-            what=f"`{path}` names no format of pictures.",
-            why=f"its suffix is `{path.suffix}`, and matplotlib writes {', '.join(sorted(formats))}.",
-            fix="pass a file that ends in .png or .svg.",
-        )
     axes = figure.subplots()
     _draw_bars(axes, found)
     axes.set_title(f"{found.model}, {found.scheme}\n{found.n} images, {found.images}", loc="left", fontsize=11)
     axes.set_xlabel("SQNR of the logits with this layer alone quantized, dB (the longer, the more noise)")
     figure.legend(loc="outside lower right", ncols=3, fontsize=8, frameon=False)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 def _draw_bars(axes: Axes, found: Sensitivity) -> None:
