@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dfq_deploy.audit import audit
+    from dfq_deploy.auditing import audit
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
@@ -44,7 +44,7 @@ _HOMES = {
     "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
-    "audit": "audit",
+    "audit": "auditing",
     "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",

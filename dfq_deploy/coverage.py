@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from calibrators.collectors import Subject
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.cut_off import CutOff, Reach, reach
-from calibrators.errors import PlanError
+from calibrators.errors import RecipeError
 from calibrators.images import ImageSet
 from calibrators.observers import MinMax, observer_named
 from calibrators.observing import observed
@@ -25,7 +25,7 @@ from dfq_deploy.formats import formats_from
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 
-__all__ = ["NOISE", "OWN", "Held", "SiteCoverage", "coverage"]
+__all__ = ["NOISE", "OWN", "Held", "SiteCoverage", "check_scheme", "coverage"]
 
 NOISE = "noise"
 OWN = "images"
@@ -67,6 +67,21 @@ class SiteCoverage:
     others: Mapping[str, Held]
 
 
+def check_scheme(scheme: str) -> None:
+    """Return if the scheme called `scheme` takes ranges of activations.
+
+    Raises:
+        RecipeError: It does not.
+    """
+    asked = scheme_named(scheme)
+    if asked.activation is None or asked.dynamic:
+        raise RecipeError(
+            what=f"`{scheme}` has no ranges to audit.",
+            why="run-times find them anew in every call." if asked.dynamic else "it leaves activations in float.",
+            fix="pass --scheme w8a8, or another that quantizes activations by ranges.",
+        )
+
+
 def coverage(
     model: Model,
     scheme: str,
@@ -79,13 +94,13 @@ def coverage(
 
     Args:
         model: The model whose activations are quantized.
-        scheme: Name of a scheme; where it is placed is as in an export for ONNX Runtime.
+        scheme: Name of a scheme that `check_scheme` passes; it is placed as in an export for ONNX Runtime.
         images: The audited images.
         others: Other sets by name, one of them `NOISE`.
         progress: Called with images done and in all.
 
     Raises:
-        PlanError: The scheme needs no ranges of activations, or NaN or Inf passed a site.
+        PlanError: NaN or Inf passed a site.
     """
     sets = {OWN: images, **others}
     steps = sum(map(len, sets.values())) + len(images) + len(others[NOISE])
@@ -93,12 +108,6 @@ def coverage(
     plans = {name: walk.plan(sets[name]) for name in (OWN, NOISE)}
     free = [name for name, site in sites_of(model.module).items() if site.role != "weight" and site.fixed is None]
     names = [name for name in free if name in plans[OWN].sites]
-    if not names or plans[OWN].sites[names[0]].dynamic:
-        raise PlanError(
-            what=f"`{scheme}` has no ranges to audit.",
-            why="it leaves activations in float." if not names else "run-times find them anew in every call.",
-            fix="pass --scheme w8a8, or another that quantizes activations by ranges.",
-        )
     reaches = {site: {name: reach(plans[name].sites[site]) for name in plans} for site in names}
     watched = {name: walk.watch(those, reaches) for name, those in sets.items()}
     return [_site(site, {name: cut_offs[site] for name, cut_offs in watched.items()}) for site in names]
@@ -111,7 +120,7 @@ class _Walk:
         self._model, self._progress, self._done = model, progress, 0
         self._recipe = CalibrateRecipe(model=model.name, scheme=scheme, spare="massive")
         self._codes = scheme_named(scheme).activation
-        self._observer = observer_of(self._recipe) if self._codes else "minmax"
+        self._observer = observer_of(self._recipe)
 
     def plan(self, images: ImageSet) -> QuantPlan:
         """The formats that `images` give."""

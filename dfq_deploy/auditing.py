@@ -18,7 +18,7 @@ from dfq_deploy.building import made_with
 from dfq_deploy.charts.attention import plot_attention
 from dfq_deploy.charts.ranges import plot_ranges
 from dfq_deploy.charts.similarity import plot_similarity
-from dfq_deploy.coverage import NOISE, OWN, coverage
+from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.making import (
     made_with_next_seed,
@@ -68,6 +68,7 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     watch.stage("model", False)
     subject = _opened(str(place), recipe)
     images, model = subject.images, subject.model
+    check_scheme(subject.scheme)
     if parts_of(images) or images.source.startswith("synthetic:"):
         refuse_degenerate(images.source.removeprefix("synthetic:"), images)
     real = open_images(recipe.real, model.preprocess).spread(recipe.limit) if recipe.real else None
