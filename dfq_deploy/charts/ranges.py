@@ -69,8 +69,16 @@ def _draw_cut_off(axes: Axes, found: Audit) -> None:
     rows = range(len(found.sites))
     for name in found.others:
         values = [site.others[name].excess_ppm for site in found.sites]
-        look = {"marker": MARKS[name], "markersize": 4, "color": COLOURS[name], "fillstyle": "none"}
-        axes.plot(values, rows, linestyle="", clip_on=False, **look)
+        axes.plot(
+            values,
+            rows,
+            linestyle="",
+            marker=MARKS[name],
+            markersize=4,
+            color=COLOURS[name],
+            fillstyle="none",
+            clip_on=False,  # 0 is on the edge
+        )
     axes.set_xscale("symlog", linthresh=_LEAST_PPM, linscale=0.5)
     largest = max(held.excess_ppm for site in found.sites for held in site.others.values())
     axes.set_xlim(0, max(10 * LIMITS_PPM[1], 2 * largest))
