@@ -87,7 +87,7 @@ def judged(sites: Sequence[SiteCoverage]) -> tuple[str, Level, str]:
     useless = against == SEED and _most_by_noise(sites, SEED)[0] <= _DOUBTFUL_PPM
     if against == NOISE or useless or excess > _DOUBTFUL_PPM or drift > _DOUBTFUL_DRIFT:
         level = "doubtful"
-    if excess > _BAD_PPM or drift > _BAD_DRIFT:
+    if against != NOISE and (excess > _BAD_PPM or drift > _BAD_DRIFT):
         level = "bad"
     verdict = "; ".join([_held(sites, against), *_asides(sites, against, useless)])
     return against, level, f"{_BY[against]}: {verdict}."
