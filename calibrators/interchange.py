@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
-from PIL import Image
 
 from calibrators.errors import ImagesError, RecipeError
 from calibrators.files import folder_written_whole, written_whole
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.pictures import picture
 
 try:
     from polygraphy import json as polygraphy_json
@@ -101,7 +101,7 @@ def write_folder(images: ImageSet, path: Path) -> None:
         written = iter(names)
         for batch in images.batches(_CHUNK):
             for pixels in batch:
-                _picture(pixels, images.preprocess).save(temporary / next(written))
+                picture(pixels, images.preprocess).save(temporary / next(written))
         if images.labels is not None:
             with (temporary / "labels.csv").open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([("file", "label"), *zip(names, images.labels.tolist(), strict=True)])
@@ -127,10 +127,3 @@ def write_polygraphy(images: ImageSet, path: Path, *, batch_size: int = 1) -> No
             file.write(separator + polygraphy_json.to_json({INPUT: np.ascontiguousarray(batch)}))
             separator = ",\n"
         file.write("]\n")
-
-
-def _picture(pixels: np.ndarray, preprocess: Preprocess) -> Image.Image:
-    """The 8-bit picture whose preprocessed form is `pixels` (C, H, W), as nearly as 8 bits allow."""
-    mean, std = (np.asarray(v, np.float64).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    levels = np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(np.uint8)
-    return Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0))

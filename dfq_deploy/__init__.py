@@ -11,11 +11,13 @@ from calibrators.errors import RecipeError
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuditRecipe",
     "GeneratorsRecipe",
     "ImageSet",
     "ImageSetReader",
     "Recipe",
     "Runner",
+    "audit",
     "bench_generators",
     "build",
     "calibrate",
@@ -32,22 +34,26 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from dfq_deploy.auditing import audit
     from dfq_deploy.bench_recipe import GeneratorsRecipe
-    from dfq_deploy.charts import plot_generators, plot_sensitivity
+    from dfq_deploy.charts.generators import plot_generators
+    from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
-    from dfq_deploy.recipe import Recipe
+    from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
 
 _HOMES = {
+    "AuditRecipe": "recipe",
     "GeneratorsRecipe": "bench_recipe",
     "ImageSet": "converting",
     "ImageSetReader": "converting",
     "Recipe": "recipe",
     "Runner": "runtime",
+    "audit": "auditing",
     "bench_generators": "generator_bench",
     "build": "target",
     "calibrate": "pipeline",
@@ -57,8 +63,8 @@ _HOMES = {
     "export": "pipeline",
     "generate": "pipeline",
     "load": "runtime",
-    "plot_generators": "charts",
-    "plot_sensitivity": "charts",
+    "plot_generators": "charts.generators",
+    "plot_sensitivity": "charts.sensitivity",
     "sensitivity": "pipeline",
     "simulate": "pipeline",
 }

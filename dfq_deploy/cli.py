@@ -22,6 +22,7 @@ from dfq_deploy import show as shown
 from dfq_deploy.bench_cli import bench
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import (
+    AuditRecipe,
     BackendName,
     CalibrateRecipe,
     GenerateRecipe,
@@ -33,8 +34,9 @@ from dfq_deploy.recipe import (
 
 __all__ = ["app", "main"]
 
-_EXIT = {"pass": 0, "fail": 1, "undecided": 2}
+_EXIT = {"pass": 0, "fail": 1, "undecided": 2, "good": 0, "bad": 1, "doubtful": 2}
 _ERROR = 3
+_AUDIT_OF_A_BUNDLE = AuditRecipe()
 
 app = cyclopts.App(
     name="dfq-deploy",
@@ -95,6 +97,23 @@ def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: P
         plan = dfq.calibrate(recipe, out, watch=watch)
     shown.print_plan(plan)
     return 0
+
+
+@app.command
+def audit(
+    images: str, /, recipe: Annotated[AuditRecipe, Parameter(name="*")] = _AUDIT_OF_A_BUNDLE, *, out: Path
+) -> int:
+    """Compare the ranges that calibration images give with those of noise, another seed and real images.
+
+    Args:
+        images: folder:PATH, npz:PATH, an ImageSet file, or a bundle: the images that it was calibrated on.
+        recipe: The model and what to compare with.
+        out: Folder to write: audit.json and pictures.
+    """
+    with shown_progress() as watch:
+        found = dfq.audit(images, recipe, out, watch=watch)
+    shown.print_audit(found, out)
+    return _EXIT[found.level]
 
 
 @app.command

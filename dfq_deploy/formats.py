@@ -30,7 +30,7 @@ from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 
-__all__ = ["FORMAT_FIELDS", "Job", "formats_for_spared", "formats_of", "formats_on"]
+__all__ = ["FORMAT_FIELDS", "Job", "formats_for_spared", "formats_from", "formats_of", "formats_on"]
 
 FORMAT_FIELDS = ("scheme", "backend", "provider", "block", "observer", "percentile", "attention", "spare", "auto")
 """Fields of a recipe that `formats_on` looks at."""
@@ -80,7 +80,7 @@ def formats_of(job: Job) -> QuantPlan:
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
-    plan = _plan(job.recipe, job.model, _ranges(job))
+    plan = formats_from(job.recipe, job.model, _ranges(job))
     return _assigned(job, plan) if job.recipe.auto else _without_noisy_layers(job, plan)
 
 
@@ -111,11 +111,17 @@ def formats_on(recipe: CalibrateRecipe, model: Model, images: ImageSet) -> Quant
     codes, observer = scheme_named(recipe.scheme).activation, observer_of(recipe)
     subject = Subject(model.module, model.fingerprint)
     ranges = collect_ranges(subject, images, observer=observer, percentile=recipe.percentile, codes=codes)
-    return _plan(recipe, model, ranges)
+    return formats_from(recipe, model, ranges)
 
 
-def _plan(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
-    """The scheme's formats everywhere but where the recipe, or what noise shows, says otherwise."""
+def formats_from(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:
+    """The plan for `model` as it is from its `ranges`, with no layer spared for the noise that it makes.
+
+    The scheme's formats everywhere but where the recipe, or what noise shows, says otherwise.
+
+    Raises:
+        PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
+    """
     scheme, placement = scheme_of(recipe), placement_of(recipe)
     ends = {layer_of(next(iter(ranges.sites))), *model.classifiers} if scheme.simulated else ()
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks_of(recipe))})

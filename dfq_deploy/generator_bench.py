@@ -22,7 +22,7 @@ from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe
 from dfq_deploy.building import made_with
-from dfq_deploy.charts import plot_generators
+from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
 from dfq_deploy.evaluate import Share, without_nan
 from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_on

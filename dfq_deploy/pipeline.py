@@ -16,6 +16,7 @@ from pathlib import Path
 from calibrators.errors import PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet
+from calibrators.pictures import write_contact_sheet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.analysis import Sensitivity, analyse
@@ -297,7 +298,9 @@ def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) ->
         formats=functools.partial(formats_on, whole),
         keep_in=batches,
     )
-    make_images(recipe.generator.split(","), model, options, progress=watch.progress).save(path)
+    images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
+    images.save(path)
+    write_contact_sheet(images, path)
     shutil.rmtree(batches, ignore_errors=True)
 
 

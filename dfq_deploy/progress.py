@@ -2,12 +2,31 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 __all__ = ["shown_progress"]
+
+
+class _TimeLeft(ProgressColumn):
+    """How long a stage will take yet, by what it took so far; counts down until there is news.
+
+    From the first news on, where rich's own column waits for the second and then stands still between two.
+    """
+
+    def render(self, task: Task) -> Text:
+        """Hours, minutes and seconds; dashes where nothing is known."""
+        elapsed, news = task.finished_time or task.elapsed, task.fields["news"]
+        if task.total is None:
+            return Text("")
+        if task.finished or not task.completed or elapsed is None or news is None:
+            return Text("0:00:00" if task.finished else "-:--:--", "progress.remaining")
+        left = news * (task.total / task.completed - 1) - (elapsed - news)
+        return Text(str(timedelta(seconds=max(0, round(left)))), "progress.remaining")
 
 
 class _Bar:
@@ -23,15 +42,16 @@ class _Bar:
         if self._task is not None:
             self._progress.stop_task(self._task)
         note = "already done" if already_done else ""
-        self._task = self._progress.add_task(name, total=1 if already_done else None, terms=note)
+        self._task = self._progress.add_task(name, total=1 if already_done else None, terms=note, news=None)
         if already_done:
             self._progress.update(self._task, completed=1)
 
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
         """Move the bar."""
         assert self._task is not None
-        text = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        self._progress.update(self._task, completed=done, total=total, terms=text)
+        text = "  ".join(f"{name}={value:.3g}" for name, value in terms.items())
+        news = next(task.elapsed for task in self._progress.tasks if task.id == self._task)
+        self._progress.update(self._task, completed=done, total=total, terms=text, news=news)
 
     def tell(self, text: str) -> None:
         """Print `text` above the lines."""
@@ -45,8 +65,8 @@ def shown_progress() -> Iterator[_Bar]:
         TextColumn("{task.description:>8}"),
         BarColumn(bar_width=16),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[terms]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        _TimeLeft(),
+        TextColumn("{task.fields[terms]}", table_column=Column(ratio=1, overflow="fold")),
     )
     progress = Progress(*columns, console=Console(stderr=True), expand=True)
     try:

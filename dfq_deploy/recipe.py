@@ -19,6 +19,7 @@ from dfq_deploy.generation.generators import STUDENTS
 from exporters.backends import BuildOptions
 
 __all__ = [
+    "AuditRecipe",
     "BackendName",
     "CalibrateRecipe",
     "GenerateRecipe",
@@ -187,6 +188,26 @@ class SimulateRecipe(CalibrateRecipe):
 
     scheme: SchemeName = "w4a4"
     """Formats: w4a8, w6a6, w4a4, which no run-time has kernels for, or any of export's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecipe(ModelRecipe):
+    """What calibration images are audited against."""
+
+    model: str = ""
+    """timm name with its pretrained tag, an alias, or demo, that the images are for; a bundle knows its own."""
+    scheme: SchemeName | None = None
+    """Formats that the ranges are for: w8a8 unless said otherwise, a bundle's own, or any that needs ranges."""
+    real: str | None = None
+    """Real images to hold the ranges against: folder:PATH, npz:PATH or an ImageSet file."""
+    limit: int = 128
+    """Use this many of the real images, evenly spaced."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheme is not None:
+            _check_name("scheme", self.scheme, tuple(SCHEMES))
+        _check(self.limit >= 1, f"--limit {self.limit} leaves no images.", "at least one is needed.", "--limit 128")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,14 @@ from rich.text import Text
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, is_image_set
+from calibrators.pictures import sheet_beside
 from calibrators.plan import QuantPlan
 from dfq_deploy.runtime import Runner
 from exporters.bundle import EngineFacts, open_bundle
 
 if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and a run of an engine wait for neither
     from dfq_deploy.analysis import Sensitivity
+    from dfq_deploy.audited import Audit
     from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
     from dfq_deploy.generator_results import GeneratorBench
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and 
     from dfq_deploy.sparing import Massive
 
 __all__ = [
+    "print_audit",
     "print_check",
     "print_classes",
     "print_converted",
@@ -46,6 +49,9 @@ _COLOURS = {
     "pass": "green",
     "fail": "red",
     "undecided": "yellow",
+    "good": "green",
+    "bad": "red",
+    "doubtful": "yellow",
     "ok": "green",
     "absent": "dim",
     "problem": "red",
@@ -215,6 +221,35 @@ def print_images(images: ImageSet, path: Path) -> None:
         _console.print(f"  {name}: {value}")
     if images.student is not None:
         _console.print(f"  student: {len(images.student.weights)} tensors, learned for {images.student.scheme}")
+    if sheet_beside(path).is_file():
+        _console.print(f"  contact sheet: {sheet_beside(path)}")
+
+
+def print_audit(found: "Audit", folder: Path) -> None:
+    """An audit: how each other set fares, the verdict, and what was drawn."""
+    title = f"{found.model}, {found.scheme}: {found.n} images, {found.images}, {len(found.sites)} sites"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("held against", overflow="fold")
+    for column in ("cut off\nat most, %", "by noise's\nranges, %", "width, median\n(least to most)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, source in found.others.items():
+        drifts = [2**drift for drift in found.drifts(name)]
+        by_noise = max(site.others[name].noise_excess_ppm for site in found.sites)
+        table.add_row(
+            f"{name}: {source}",
+            f"{found.worst(name).others[name].excess_ppm / 1e4:.3f}",
+            f"{by_noise / 1e4:.3f}",
+            f"{np.median(drifts):.2f} ({drifts[0]:.2f} to {drifts[-1]:.2f})",
+        )
+    _console.print(table)
+    for name, why in found.absent.items():
+        _console.print(f"not held against {name}: {why}")
+    _console.print("cut off: values of that set beyond these ranges, more than these ranges leave out of their own")
+    _console.print("width: of these ranges over that set's own")
+    _console.print(Text.assemble((found.level, _COLOURS[found.level]), f": {found.verdict}"))
+    for line in found.left_out:
+        _console.print(line)
+    _console.print(f"written: {', '.join(str(folder / name) for name in ('audit.json', *found.pictures))}")
 
 
 def print_plan(plan: QuantPlan) -> None:

@@ -5,6 +5,7 @@ the stage is done: files appear under their name only when they are whole. What 
 deleted when its successor has been made.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,10 @@ class Workspace:
         if not path.exists():
             make(path)
             for stale in self._folder.glob(f"{name}-*"):
-                if not stale.name.startswith(path.name):
+                if stale.name.startswith(path.stem):  # it, and what goes with it
+                    continue
+                if stale.is_dir():  # batches of a run that was killed
+                    shutil.rmtree(stale)
+                else:
                     stale.unlink()
         return path

@@ -13,7 +13,7 @@ from torch import nn
 from calibrators.errors import ImagesError
 from calibrators.images import Preprocess
 from dfq_deploy.generation.attention import rows_of, taps_with_rows
-from dfq_deploy.generation.priors import _grid, attention_prior, rectangles, soft_labels
+from dfq_deploy.generation.priors import attention_prior, patch_grid, rectangles, soft_labels
 from dfq_deploy.generation.taps import attention_taps
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -159,7 +159,7 @@ def test_a_prior_without_prefix_tokens_adds_up_to_one(demo: Model) -> None:
     ("tokens", "aspect", "grid"), [(196, 1, (14, 14)), (50, 0.5, (5, 10)), (50, 2, (10, 5)), (7, 2, (7, 1))]
 )
 def test_patch_grid(tokens: int, aspect: float, grid: tuple[int, int]) -> None:
-    assert _grid(tokens, aspect) == grid
+    assert patch_grid(tokens, aspect) == grid
 
 
 def test_parts_lie_within_their_image_and_do_not_overlap() -> None:

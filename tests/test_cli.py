@@ -14,9 +14,9 @@ from syrupy.assertion import SnapshotAssertion
 import dfq_deploy as dfq
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
-from dfq_deploy import cli, pipeline
+from dfq_deploy import auditing, cli, pipeline
 from dfq_deploy.evaluate import Check
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe, SimulateRecipe
+from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe, Recipe, SimulateRecipe
 
 _NOISE = ["--model", "demo", "--generator", "noise"]
 _RTX = ["export", *_NOISE, "--out", "o", "--backend", "rtx"]
@@ -113,6 +113,15 @@ _MISTAKES = {
     "an engine in INT4 throughout": ["export", *_NOISE, "--out", "o", "--scheme", "w4a4"],
     "a plan that no engine can have": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--scheme", "w6a6"],
     "a simulation on nothing": ["simulate", *_NOISE, "--out", "o", "--scheme", "w4a4", "--images", "folder:nothing"],
+    "an audit of nothing": ["audit", "nothing", "--model", "demo", "--out", "o"],
+    "an audit for no model": ["audit", "file", "--out", "o"],
+    "an audit of a bundle for another model": ["audit", "bundle", "--model", "demo", "--out", "o"],
+    "an audit into a file": ["audit", "bundle", "--out", "file"],
+    "an audit with no real images": ["audit", "bundle", "--real", "folder:nothing", "--out", "o"],
+    "an audit with a limit of nothing": ["audit", "bundle", "--limit", "0", "--out", "o"],
+    "an audit of ranges that are not needed": ["audit", "bundle", *_W4, "--out", "o"],
+    "an audit of ranges that are found anew": ["audit", "bundle", "--scheme", "w8a8_dynamic", "--out", "o"],
+    "an audit of another folder": ["audit", ".", "--out", "o"],
     "no bundle to build": ["build", "nothing"],
     "a bundle of another placement": ["build", "bundle", "--backend", "trt"],
     "a misspelt field": ["--recipe", "misspelt.toml", "export", "--out", "o"],
@@ -186,7 +195,9 @@ def test_export_goes_on_in_a_finished_folder(desk: Path, capsys: pytest.CaptureF
 def test_generate_writes_images(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", *_NOISE, "--count", "3", "--out", "images.safetensors"]) == 0
     assert len(ImageSet.load(Path("images.safetensors"))) == 3
-    assert "3 images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 images" in said
+    assert "contact sheet: images.png" in said
 
 
 def test_calibrate_writes_a_plan_from_generated_images(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +208,12 @@ def test_calibrate_writes_a_plan_from_generated_images(desk: Path, capsys: pytes
     assert plan.scheme == "w8a8_asym"
     assert plan.images == ImageSet.load(Path("images.safetensors")).fingerprint
     assert "blocks.0.attn.qkv.input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("level", "code"), [("good", 0), ("doubtful", 2), ("bad", 1)])
+def test_audit_exits_with_its_level(desk: Path, monkeypatch: pytest.MonkeyPatch, level: str, code: int) -> None:
+    monkeypatch.setattr(auditing, "judged", lambda _: ("noise", level, "made up"))
+    assert cli.run(["audit", "bundle", "--out", "o"]) == code
 
 
 def test_check_says_what_it_found(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +237,7 @@ def test_infer_shows_the_asked_number_of_classes(desk: Path, capsys: pytest.Capt
     [("bundle", "demo, w8a8, for ort"), ("bundle/plan.safetensors", "w8a8: 32 sites"), ("images", "synthetic:noise")],
 )
 def test_show_knows_each_kind_of_file(desk: Path, capsys: pytest.CaptureFixture[str], path: str, wanted: str) -> None:
-    (images,) = Path("bundle/work").glob("images-*")
+    (images,) = Path("bundle/work").glob("images-*.safetensors")
     assert cli.run(["show", str(images) if path == "images" else path]) == 0
     assert wanted in capsys.readouterr().out.replace("\n", "")
 
@@ -260,7 +277,13 @@ def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "recipe"),
-    [("export", Recipe), ("calibrate", CalibrateRecipe), ("simulate", SimulateRecipe), ("generate", GenerateRecipe)],
+    [
+        ("export", Recipe),
+        ("calibrate", CalibrateRecipe),
+        ("simulate", SimulateRecipe),
+        ("generate", GenerateRecipe),
+        ("audit", AuditRecipe),
+    ],
 )
 def test_the_help_of_a_command_lists_every_field(
     command: str, recipe: type, capsys: pytest.CaptureFixture[str]
@@ -278,6 +301,7 @@ def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
         "export",
         "generate",
         "calibrate",
+        "audit",
         "build",
         "check",
         "sensitivity",

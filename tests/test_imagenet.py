@@ -38,7 +38,7 @@ def test_synthetic_images_alone_keep_the_accuracy(
     assert found["agreement"]["engine_reference"] >= found["agreement"]["noise_floor"] - 1.0
     assert found["agreement"]["engine_float"] >= least_agreement
     noisy = json.loads(next((tmp_path / "run" / "work").glob("noise-*")).read_text())
-    (kept,) = (tmp_path / "run" / "work").glob("images-*")
+    (kept,) = (tmp_path / "run" / "work").glob("images-*.safetensors")
     folder = tmp_path / "massive"
     arguments = ["--model", model, "--checkpoint", checkpoint, "--calib", str(kept), "--spare", "massive"]
     assert run(["export", *arguments, "--out", str(folder), "--images", images]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import dfq_deploy
 from dfq_deploy.cli import app, run
 from exporters.bundle import open_bundle
 
@@ -76,6 +77,18 @@ def test_the_command_for_layers_that_hurt_runs(
     (command,) = re.findall(r"^dfq-deploy (sensitivity .*)$", "\n".join(blocks("sh")), re.MULTILINE)
     assert run(command.split()) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "sensitivity.json", "sensitivity.png"}
+
+
+def test_the_commands_for_an_audit_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(blocks("sh")).replace("deit_t", "demo")
+    (made, audited) = re.findall(r"^dfq-deploy (generate .*|audit .*)$", lines, re.MULTILINE)
+    assert run([*made.split(), "--generator", "dead_leaves", "--count", "6"]) == 0
+    digits = Path(dfq_deploy.__file__).parent / "models" / "demo" / "held_back.npz"
+    assert run(audited.replace("folder:photographs", f"npz:{digits}").split()) in (0, 1, 2)
+    assert {"audit.json", "ranges.png", "patch_similarity.png", "attention.png"} <= {
+        path.name for path in (tmp_path / "runs" / "audit").iterdir()
+    }
 
 
 def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _images(folder: Path) -> str:
-    (file,) = (folder / "work").glob("images-*")
+    (file,) = (folder / "work").glob("images-*.safetensors")
     return ImageSet.load(file).fingerprint
 
 

@@ -36,14 +36,14 @@ def plan(demo_bundle: Path) -> QuantPlan:
 
 @pytest.fixture(scope="module")
 def images(demo_bundle: Path) -> ImageSet:
-    (kept,) = (demo_bundle / "work").glob("images-*")
+    (kept,) = (demo_bundle / "work").glob("images-*.safetensors")
     return ImageSet.load(kept).spread(_IMAGES)
 
 
 @pytest.fixture(scope="module")
 def everything(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> QuantPlan:
     """The plan of the same images that spares nothing."""
-    (kept,) = (demo_bundle / "work").glob("images-*")
+    (kept,) = (demo_bundle / "work").glob("images-*.safetensors")
     recipe = dfq.Recipe(model="demo", calib=str(kept), refine="none", spare="none", attention=True)
     return dfq.calibrate(recipe, tmp_path_factory.mktemp("plan") / "plan.safetensors")
 

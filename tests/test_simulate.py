@@ -65,7 +65,7 @@ def test_a_second_run_goes_on_where_the_first_was(folder: Path, capsys: pytest.C
 def test_a_simulation_without_labels_says_how_it_agrees(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (images,) = (folder / "work").glob("images-*")
+    (images,) = (folder / "work").glob("images-*.safetensors")
     flags = ["--model", "demo", "--scheme", "w6a6", "--refine", "none", "--calib", str(images), "--limit", "4"]
     assert run(["simulate", *flags, "--images", str(images), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ __all__ = [
     "attention_alignment",
     "discrepancy",
     "kernel_entropy",
+    "patch_similarities",
     "patch_similarity_entropy",
     "patch_similarity_entropy_v1",
     "statistics_distance",
@@ -47,14 +48,23 @@ def patch_similarity_entropy(patches: Tensor, *, windows: Tensor, tokens: Tensor
     the off-diagonal upper triangle instead of all pairs, 16 grid points instead of 10, and a bandwidth of about the
     grid's spacing, since with 10 points and h = 0.01 half the pairs of a wide distribution get no gradient.
     """
-    looked_at = patches.index_select(1, windows).index_select(2, tokens)
-    directions = F.normalize(looked_at, dim=-1)
-    similarities = directions @ directions.transpose(-2, -1)  # (B, w, n, n)
-    first, second = torch.triu_indices(len(tokens), len(tokens), offset=1, device=patches.device)
-    samples = similarities[..., first, second].flatten(1)
+    samples = patch_similarities(patches.index_select(1, windows).index_select(2, tokens))
     low, high = samples.detach().aminmax()
     bandwidth = ((high - low) / _GRID).clamp(min=_V1_BANDWIDTH)
     return kernel_entropy(samples, _grid(low, high, _GRID), bandwidth).mean()
+
+
+def patch_similarities(patches: Tensor) -> Tensor:
+    """Cosine similarity of every pair of patches within a window, each pair once: (B, windows · pairs).
+
+    Args:
+        patches: Features (B, windows, tokens, d), float32, of two tokens or more.
+    """
+    directions = F.normalize(patches, dim=-1)
+    similarities = directions @ directions.transpose(-2, -1)  # (B, windows, tokens, tokens)
+    tokens = patches.shape[2]
+    first, second = torch.triu_indices(tokens, tokens, offset=1, device=patches.device)
+    return similarities[..., first, second].flatten(1)
 
 
 def patch_similarity_entropy_v1(patches: Tensor) -> Tensor:

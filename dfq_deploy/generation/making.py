@@ -1,13 +1,15 @@
-"""Images of one generator, or of several in equal shares, as one set.
+"""Images of one generator, or of several in equal shares, as one set; and the same again from another seed.
 
 Generators differ in what their images lack, so that several together come closer to real images than either alone.
 Images that show nothing, or all the same thing, calibrate nothing: they are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
@@ -15,9 +17,13 @@ from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.models import Model
 
-__all__ = ["make_images"]
+__all__ = ["made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
 
 _LEAST_CONTRAST = 0.01  # deviation of an image's values, and distance between images, of what lies between the bounds
+_MOST_TWINS = 0.5  # share of the images that may show what another one shows
+_LOOKED_AT = 1024  # values per image by which images are compared, at places drawn once
+_ROWS = 256  # images compared with all others at a time, so that memory grows with their number, not its square
+_SEEDS = 2**32
 
 
 def make_images(
@@ -34,7 +40,7 @@ def make_images(
         part = pick("dfq_deploy.generation.generators", name).generate(
             model, replace(options, count=count), progress=progress
         )
-        _check(name, part)
+        refuse_degenerate(name, part)
         parts.append(part)
     if len(parts) == 1:
         return parts[0]
@@ -47,19 +53,70 @@ def make_images(
     )
 
 
-def _check(generator: str, images: ImageSet) -> None:
-    """Refuse images that show one value only, or are all the same; those with NaN never became a set."""
+def parts_of(images: ImageSet) -> dict[str, Mapping[str, Any]]:
+    """The facts of each generator that `images` are from, in their order; empty if they are from none."""
+    if "generator" in images.made_by:
+        return {images.made_by["generator"]: images.made_by}
+    return {name: facts for name, facts in images.made_by.items() if isinstance(facts, dict) and "generator" in facts}
+
+
+def why_no_next_seed(images: ImageSet, model: Model) -> str | None:
+    """Why `images` cannot be made once more out of `model` from another seed; None if they can."""
+    parts = parts_of(images)
+    if not parts:
+        return "no generator made these images"
+    if any(part["model_fingerprint"] != model.fingerprint for part in parts.values()):
+        return "these images were made out of another model"
+    if images.student is not None:
+        return "another seed would teach another student"
+    return None
+
+
+def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = quiet) -> ImageSet:
+    """As many images of the same generators, from the next seed; see `why_no_next_seed`.
+
+    Raises:
+        ImagesError: A generator breaks down on that seed.
+    """
+    parts = parts_of(images)
+    facts = next(iter(parts.values()))
+    count = sum(part["count"] for part in parts.values())
+    options = GenerateOptions(count, (facts["seed"] + 1) % _SEEDS, facts["exact"])
+    return make_images(list(parts), model, options, progress=progress)
+
+
+def refuse_degenerate(generator: str, images: ImageSet) -> None:
+    """Return if synthetic images are of use: those with NaN never became a set.
+
+    Raises:
+        ImagesError: An image shows one value only, or more than half of them show what another one shows.
+    """
     low, high = images.preprocess.bounds
     least = _LEAST_CONTRAST * float((high - low).mean())
-    first = images.pixels[0:1]
-    distances = []
+    values = int(np.prod(images.preprocess.shape))
+    places = np.random.default_rng(0).choice(values, min(values, _LOOKED_AT), replace=False)
+    sampled = np.empty((len(images), len(places)), np.float32)
     for number in range(len(images)):
         image = images.pixels[number : number + 1]
         if image.std() < least:
             raise _degenerate(generator, f"image {number} is of one colour")
-        distances.append(float(np.abs(image - first).mean()))
-    if len(images) > 1 and max(distances) < least:
-        raise _degenerate(generator, f"all {len(images)} images show the same")
+        sampled[number] = image.ravel()[places]
+    twins = _twins(sampled, least)
+    if twins == len(images) > 1:
+        raise _degenerate(generator, f"all {len(images)} images show the same, or one of few things")
+    if twins > _MOST_TWINS * len(images):
+        raise _degenerate(generator, f"{twins} of {len(images)} images show what another one shows")
+
+
+def _twins(sampled: np.ndarray, least: float) -> int:
+    """How many rows of `sampled` have another one at a mean distance below `least`."""
+    found = 0
+    for start in range(0, len(sampled), _ROWS):
+        rows = sampled[start : start + _ROWS]
+        distances = cdist(rows, sampled, "cityblock") / sampled.shape[1]
+        distances[np.arange(len(rows)), start + np.arange(len(rows))] = np.inf
+        found += int((distances.min(1) < least).sum())
+    return found
 
 
 def _degenerate(generator: str, fault: str) -> ImagesError:

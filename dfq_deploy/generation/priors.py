@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfq_deploy.generation.taps import AttentionTap
 
-__all__ = ["attention_prior", "rectangles", "soft_labels"]
+__all__ = ["attention_prior", "patch_grid", "rectangles", "soft_labels"]
 
 _COMPONENTS = 5  # of a mixture, at most
 _SPREAD = (0.05, 0.25)  # deviations of a component, of the grid's sides
@@ -37,7 +37,7 @@ def attention_prior(tap: AttentionTap, images: int, aspect: float, generator: to
     U(0, 1). Unconfirmed there and ours: means uniform over the grid, deviations along two turned axes from 5 to 25 %
     of its sides, weights uniform; a windowed model gets a mixture per window.
     """
-    height, width = _grid(tap.tokens, aspect if tap.windows == 1 else 1.0)
+    height, width = patch_grid(tap.tokens, aspect if tap.windows == 1 else 1.0)
     shape = (images, tap.windows, tap.heads, _COMPONENTS, 1)
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     down, right = (
@@ -83,12 +83,12 @@ def rectangles(images: int, most: int, size: tuple[int, int], generator: torch.G
     return torch.tensor(found)
 
 
-def _uniform(ends: tuple[float, float], shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return ends[0] + (ends[1] - ends[0]) * torch.rand(shape, generator=generator)
-
-
-def _grid(tokens: int, aspect: float) -> tuple[int, int]:
+def patch_grid(tokens: int, aspect: float) -> tuple[int, int]:
     """Rows and columns of `tokens` patches whose ratio comes closest to `aspect`."""
     heights = [height for height in range(1, tokens + 1) if tokens % height == 0]
     height = min(heights, key=lambda height: abs(math.log(height * height / tokens / aspect)))
     return height, tokens // height
+
+
+def _uniform(ends: tuple[float, float], shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return ends[0] + (ends[1] - ends[0]) * torch.rand(shape, generator=generator)

@@ -14,7 +14,7 @@ one serves all.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
-from dfq_deploy.generation.batching import optimised_set
+from dfq_deploy.generation.batching import batches, optimised_set
 from dfq_deploy.generation.engine import Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import attention_alignment
 from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
@@ -51,6 +51,25 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
 
 
 @dataclass(frozen=True)
+class _Prior:
+    """What the heads of one layer are asked for, (images and parts, windows, heads, tokens), and how much it weighs."""
+
+    tap: AttentionTap
+    weight: float
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a batch begins with: noise, parts (see `rectangles`), the images' and parts' labels, and priors."""
+
+    start: Tensor
+    parts: Tensor
+    labels: Tensor
+    priors: Sequence[_Prior]
+
+
+@dataclass(frozen=True)
 class Spdfq:
     """The recipe, of which each part can be left out to see what it is worth.
 
@@ -70,6 +89,21 @@ class Spdfq:
         one_batch = functools.partial(self._one_batch, model, taps, options.exact)
         return optimised_set("spdfq", model, options, one_batch, progress, asdict(self))
 
+    def priors(self, model: Model, options: GenerateOptions, batch: int) -> Iterator[dict[str, Tensor]]:
+        """What heads were asked for, drawn again: per batch and, by the tap's name, (images, windows, heads, tokens).
+
+        The priors of the images are in it, those of their parts are not.
+
+        Args:
+            model: The model that the images were made out of.
+            options: How many there are, and from which seed.
+            batch: How many were made together, as their facts say.
+        """
+        taps = taps_with_rows(model, attention_taps(model))
+        for size, generator in batches(options, batch):
+            drawn = self._drawn(model, taps, size, generator)
+            yield {prior.tap.name: prior.rows[:size] for prior in drawn.priors}
+
     def _one_batch(
         self,
         model: Model,
@@ -81,18 +115,11 @@ class Spdfq:
     ) -> Optimised:
         """One batch of `size` images."""
         device = next(model.module.parameters()).device
-        start = torch.randn((size, *model.preprocess.shape), generator=generator)
-        parts = rectangles(size, _PARTS, model.preprocess.size, generator)
-        labels = self._labels(parts[:, 0], size, model.classes, generator).to(device)
-        parts = parts if self.reinforcement else parts[:0]
-        deep = list(enumerate(taps, start=1))[len(taps) // 2 :]
-        height, width = model.preprocess.size
-        priors = [
-            (tap, depth / len(taps), attention_prior(tap, size + len(parts), height / width, generator).to(device))
-            for depth, tap in deep
-        ]
+        drawn = self._drawn(model, taps, size, generator)
+        labels = drawn.labels.to(device)
+        priors = [replace(prior, rows=prior.rows.to(device)) for prior in drawn.priors]
         rough = roughness(size, model.preprocess.size, generator)
-        with rows_of(model, [tap for _, tap in deep] if self.alignment else []) as rows:
+        with rows_of(model, [prior.tap for prior in priors] if self.alignment else []) as rows:
             terms = [
                 Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, labels[: len(view.outputs)])),
                 Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))),
@@ -101,15 +128,29 @@ class Spdfq:
                 terms.append(Term("attention", _ALIGNMENT, functools.partial(_alignment, rows, priors)))
             return optimise(
                 model,
-                start,
+                drawn.start,
                 layers={},
                 terms=terms,
                 schedule=schedule(model, taps, _STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU),
                 dtype=None if exact else fast_dtype(device),
                 generator=generator,
                 progress=progress,
-                augment=functools.partial(_with_parts, parts.tolist()),
+                augment=functools.partial(_with_parts, drawn.parts.tolist()),
             )
+
+    def _drawn(self, model: Model, taps: Sequence[AttentionTap], size: int, generator: torch.Generator) -> "_Drawn":
+        """What is drawn for a batch of `size` images before the first step, on the CPU."""
+        start = torch.randn((size, *model.preprocess.shape), generator=generator)
+        parts = rectangles(size, _PARTS, model.preprocess.size, generator)
+        labels = self._labels(parts[:, 0], size, model.classes, generator)
+        parts = parts if self.reinforcement else parts[:0]
+        height, width = model.preprocess.size
+        deep = list(enumerate(taps, start=1))[len(taps) // 2 :]
+        priors = [
+            _Prior(tap, depth / len(taps), attention_prior(tap, size + len(parts), height / width, generator))
+            for depth, tap in deep
+        ]
+        return _Drawn(start, parts, labels, priors)
 
     def _labels(self, owners: Tensor, size: int, classes: int, generator: torch.Generator) -> Tensor:
         """Probabilities of each image, then of each part: (size + parts, classes).
@@ -134,6 +175,6 @@ def _with_parts(parts: Sequence[tuple[int, int, int, int, int]], images: Tensor)
     return torch.cat([images, *enlarged])
 
 
-def _alignment(rows: AttentionRows, priors: Sequence[tuple[AttentionTap, float, Tensor]], _view: View) -> Tensor:
+def _alignment(rows: AttentionRows, priors: Sequence["_Prior"], _view: View) -> Tensor:
     """L_APA: the deeper a layer, the more it weighs."""
-    return torch.stack([weight * attention_alignment(rows.of(tap), prior) for tap, weight, prior in priors]).sum()
+    return torch.stack([prior.weight * attention_alignment(rows.of(prior.tap), prior.rows) for prior in priors]).sum()

@@ -1,0 +1,189 @@
+"""The audit of calibration images: what they are compared with, and what goes into the folder of its results.
+
+Comes between images and a calibration, or after an export, on its bundle. How sets are compared is `coverage`'s
+business, the verdict `audited`'s, and what is drawn that of `charts`.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calibrators.errors import ImagesError, RecipeError
+from calibrators.files import written_whole
+from calibrators.images import ImageSet
+from dfq_deploy.audited import REAL, SEED, Audit, judged
+from dfq_deploy.building import made_with
+from dfq_deploy.charts.attention import plot_attention
+from dfq_deploy.charts.ranges import plot_ranges
+from dfq_deploy.charts.similarity import plot_similarity
+from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage
+from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.making import (
+    made_with_next_seed,
+    make_images,
+    parts_of,
+    refuse_degenerate,
+    why_no_next_seed,
+)
+from dfq_deploy.generation.seen import attention_maps, similarity_histograms
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images
+from dfq_deploy.recipe import AuditRecipe
+from dfq_deploy.refined import load_refined, save_weights
+from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.workspace import Workspace
+from exporters.bundle import open_bundle
+
+__all__ = ["audit"]
+
+_NOISE_SEED = 2**32 - 1  # hardly that of an audited set of noise
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is audited: images, the model that they are for, and that model as it is calibrated."""
+
+    images: ImageSet
+    model: Model
+    calibrated: Model
+    scheme: str
+
+
+def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Watch = SILENT) -> Audit:
+    """Compare the ranges that calibration images give with those of noise, of another seed and of real images.
+
+    Args:
+        place: The images, as `--calib` takes them (`folder:PATH`, `npz:PATH`, a file), or a bundle's folder.
+        recipe: The model and what to compare with.
+        out: Folder of `audit.json` and the pictures; images of another seed are kept in its `work/`.
+        watch: Told how it goes.
+
+    Raises:
+        DeployError: Images or model cannot be had, the images are degenerate, or the scheme needs no ranges.
+    """
+    out = Path(out)
+    watch.stage("model", False)
+    subject = _opened(str(place), recipe)
+    images, model = subject.images, subject.model
+    check_scheme(subject.scheme)
+    if parts_of(images) or images.source.startswith("synthetic:"):
+        refuse_degenerate(images.source.removeprefix("synthetic:"), images)
+    real = open_images(recipe.real, model.preprocess).spread(recipe.limit) if recipe.real else None
+    with Workspace(out, watch.stage) as work:
+        others = {NOISE: make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))}
+        absent = {} if real else {REAL: "none were given (--real)"}
+        if why := why_no_next_seed(images, model):
+            absent[SEED] = why
+        else:
+            others[SEED] = _other_seed(images, model, work, watch)
+        others |= {REAL: real} if real else {}
+        watch.stage("ranges", False)
+        sites = tuple(
+            coverage(
+                subject.calibrated,
+                subject.scheme,
+                images,
+                others,
+                progress=lambda done, total: watch.progress(done, total, {}),
+            )
+        )
+        against, level, verdict = judged(sites)
+        found = Audit(
+            model=model.name,
+            scheme=subject.scheme,
+            n=len(images),
+            images=images.source,
+            others={name: f"{len(those)} of {those.source.split(' of ')[-1]}" for name, those in others.items()},
+            absent=absent,
+            sites=sites,
+            held_against=against,
+            level=level,
+            verdict=verdict,
+        )
+        watch.stage("pictures", False)
+        found = _drawn(found, model, images, {name: those for name, those in others.items() if name != SEED}, out)
+        with written_whole(out / "audit.json") as temporary:
+            temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+    return found
+
+
+def _opened(place: str, recipe: AuditRecipe) -> _Subject:
+    if Path(place).is_dir():
+        return _of_bundle(Path(place), recipe)
+    if not recipe.model:
+        raise RecipeError(
+            what="--model is missing.",
+            why=f"`{place}` is not a bundle, which would know the model that its images are for.",
+            fix="pass --model NAME and, if it is not timm's, --checkpoint FILE.",
+        )
+    model = load_model(
+        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
+    )
+    images = open_images(place, model.preprocess)
+    return _Subject(images, model, _with_student(model, images), recipe.scheme or "w8a8")
+
+
+def _of_bundle(folder: Path, recipe: AuditRecipe) -> _Subject:
+    if recipe.model or recipe.random_weights:
+        raise RecipeError(
+            what=f"--model and --random-weights mean nothing to `{folder}`.",
+            why="a bundle knows the model that it was made from.",
+            fix="leave them out, or name a file of images.",
+        )
+    manifest = open_bundle(folder)
+    model = load_again(folder, manifest, recipe.checkpoint)
+    images = calibration_images(folder, manifest, model)
+    if images is None:
+        raise ImagesError(
+            what=f"the images that `{folder}` was calibrated on are gone.",
+            why="they were synthetic and lay in its work/.",
+            fix="make them again with `dfq-deploy generate`, and audit that file.",
+        )
+    return _Subject(images, model, folded_again(folder, manifest, model), recipe.scheme or manifest.scheme)
+
+
+def _with_student(model: Model, images: ImageSet) -> Model:
+    """The model that a calibration on `images` would calibrate.
+
+    Raises:
+        BundleError: The student is for another model.
+    """
+    if images.student is None:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "student.safetensors"
+        save_weights(path, images.student.weights)
+        return load_refined(model, path)
+
+
+def _other_seed(images: ImageSet, model: Model, work: Workspace, watch: Watch) -> ImageSet:
+    def make(path: Path) -> None:
+        made_with_next_seed(images, model, progress=watch.progress).save(path)
+
+    facts = [dict(images.made_by), model.fingerprint, made_with()]
+    return ImageSet.load(work.stage("seed", ".safetensors", facts, make))
+
+
+def _drawn(found: Audit, model: Model, images: ImageSet, others: dict[str, ImageSet], out: Path) -> Audit:
+    """Draw into `out` what can be drawn, and say what cannot."""
+    draw: dict[str, Callable[[Path], None]] = {
+        "ranges.png": lambda path: plot_ranges(found, path),
+        "patch_similarity.png": lambda path: plot_similarity(
+            similarity_histograms(model, {OWN: images, **others}), found, path
+        ),
+        "attention.png": lambda path: plot_attention(attention_maps(model, images), found, images.preprocess, path),
+    }
+    drawn: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    for name, plot in draw.items():
+        try:
+            plot(out / name)
+            drawn.append(name)
+        except ImagesError as error:
+            (out / name).unlink(missing_ok=True)  # of an earlier audit
+            left_out.setdefault(error.what, []).append(name)
+    notes = tuple(f"no {' and no '.join(names)}: {why}" for why, names in left_out.items())
+    return replace(found, pictures=tuple(drawn), left_out=notes)

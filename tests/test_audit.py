@@ -1,0 +1,276 @@
+"""The audit of calibration images: what is too narrow is found, the same is told as such, pictures are drawn."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from syrupy.assertion import SnapshotAssertion
+
+import dfq_deploy as dfq
+from calibrators.affine import CODES, choose_qparams
+from calibrators.cut_off import CutOff, reach
+from calibrators.errors import ImagesError
+from calibrators.images import ImageSet
+from calibrators.observers import MinMax, Percentile
+from calibrators.plan import QParams
+from dfq_deploy import audited, coverage, show
+from dfq_deploy.audited import Audit, judged
+from dfq_deploy.coverage import Held, SiteCoverage
+from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.engine import Stage
+from dfq_deploy.generation.generators import spdfq
+from dfq_deploy.generation.generators.spdfq import Spdfq
+from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.seen import attention_maps, similarity_histograms
+from dfq_deploy.models import Model
+from dfq_deploy.recipe import AuditRecipe, GenerateRecipe
+
+_PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
+
+
+@pytest.fixture(scope="module")
+def leaves(demo: Model) -> ImageSet:
+    return make_images(["dead_leaves"], demo, GenerateOptions(12))
+
+
+def _with_pixels(images: ImageSet, pixels: np.ndarray) -> ImageSet:
+    return ImageSet.of(pixels.astype(np.float32), images.preprocess, source=images.source, made_by=dict(images.made_by))
+
+
+@pytest.fixture(scope="module")
+def found(demo: Model, leaves: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> tuple[Audit, Path]:
+    """Leaves held against noise, another seed and the demo's own digits."""
+    folder = tmp_path_factory.mktemp("audit")
+    leaves.save(folder / "leaves.safetensors")
+    recipe = AuditRecipe(model="demo", real=f"npz:{demo.labelled}", limit=24)
+    return dfq.audit(folder / "leaves.safetensors", recipe, folder / "out"), folder / "out"
+
+
+def test_an_audit_holds_ranges_against_all_three(found: tuple[Audit, Path]) -> None:
+    audit, out = found
+    assert list(audit.others) == ["noise", "seed", "real"]
+    assert audit.others["real"] == "24 of npz:held_back.npz"
+    assert audit.held_against == "real"
+    assert audit.verdict.startswith("by real images: ranges hold 99.9 % of real images' values at every site")
+    report = json.loads((out / "audit.json").read_text())
+    assert report["verdict"] == audit.verdict
+    assert [site["site"] for site in report["sites"]] == [site.site for site in audit.sites]
+    assert set(report["sites"][0]["others"]) == {"noise", "seed", "real"}
+
+
+def test_the_pictures_are_pictures(found: tuple[Audit, Path]) -> None:
+    audit, out = found
+    assert audit.pictures == _PICTURES
+    for name in _PICTURES:
+        with Image.open(out / name) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert min(picture.size) > 500 and max(picture.size) < 4000
+            assert len(picture.convert("RGB").getcolors(2**24) or []) > 20
+
+
+def test_the_images_of_the_other_seed_are_kept(found: tuple[Audit, Path], leaves: ImageSet) -> None:
+    (kept,) = (found[1] / "work").glob("seed-*.safetensors")
+    other = ImageSet.load(kept)
+    assert other.made_by["seed"] == leaves.made_by["seed"] + 1
+    assert len(other) == len(leaves)
+    assert other.fingerprint != leaves.fingerprint
+
+
+def test_a_range_that_is_too_narrow_is_found_and_named(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    pale = _with_pixels(leaves, leaves.pixels[:] * 0.1)
+    pale.save(tmp_path / "pale.safetensors")
+    leaves.save(tmp_path / "leaves.safetensors")
+    recipe = AuditRecipe(model="demo", real=str(tmp_path / "leaves.safetensors"))
+    audit = dfq.audit(tmp_path / "pale.safetensors", recipe, tmp_path / "out")
+    worst = audit.worst("real")
+    assert audit.level == "bad"
+    assert worst.others["real"].drift < -0.5
+    assert f"every site but {worst.site} (" in audit.verdict
+    assert audit.level == judged(audit.sites)[1]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_fp8", "w8a8_asym"])
+def test_the_same_images_twice_differ_in_nothing(demo: Model, leaves: ImageSet, scheme: str) -> None:
+    sites = coverage.coverage(demo, scheme, leaves, {"noise": leaves, "real": leaves})
+    assert len(sites) > 10
+    for site in sites:
+        assert site.others["real"] == replace(site.own, drift=0.0)
+        assert (site.own.excess_ppm, site.own.noise_excess_ppm) == (0.0, 0.0)
+
+
+def test_streaming_equals_all_at_once() -> None:
+    values = torch.from_numpy(np.random.default_rng(0).laplace(size=(60, 40)).astype(np.float32))
+    ends = {"narrow": (-1.0, 2.0), "wide": (-100.0, 100.0)}
+    whole, parts, rest = (CutOff(Percentile(99), ends) for _ in range(3))
+    whole.update(values)
+    for part in values[:30].split(7):
+        parts.update(part)
+    rest.update(values[30:])
+    parts.merge(rest)
+    assert parts.shares() == whole.shares()
+    assert whole.shares()["wide"] == 0
+    assert whole.shares()["narrow"] == float(((values < -1) | (values > 2)).double().mean())
+    np.testing.assert_array_equal(parts.range(), whole.range())
+
+
+@pytest.mark.parametrize("codes", ["int8", "uint8", "uint4", "float8_e4m3fn"])
+def test_a_value_is_cut_off_where_rounding_would_not_have_moved_it_as_far(codes: str) -> None:
+    low, high = np.float32(-1.7), np.float32(3.3)
+    qparams = QParams(*choose_qparams(low, high, CODES[codes]), CODES[codes], None)
+    watch = MinMax()
+    watch.update(torch.tensor([-1.7, 3.3]))
+    lowest, highest = reach(qparams)
+    assert lowest <= low and high <= highest
+    step = (highest - lowest) / (16 if codes == "uint4" else 20)
+    assert highest - high <= step
+
+
+def test_the_audit_does_not_depend_on_batches(demo: Model, leaves: ImageSet) -> None:
+    twice = _with_pixels(leaves, np.concatenate([leaves.pixels[:], leaves.pixels[:]]))
+    sets = {"noise": leaves, "real": twice}
+    for site in coverage.coverage(demo, "w8a8_asym", leaves, sets):
+        assert site.others["real"].cut_off_ppm == pytest.approx(site.own.cut_off_ppm, abs=1e-3)
+
+
+def _site(name: str, **others: tuple[float, float, float]) -> SiteCoverage:
+    held = {key: Held(-1, 1, drift, ppm, ppm, by_noise) for key, (drift, ppm, by_noise) in others.items()}
+    return SiteCoverage(name, Held(-1, 1, 0, 0, 0, 0), held)
+
+
+_FINE = {"noise": (0.5, 0.0, 0.0), "seed": (0.05, 20.0, 9e3)}
+_CASES = {
+    "good": [_site("a", **_FINE, real=(0.1, 90, 5e3)), _site("b", **_FINE, real=(-0.2, 10, 0))],
+    "one site too narrow": [_site("a", **_FINE, real=(-1, 2.1e4, 5e3)), _site("b", **_FINE, real=(0, 10, 0))],
+    "some sites a little narrow": [_site(n, **_FINE, real=(-0.4, 2e3, 5e3)) for n in "abc"],
+    "too wide": [_site(n, **_FINE, real=(1.0, 0, 0)) for n in "ab"],
+    "far too wide": [_site(n, **_FINE, real=(2.0, 0, 0)) for n in "ab"],
+    "no real images": [_site(n, **_FINE) for n in "ab"],
+    "no better than noise": [_site(n, noise=(0, 0, 0), seed=(0.05, 20, 30)) for n in "ab"],
+    "noise alone": [_site(n, noise=(0.5, 0, 0)) for n in "ab"],
+    "noise alone, and too narrow": [_site(n, noise=(-3.0, 5e4, 0)) for n in "ab"],
+}
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_the_verdict_is_one_sentence(case: str, snapshot: SnapshotAssertion) -> None:
+    assert " | ".join(judged(_CASES[case])) == snapshot
+
+
+def test_the_table_looks_as_it_should(
+    snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show._console, "width", 80)
+    against, level, verdict = judged(_CASES["no real images"])
+    audit = Audit(
+        model="demo",
+        scheme="w8a8",
+        n=16,
+        images="synthetic:dfq",
+        others={"noise": "16 of synthetic:noise", "seed": "16 of synthetic:dfq"},
+        absent={"real": "none were given (--real)"},
+        sites=tuple(_CASES["no real images"]),
+        held_against=against,
+        level=level,
+        verdict=verdict,
+        pictures=("ranges.png",),
+        left_out=("no attention.png: why.",),
+    )
+    show.print_audit(audit, Path("out"))
+    assert capsys.readouterr().out == snapshot
+
+
+# What there is no other seed of, and no attention.
+
+
+def test_images_of_no_generator_have_no_other_seed(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    ImageSet.of(leaves.pixels[:], demo.preprocess, source="test").save(tmp_path / "images.safetensors")
+    audit = dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo"), tmp_path / "out")
+    assert audit.absent["seed"] == "no generator made these images"
+    assert (audit.held_against, audit.level) == ("noise", "doubtful")
+
+
+def test_a_model_without_attention_is_audited(tmp_path: Path) -> None:
+    command = {"model": "test_resnet", "random_weights": True}
+    dfq.generate(GenerateRecipe(generator="dead_leaves", count=3, **command), tmp_path / "images.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "attention.png").write_text("of an earlier audit")
+    audit = dfq.audit(tmp_path / "images.safetensors", AuditRecipe(**command), tmp_path / "out")
+    assert audit.pictures == ("ranges.png",)
+    (note,) = audit.left_out
+    assert note.startswith("no patch_similarity.png and no attention.png: `test_resnet")
+    assert not (tmp_path / "out" / "attention.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda pixels: np.full_like(pixels, 0.3), "image 0 is of one colour"),
+        (lambda pixels: pixels[[0] * 12], "all 12 images show the same"),
+        (lambda pixels: pixels[[0, 0, 0, 1, 1, 1, 1, 2, 3, 4, 5, 6]], "7 of 12 images show what another one shows"),
+        (lambda pixels: pixels[[0] * 8 + [1, 2, 3, 4]] + 1e-3 * np.arange(12).reshape(-1, 1, 1, 1), "8 of 12 images"),
+    ],
+)
+def test_a_degenerate_set_is_refused(demo: Model, leaves: ImageSet, tmp_path: Path, fault, said: str) -> None:
+    _with_pixels(leaves, fault(leaves.pixels[:])).save(tmp_path / "images.safetensors")
+    with pytest.raises(ImagesError, match=said):
+        dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo"), tmp_path / "out")
+    assert not (tmp_path / "out" / "audit.json").exists()
+
+
+# What the pictures show.
+
+
+def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spdfq, "_FAST_STAGES", (Stage(1, 0),))
+    used: list[dict[str, torch.Tensor]] = []
+
+    def noted(rows: object, priors: list[spdfq._Prior], view: object) -> torch.Tensor:
+        used.append({prior.tap.name: prior.rows for prior in priors})
+        return torch.zeros(())
+
+    monkeypatch.setattr(spdfq, "_alignment", noted)
+    monkeypatch.setattr("dfq_deploy.generation.batching.BATCH", 3)
+    images = make_images(["noise", "spdfq"], demo, GenerateOptions(9, 5))
+    made = images.made_by["spdfq"]
+    options = GenerateOptions(made["count"], made["seed"])
+    again = list(Spdfq().priors(demo, options, made["batch"]))
+    assert [len(next(iter(priors.values()))) for priors in again] == [3, 2]
+    for before, after in zip(used, again, strict=True):
+        assert before.keys() == after.keys()
+        for name, rows in after.items():
+            torch.testing.assert_close(rows, before[name][: len(rows)], rtol=0, atol=0)
+    maps = attention_maps(demo, images)
+    assert maps.priors is not None
+    np.testing.assert_array_equal(maps.images, images.pixels[4:8])
+    wanted = torch.cat([priors[maps.layer][:, 0] for priors in again])[:4]
+    np.testing.assert_array_equal(maps.priors.reshape(wanted.shape), wanted)
+
+
+def test_attention_without_priors_is_that_of_the_first_images(demo: Model, leaves: ImageSet) -> None:
+    maps = attention_maps(demo, leaves)
+    assert maps.priors is None
+    np.testing.assert_array_equal(maps.images, leaves.pixels[:4])
+    shares = maps.rows.sum((2, 3))
+    assert (shares > 0).all() and (shares <= 1 + 1e-5).all()
+
+
+def test_similarities_of_all_pairs_are_counted(demo: Model, leaves: ImageSet) -> None:
+    counts = similarity_histograms(demo, {"images": leaves})
+    assert len(counts) == 3
+    for sets in counts.values():
+        patches = 8 * 8
+        assert sets["images"].sum() == len(leaves) * patches * (patches - 1) // 2
+
+
+def test_the_report_is_json_where_a_width_is_zero() -> None:
+    site = dataclasses.replace(_CASES["good"][0], own=Held(0, 0, float("inf"), 0, 0, 0))
+    audit = Audit("m", "w8a8", 1, "i", {}, {}, (site,), "real", "good", "v")
+    assert audit.report()["sites"][0]["own"]["drift"] is None
+    json.dumps(audit.report(), allow_nan=False)
+    assert audited.LIMITS_PPM[0] < audited.LIMITS_PPM[1]
