@@ -5,21 +5,17 @@ Nothing is computed here. Errors come out as three lines, results as tables; the
 """
 
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter, validators
-from rich.console import Console
-from rich.markup import escape
 
 import dfq_deploy as dfq
-from calibrators.errors import CalibrationWarning, DeployError
+from calibrators.errors import DeployError
 from dfq_deploy import show as shown
 from dfq_deploy.bench_cli import bench
+from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import (
     AuditRecipe,
@@ -293,37 +289,19 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code, and prints nothing but messages whatever the input."""
     try:
-        with _warnings_in_one_line():
+        with notes_in_one_line():
             result = app.meta(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as wrong:
-        return _fail(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
+        return _told(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
     except DeployError as error:
-        return _fail(error.what, error.why, error.fix)
+        return _told(error.what, error.why, error.fix)
     except OSError as error:
-        return _fail(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
+        return _told(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
     except KeyboardInterrupt:
-        return _fail("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
+        return _told("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
     return result if isinstance(result, int) else 0
 
 
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings come out without the place in the code that gave them."""
-    usual = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, CalibrationWarning):
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            console.print(f"[bold yellow]note:[/] {escape(str(message))}")
-        else:
-            usual(message, category, *place)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
-        yield
-
-
-def _fail(what: str, why: str, fix: str) -> int:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(what)}\n  [bold]why:[/] {escape(why)}\n  [bold]fix:[/] {escape(fix)}")
+def _told(what: str, why: str, fix: str) -> int:
+    print_error(what, why, fix)
     return _ERROR

@@ -125,7 +125,7 @@ def test_a_failed_stage_keeps_the_ones_before_it(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="No space left"):
         dfq.export(_DEMO, tmp_path / "run")
     kept = sorted(file.name.partition("-")[0] for file in (tmp_path / "run" / "work").iterdir())
-    assert kept == [".lock", "images", "noise", "ranges"]
+    assert kept == [".lock", "images", "images", "noise", "ranges"], "the images and their contact sheet"
 
 
 def test_a_rebuild_that_fails_leaves_no_bundle_of_two_halves(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
