@@ -95,7 +95,7 @@ def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, st
 
 
 def open_images(place: str, preprocess: Preprocess) -> ImageSet:
-    """The images at `folder:PATH`, `npz:PATH` or in an ImageSet file, or in several of these with commas between them.
+    """The images at `folder:PATH`, `npz:PATH`, in an ImageSet file, or in several such files with commas between them.
 
     Raises:
         ImagesError: There are none, or they were made for another model.
@@ -106,7 +106,7 @@ def open_images(place: str, preprocess: Preprocess) -> ImageSet:
         return images
     if not Path(place).is_file():
         parts = place.split(",")
-        if len(parts) > 1 and all(Path(part).is_file() for part in parts):
+        if len(parts) > 1:
             return joined([open_images(part, preprocess) for part in parts])
         raise ImagesError(
             what=f"`{place}` names no images.",

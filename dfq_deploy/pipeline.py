@@ -299,8 +299,8 @@ def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) ->
         keep_in=batches,
     )
     images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
-    images.save(path)
     write_contact_sheet(images, path)
+    images.save(path)  # last: from here on the stage is done
     shutil.rmtree(batches, ignore_errors=True)
 
 

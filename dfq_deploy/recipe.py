@@ -93,7 +93,8 @@ class GenerateRecipe(ModelRecipe):
     """Method that makes the synthetic images: dfq, psaq_v1, psaq_v2 (which changes the model's weights, too), spdfq,
     dead_leaves, noise, zeroq (models with BatchNorm), or several with commas between them, which share the count."""
     exact: bool = False
-    """Follow the paper's estimator and schedule to the letter; slower by an order of magnitude."""
+    """Compute in float32 and, as far as a generator's paper says them, with its estimator and its number of steps: many
+    times slower for psaq_v1, a little for dfq."""
     count: int = BATCH
     """Number of synthetic images."""
     first: int = 0

@@ -466,7 +466,9 @@ def test_a_batch_does_not_depend_on_those_after_it(suited: Model, few_steps: Non
     assert len(five) == 5
     np.testing.assert_array_equal(five.pixels[:2], two.pixels)
     np.testing.assert_array_equal(five.pixels[:4], four.pixels)
-    np.testing.assert_array_equal(five.pixels[2:], generate(suited, GenerateOptions(3, 7, first=2)).pixels)
+    for first, rest in ((2, 3), (4, 1)):
+        part = generate(suited, GenerateOptions(rest, 7, first=first))
+        np.testing.assert_array_equal(five.pixels[first:], part.pixels)
     assert len(np.unique(five.pixels[:, 0, 0, :4], axis=0)) == 5  # no batch repeats another's noise
     assert told == sorted(told)
 

@@ -9,6 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from dfq_deploy.generation import BATCH, GenerateOptions, Progress
-from dfq_deploy.generation.engine import Optimised
+from dfq_deploy.generation.engine import Optimised, fast_dtype
 from dfq_deploy.models import Model
 
 __all__ = ["batches", "in_batches", "optimised_set", "provenance"]
@@ -28,24 +29,28 @@ _Made = TypeVar("_Made")
 
 
 def batches(options: GenerateOptions, most: int | None = None) -> Iterator[tuple[int, torch.Generator]]:
-    """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`."""
+    """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`.
+
+    Batches of another size than `BATCH` draw other numbers: none of them repeats what a whole one begins with.
+    """
     most = most or BATCH
     for number, start in enumerate(range(0, options.count, most), options.first // most):
-        seed = np.random.SeedSequence((options.seed, number)).generate_state(1, np.uint64)
+        drawn_by = (options.seed, number) if most == BATCH else (options.seed, number, most)
+        seed = np.random.SeedSequence(drawn_by).generate_state(1, np.uint64)
         yield min(most, options.count - start), torch.Generator().manual_seed(int(seed[0]))
 
 
 def in_batches(
     options: GenerateOptions, one_batch: Callable[[int, torch.Generator, Progress], _Made], progress: Progress
-) -> list[_Made]:
-    """What `one_batch` makes of each batch; `progress` is told of all of them as one.
+) -> tuple[list[_Made], int]:
+    """What `one_batch` makes of each batch, and the size of whole ones; `progress` is told of all of them as one.
 
     Raises:
         ImagesError: The device's memory does not hold half a batch either.
     """
     whole = min(BATCH, options.count)
     try:
-        return _made(options, whole, one_batch, progress)
+        return _made(options, BATCH, one_batch, progress), BATCH
     except torch.OutOfMemoryError as cause:
         if whole == 1:
             raise _too_large(whole) from cause
@@ -55,7 +60,7 @@ def in_batches(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
-        return _made(options, half, one_batch, progress)
+        return _made(options, half, one_batch, progress), half
     except torch.OutOfMemoryError as cause:
         raise _too_large(half) from cause
 
@@ -134,12 +139,12 @@ def optimised_set(
     origin = provenance(generator, model, options) | (settings or {})
     if options.keep_in and options.count > BATCH:
         one_batch = functools.partial(_kept, options.keep_in, origin, model, one_batch)
-    made = in_batches(options, one_batch, progress)
+    made, whole = in_batches(options, one_batch, progress)
     facts = {
         "precision": made[0].precision,
         "steps": [batch.steps for batch in made],
         "loss": [[batch.first, batch.last] for batch in made],
-        "batch": max(len(batch.pixels) for batch in made),
+        "batch": whole,
         "passes": {
             "forward": sum(batch.forward for batch in made) / options.count,
             "backward": sum(batch.backward for batch in made) / options.count,
@@ -159,8 +164,9 @@ def _kept(
     progress: Progress,
 ) -> Optimised:
     """The batch from its file; made, and put there, if it is not."""
-    device = next(model.module.parameters()).device.type
-    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed(), device]
+    device = next(model.module.parameters()).device
+    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed(), device.type, str(fast_dtype(device))]
+    facts += [version(name) for name in ("dfq-deploy", "timm")]
     path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
     if path.exists():
         kept = ImageSet.load(path)

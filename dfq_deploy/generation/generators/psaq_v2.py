@@ -151,8 +151,10 @@ class _Learner:
         """Lower the discrepancy on the images of a step by moving the student's weights."""
         if view.step < self._joins:
             return
-        done, far = (view.step - self._joins) / self._steps, min(float(self.losses[0]), 1.0)
-        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * far * 0.5 * (1 + math.cos(math.pi * done))
+        if view.step == self._joins:
+            self._far = min(float(self.losses[0]), 1.0)
+        done = (view.step - self._joins) / self._steps
+        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * self._far * 0.5 * (1 + math.cos(math.pi * done))
         for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
             loss = self._discrepancy(pixels, wanted)
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
