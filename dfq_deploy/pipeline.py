@@ -6,27 +6,22 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 
 import contextlib
 import errno
-import functools
 import json
 import os
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from calibrators.errors import PlanError, RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet
-from calibrators.pictures import write_contact_sheet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.analysis import Sensitivity, analyse
-from dfq_deploy.building import build_bundle, float_stage, is_built, made_with
+from dfq_deploy.building import build_bundle, float_stage, is_built
 from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
 from dfq_deploy.evaluate import Check, evaluate
-from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_for_spared, formats_on
+from dfq_deploy.formats import Job, formats_for_spared
 from dfq_deploy.generation import GenerateOptions
-from dfq_deploy.generation.generators import STUDENTS
-from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import (
@@ -43,6 +38,7 @@ from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare, logits_of
+from dfq_deploy.synthetic import images_for, write_images
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
@@ -79,7 +75,7 @@ def export(
         labelled_for(model, open_images(images, model.preprocess))  # told now if it is wrong, not at the end
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
-        calibration = _calibration_images(recipe, model, work, watch)
+        calibration = images_for(recipe, model, work, watch)
         plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
         pick("exporters.backends", recipe.backend).check(plan, recipe.options)
         floats = float_stage(refined, work)
@@ -99,7 +95,7 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) 
     watch.stage("model", False)
     model = _load(recipe)
     watch.stage("images", False)
-    _generate(recipe, model, out, watch)
+    write_images(recipe, model, out, watch)
     return ImageSet.load(out)
 
 
@@ -114,7 +110,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
     watch.stage("model", False)
     model = _load(recipe)
     with Workspace(out.parent, watch.stage) as work:
-        calibration = _calibration_images(recipe, model, work, watch)
+        calibration = images_for(recipe, model, work, watch)
         plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out)
     return plan
@@ -148,7 +144,7 @@ def simulate(
     place = images or (f"npz:{model.labelled}" if model.labelled else None)
     picked = labelled_for(model, open_images(place, model.preprocess)) if place else None
     with Workspace(out, watch.stage) as work:
-        calibration = _calibration_images(recipe, model, work, watch)
+        calibration = images_for(recipe, model, work, watch)
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out / "plan.safetensors")
     shown = (picked or calibration).spread(limit or len(picked or calibration))
@@ -285,30 +281,3 @@ def _load(recipe: ModelRecipe) -> Model:
     return load_model(
         recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
     )
-
-
-def _generate(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
-    whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
-    batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
-    options = GenerateOptions(
-        count=recipe.count,
-        first=recipe.first,
-        seed=recipe.seed,
-        exact=recipe.exact,
-        formats=functools.partial(formats_on, whole),
-        keep_in=batches,
-    )
-    images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
-    write_contact_sheet(images, path)
-    images.save(path)  # last: from here on the stage is done
-    shutil.rmtree(batches, ignore_errors=True)
-
-
-def _calibration_images(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
-    if recipe.calib != "synthetic":
-        return open_images(recipe.calib, model.preprocess)
-    facts = [recipe.generator, recipe.count, recipe.first, recipe.seed, recipe.exact, model.fingerprint, made_with()]
-    if set(STUDENTS) & set(recipe.generator.split(",")):
-        facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
-    path = work.stage("images", ".safetensors", facts, lambda path: _generate(recipe, model, path, watch))
-    return ImageSet.load(path)

@@ -156,7 +156,7 @@ def test_a_full_disk_is_told(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "_generate", full)
+    monkeypatch.setattr(pipeline, "write_images", full)
     assert cli.run(["generate", *_NOISE, "--count", "2", "--out", "images.safetensors"]) == 3
     assert "No space left on device" in capsys.readouterr().err
 

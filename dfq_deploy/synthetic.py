@@ -1,0 +1,62 @@
+"""Calibration images of a run: opened where they lie, or made, once, by the generators that the recipe names.
+
+What was made lies in a file with a contact sheet beside it; a synthesis that was killed goes on with the batches that
+are missing.
+"""
+
+import functools
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from calibrators.images import ImageSet
+from calibrators.pictures import write_contact_sheet
+from dfq_deploy.building import made_with
+from dfq_deploy.formats import FORMAT_FIELDS, formats_on
+from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.generators import STUDENTS
+from dfq_deploy.generation.making import make_images
+from dfq_deploy.models import Model
+from dfq_deploy.opening import open_images
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe
+from dfq_deploy.watch import Watch
+from dfq_deploy.workspace import Workspace
+
+__all__ = ["images_for", "write_images"]
+
+
+def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
+    """The images that `recipe` calibrates on: opened, or made unless an earlier run has.
+
+    Raises:
+        DeployError: They cannot be had.
+    """
+    if recipe.calib != "synthetic":
+        return open_images(recipe.calib, model.preprocess)
+    facts = [recipe.generator, recipe.count, recipe.first, recipe.seed, recipe.exact, model.fingerprint, made_with()]
+    if set(STUDENTS) & set(recipe.generator.split(",")):
+        facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
+    path = work.stage("images", ".safetensors", facts, lambda path: write_images(recipe, model, path, watch))
+    return ImageSet.load(path)
+
+
+def write_images(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
+    """Make the images that `recipe` describes, and write them to `path`, their contact sheet beside it.
+
+    Raises:
+        DeployError: The generator cannot work on the model, or broke down.
+    """
+    whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
+    batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
+    options = GenerateOptions(
+        count=recipe.count,
+        first=recipe.first,
+        seed=recipe.seed,
+        exact=recipe.exact,
+        formats=functools.partial(formats_on, whole),
+        keep_in=batches,
+    )
+    images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
+    write_contact_sheet(images, path)
+    images.save(path)  # last: from here on the stage is done
+    shutil.rmtree(batches, ignore_errors=True)
