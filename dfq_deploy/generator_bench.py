@@ -2,7 +2,8 @@
 
 Comes in: a model and a `GeneratorsRecipe`. Goes out: a `GeneratorBench`, and the folder's JSON, table and chart. Every
 set of images and every single result is a file in `work/`, so that a run that was killed goes on where it was, and one
-with more seeds or schemes computes what is missing. Nothing is printed.
+with more seeds or schemes computes what is missing. A file's name says how many images it is of and is judged by: a run
+with fewer of them stands beside one with more, and deletes nothing of it. Nothing is printed.
 """
 
 import itertools
@@ -116,7 +117,8 @@ class _Desk:
 
     def images(self, generator: str, scheme: str, seed: int, progress: Progress = quiet) -> tuple[ImageSet, Path]:
         """A set of images, from its file or made now, and that file. Those that bring a student are made per scheme."""
-        name, quantizer = f"images-{generator}", self.recipe.quantizer(scheme)
+        quantizer = self.recipe.quantizer(scheme)
+        name = f"set-{generator}"  # not images-…, by which an export knows its own
         facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
         options = GenerateOptions(self.recipe.count, seed, formats=partial(formats_on, quantizer))
         make = partial(self._make, generator, options, progress)
@@ -126,7 +128,7 @@ class _Desk:
         if generator == REAL and self.pool is not None:
             facts.append(self.pool.fingerprint)
             make = partial(_draw, self.pool, self.recipe.count, seed)
-        path = self.work.stage(f"{name}-{seed}", ".safetensors", facts, make)
+        path = self.work.stage(f"{name}-{self.recipe.count}-{seed}", ".safetensors", facts, make)
         return ImageSet.load(path), path
 
     def _make(self, generator: str, options: GenerateOptions, progress: Progress, path: Path) -> None:
@@ -141,7 +143,8 @@ class _Desk:
         images, path = self.images(generator, scheme, seed)
         recipe = suited(self.recipe.quantizer(scheme, refine), images)
         facts = [scheme, passes_of(recipe), images.fingerprint, *_judged_by(self.model, self.judges)]
-        name = f"result-{scheme}-{recipe.refine}-{generator}-{seed}"
+        judged = f"{len(self.judges)}-{scheme}-{recipe.refine}"
+        name = f"result-{judged}-{generator}-{self.recipe.count}-{seed}"
 
         def measure(path: Path) -> None:
             plan, refined, _files = plan_of(Job(recipe, self.model, images, self.work, SILENT))
@@ -173,7 +176,7 @@ def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np
         with written_whole(path) as temporary:
             np.save(temporary, logits)
 
-    floats: np.ndarray = np.load(work.stage("logits", ".npy", _judged_by(model, judges), write))
+    floats: np.ndarray = np.load(work.stage(f"logits-{len(judges)}", ".npy", _judged_by(model, judges), write))
     return floats
 
 

@@ -81,7 +81,7 @@ def test_a_result_is_that_of_a_simulation_on_the_same_images(
     finished: tuple[Path, GeneratorBench], tmp_path: Path
 ) -> None:
     folder, found = finished
-    (images,) = (folder / "work").glob("images-dead_leaves-1-*.safetensors")
+    (images,) = (folder / "work").glob("set-dead_leaves-4-1-*.safetensors")
     recipe = CalibrateRecipe(model="demo", scheme="w4a4", refine="none", spare="massive", calib=str(images))
     alone = dfq.simulate(recipe, tmp_path / "alone", limit=_LIMIT)
     assert alone.top1 is not None and alone.drop is not None
@@ -96,7 +96,7 @@ def test_real_images_are_drawn_by_the_seed_and_none_is_made(finished: tuple[Path
     folder, found = finished
     pool = generator_bench.open_images(_REAL, load_model("demo").preprocess)
     known = {image.tobytes() for image in pool.pixels[:]}
-    sets = [ImageSet.load(path) for path in sorted((folder / "work").glob("images-real-*"))]
+    sets = [ImageSet.load(path) for path in sorted((folder / "work").glob("set-real-*"))]
     assert len(sets) == 2 and sets[0].fingerprint != sets[1].fingerprint
     assert all(len({image.tobytes() for image in images.pixels[:]} & known) == 4 for images in sets)
     assert found.rows[-1].spread("seconds") is found.rows[-1].spread("forward") is None
@@ -177,6 +177,24 @@ def test_other_images_to_judge_by_give_other_results(folder: Path, calls: list[s
     assert sorted(set(calls)) == ["float", "result"]
 
 
+@pytest.mark.parametrize("shorter", ["judged by fewer", "of fewer images", "an export"])
+def test_a_shorter_run_in_between_costs_nothing(folder: Path, calls: list[str], shorter: str) -> None:
+    kept = {path.name for kind in ("set", "result", "logits") for path in (folder / "work").glob(f"{kind}-*")}
+    assert len(kept) == 6 + 4 + 6 + 1, "sets, the seconds of those that were made, results, float"
+    if shorter == "judged by fewer":
+        dfq.bench_generators(_CHEAP, folder, limit=7, real=_REAL)
+        assert set(calls) == {"float", "result"}
+    elif shorter == "of fewer images":
+        _run(folder, dataclasses.replace(_CHEAP, count=2))
+        assert calls == ["noise 0", "noise 1", "dead_leaves 0", "dead_leaves 1", *["result"] * 6]
+    else:
+        dfq.export(dfq.Recipe(model="demo", generator="noise", count=2, seed=5), folder, limit=1)
+    assert kept <= {path.name for path in (folder / "work").iterdir()}
+    calls.clear()
+    _run(folder)
+    assert calls == []
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     compare = generator_bench.compare
 
@@ -203,8 +221,8 @@ def test_a_generator_that_brings_a_student_makes_images_per_scheme(
     )
     found = _run(tmp_path / "run", recipe)
     assert [call for call in calls if call not in ("float", "result")] == ["noise 3", "psaq_v2 3", "psaq_v2 3"]
-    kept = [path.name.partition("-3-")[0] for path in (tmp_path / "run" / "work").glob("images-psaq*.safetensors")]
-    assert sorted(kept) == ["images-psaq_v2-w4a4", "images-psaq_v2-w6a6"]
+    kept = [path.name.partition("-4-3-")[0] for path in (tmp_path / "run" / "work").glob("set-psaq*.safetensors")]
+    assert sorted(kept) == ["set-psaq_v2-w4a4", "set-psaq_v2-w6a6"]
     rows = {(row.scheme, row.refine): row.results for row in found.rows if row.generator == "psaq_v2"}
     assert rows["w4a4", "none"] == rows["w4a4", "default"] != rows["w6a6", "none"]
     assert calls.count("result") == 2 * (2 * 2 + 1), "a student takes no passes by default: one result for both"
