@@ -11,8 +11,10 @@ from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from dfq_deploy.recipe import CalibrateRecipe, ModelRecipe
 
-__all__ = ["REAL", "GeneratorsRecipe"]
+__all__ = ["NOISE", "REAL", "GeneratorsRecipe"]
 
+NOISE = "noise"
+"""The generator that all others are held against."""
 REAL = "real"
 """What real images are called where generators have their names."""
 
@@ -23,7 +25,7 @@ class GeneratorsRecipe(ModelRecipe):
 
     seed: int = 0
     """Seed of random weights; those of the images are --seeds."""
-    generators: str = "noise,psaq_v1,psaq_v2,spdfq,dfq"
+    generators: str = f"{NOISE},psaq_v1,psaq_v2,spdfq,dfq"
     """Generators, with commas between them; noise among them, if it is to be told how far the others come from it."""
     schemes: str = "w8a8,w6a6,w4a8,w4a4"
     """Formats, with commas between them; simulated, so that any will do."""

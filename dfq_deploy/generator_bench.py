@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from calibrators.errors import ImagesError
 from calibrators.files import written_whole
@@ -163,7 +162,7 @@ class _Desk:
         known = {figure: np.nan if value is None else value for figure, value in figures.items()}
         passes = images.made_by.get("passes", {"forward": None, "backward": None})
         seconds = None if generator == REAL else _read(_seconds_beside(path))
-        return Result(seed, **known, seconds=seconds, **passes)
+        return Result(seed, **known, seconds=seconds, **passes, threads=images.made_by.get("threads"))
 
 
 def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np.ndarray:
@@ -229,7 +228,6 @@ def _measured(desk: _Desk, watch: Watch) -> GeneratorBench:
             "real": desk.pool and desk.pool.source,
         },
         versions=made_with(),
-        threads=torch.get_num_threads(),
         gaps=tuple(gaps),
         rows=tuple(rows),
     )

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from calibrators.files import written_whole
-from dfq_deploy.bench_recipe import REAL
+from dfq_deploy.bench_recipe import NOISE, REAL
 from dfq_deploy.evaluate import without_nan
 
 __all__ = ["Gap", "GeneratorBench", "Result", "Row", "Spread", "gaps_of"]
 
-_NOISE = "noise"
 _TITLES = (
     *("scheme", "refine", "images", "points lost", "top-1, %", "= float, %", "SQNR, dB"),
     *("way, = float, %", "way, top-1, %", "made in, s", "forward", "backward"),
@@ -56,6 +55,7 @@ class Result:
         seconds: Wall time that it took to make the images; None for real ones.
         forward: Forward passes of the whole network per image; None for real ones.
         backward: Backward passes of it.
+        threads: Threads that torch computed them with, which the seconds depend on; None for real ones.
     """
 
     seed: int
@@ -66,6 +66,7 @@ class Result:
     seconds: float | None
     forward: float | None
     backward: float | None
+    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def gaps_of(rows: Sequence[Row]) -> tuple[Gap, ...]:
     found = []
     for measure in _MEASURES:
         ends = {row.generator: row.spread(measure) for row in rows}
-        noise, real = ends.get(_NOISE), ends.get(REAL)
+        noise, real = ends.get(NOISE), ends.get(REAL)
         found.append(
             Gap(
                 rows[0].scheme,
@@ -190,7 +191,6 @@ class GeneratorBench:
         images: Where they come from.
         settings: What was asked for.
         versions: Of everything that the figures depend on.
-        threads: Threads that torch computed with, which seconds depend on.
         gaps: From noise to real images, per quantizer and measure.
         rows: What was found, quantizer after quantizer.
     """
@@ -201,7 +201,6 @@ class GeneratorBench:
     images: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    threads: int
     gaps: tuple[Gap, ...]
     rows: tuple[Row, ...]
 
