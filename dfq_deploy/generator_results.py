@@ -78,20 +78,19 @@ class Row:
         refine: The refine passes, as asked for.
         generator: What made the images; `real` for real ones.
         results: One per seed.
-        recovered: How far it goes from noise (0) to real images (100) by `agreement` and by `top1`; None where their
-            gap is too small to tell, see `Gap`.
+        recovered: How far it goes from noise (0) to real images (100) by `agreement` and by `top1`, over the seeds; 0
+            and 100 are the means of these. None where their gap is too small to tell, see `Gap`.
     """
 
     scheme: str
     refine: str
     generator: str
     results: tuple[Result, ...]
-    recovered: Mapping[str, float | None] = field(default_factory=dict)
+    recovered: Mapping[str, Spread | None] = field(default_factory=dict)
 
     def between(self, gaps: Sequence["Gap"]) -> "Row":
         """The row with how far it goes between the ends of the gaps."""
-        shares = {gap.measure: gap.share(spread.mean) for gap in gaps if (spread := self.spread(gap.measure))}
-        return replace(self, recovered=shares)
+        return replace(self, recovered={gap.measure: gap.shares(self.results) for gap in gaps})
 
     def spread(self, figure: str) -> Spread | None:
         """A figure of the results over the seeds; None where real images have none."""
@@ -105,7 +104,7 @@ class Row:
 
     def shares(self) -> tuple[str, ...]:
         """How far it goes by each measure, for people."""
-        return tuple("" if share is None else f"{share:.0f}" for share in map(self.recovered.get, _MEASURES))
+        return tuple("" if share is None else share.shown(0) for share in map(self.recovered.get, _MEASURES))
 
     def passes(self) -> tuple[str, ...]:
         """Mean number of forward and of backward passes, for people."""
@@ -146,6 +145,11 @@ class Gap:
         if self.why is not None or self.noise is None or self.real is None:
             return None
         return 100.0 * ((value - self.noise) / (self.real - self.noise))
+
+    def shares(self, results: Sequence[Result]) -> Spread | None:
+        """Where each of `results` lies, over the seeds; their mean lies where the mean of the results does."""
+        shares = [self.share(getattr(result, self.measure)) for result in results]
+        return Spread.of([share for share in shares if share is not None]) if None not in shares else None
 
 
 def gaps_of(rows: Sequence[Row]) -> tuple[Gap, ...]:
@@ -215,14 +219,27 @@ class GeneratorBench:
         return clean
 
     def markdown(self) -> str:
-        """The rows as a markdown table, and why a share is missing."""
+        """The rows as a markdown table, what ± leaves out, and why a share is missing."""
         lines = [f"| {' | '.join(_TITLES)} |", "|---" * len(_TITLES) + "|"]
         for row in self.rows:
             figures = (row.shown(figure) for figure in ("drop", "top1", "agreement", "sqnr_db"))
             cells = (row.scheme, row.refine, row.generator, *figures, *row.shares(), row.shown("seconds", 1))
             lines.append(f"| {' | '.join((*cells, *row.passes()))} |")
         head = f"{self.model}: float top-1 {self.float_top1:.2f} %, {self.n} images, {self.images}"
-        return "\n".join([head, "", *lines, "", *(f"- {note}." for note in self.notes())]).rstrip() + "\n"
+        return "\n".join([head, "", *lines, "", *(f"- {note}." for note in (self.doubt, *self.notes()))]) + "\n"
+
+    @property
+    def doubt(self) -> str:
+        """What the deviations leave out."""
+        return f"the sampling error of the {self.n} images is not in ±: one of them is {100 / self.n:.2f} %"
+
+    def passes(self) -> str:
+        """Mean number of forward and of backward passes by generator, for people; several where schemes differ."""
+        counts: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            if any(row.passes()):
+                counts.setdefault(row.generator, {})[" / ".join(row.passes())] = None
+        return ", ".join(f"{generator} {' or '.join(found)}" for generator, found in counts.items())
 
     def notes(self) -> tuple[str, ...]:
         """Why nothing is said of how far a generator goes from noise to real images, each reason once."""

@@ -126,7 +126,10 @@ def test_noise_is_0_and_real_images_are_100() -> None:
     rows = [_row("noise", 9.0, 11.0), _row("dfq", 41.0, 43.0), _row("real", 49.0, 51.0)]
     agreement, top1 = gaps_of(rows)
     assert agreement.why is None
-    assert [row.between((agreement, top1)).recovered["agreement"] for row in rows] == [0.0, 80.0, 100.0]
+    ways = [row.between((agreement, top1)).recovered["agreement"] for row in rows]
+    assert [way and way.mean for way in ways] == [0.0, 80.0, 100.0]
+    assert [way and way.deviation for way in ways] == [pytest.approx(np.std([0, 5], ddof=1))] * 3  # 2 of 40 points
+    assert rows[1].between((agreement, top1)).shares() == ("80 ± 4", "")
     assert top1.why is not None and "+0.00 points from noise, no better" in top1.why
     assert {row.between((agreement, top1)).recovered["top1"] for row in rows} == {None}
 
@@ -242,10 +245,21 @@ def test_a_generator_that_brings_a_student_makes_images_per_scheme(
 # What a person sees.
 
 
+def test_of_one_seed_a_way_is_told_without_a_deviation() -> None:
+    rows = [_row("noise", 10.0), _row("dfq", 42.0), _row("real", 50.0)]
+    assert [row.between(gaps_of(rows)).recovered["agreement"] for row in rows] == [
+        Spread(share, None) for share in (0.0, 80.0, 100.0)
+    ]
+
+
 def _made_up() -> GeneratorBench:
     rows = {
-        "none": [_row("noise", 9.0, 11.0), _row("psaq_v1", 24.5, 22.0), _row("real", 49.0, 51.0, top1=50.0)],
-        "default": [_row("noise", 50.0, 53.0), _row("psaq_v1", 52.0, 55.5), _row("real", 51.0, 52.5, top1=49.0)],
+        "none": [
+            _row("noise", 9.0, 11.0),
+            _row("psaq_v1:exact", 24.5, 22.0, top1=55.0),
+            _row("real", 49.0, 51.0, top1=61.0),
+        ],
+        "default": [_row("noise", 50.0, 53.0), _row("psaq_v1:exact", 52.0, 55.5), _row("real", 51.0, 52.5, top1=49.0)],
     }
     every: list[Row] = []
     gaps = []
@@ -270,6 +284,7 @@ def test_the_tables_look_as_they_should(
     show.print_generators(_made_up(), Path("runs/bench"))
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines() if "±" in line) <= 80
+    assert "…" not in said
     assert said == snapshot
     assert _made_up().markdown() == snapshot
 
