@@ -20,7 +20,7 @@ import numpy as np
 from calibrators.errors import ImagesError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
-from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe
+from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
@@ -117,11 +117,12 @@ class _Desk:
     def images(self, generator: str, scheme: str, seed: int, progress: Progress = quiet) -> tuple[ImageSet, Path]:
         """A set of images, from its file or made now, and that file. Those that bring a student are made per scheme."""
         quantizer = self.recipe.quantizer(scheme)
-        name = f"set-{generator}"  # not images-…, by which an export knows its own
+        kind, exact = form_of(generator)
+        name = f"set-{_in_names(generator)}"  # not images-…, by which an export knows its own
         facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
-        options = GenerateOptions(self.recipe.count, seed, formats=partial(formats_on, quantizer))
-        make = partial(self._make, generator, options, progress)
-        if generator in STUDENTS:
+        options = GenerateOptions(self.recipe.count, seed, exact, formats=partial(formats_on, quantizer))
+        make = partial(self._make, kind, options, progress)
+        if kind in STUDENTS:
             name += f"-{scheme}"
             facts += [getattr(quantizer, field) for field in FORMAT_FIELDS]
         if generator == REAL and self.pool is not None:
@@ -143,7 +144,7 @@ class _Desk:
         recipe = suited(self.recipe.quantizer(scheme, refine), images)
         facts = [scheme, passes_of(recipe), images.fingerprint, *_judged_by(self.model, self.judges)]
         judged = f"{len(self.judges)}-{scheme}-{recipe.refine}"
-        name = f"result-{judged}-{generator}-{self.recipe.count}-{seed}"
+        name = f"result-{judged}-{_in_names(generator)}-{self.recipe.count}-{seed}"
 
         def measure(path: Path) -> None:
             plan, refined, _files = plan_of(Job(recipe, self.model, images, self.work, SILENT))
@@ -185,7 +186,7 @@ def _judged_by(model: Model, judges: ImageSet) -> list[Any]:
 
 def _make_all(desk: _Desk, generator: str, watch: Watch) -> None:
     """Make all sets of one generator that are missing."""
-    schemes = desk.recipe.scheme_names if generator in STUDENTS else desk.recipe.scheme_names[:1]
+    schemes = desk.recipe.scheme_names if form_of(generator)[0] in STUDENTS else desk.recipe.scheme_names[:1]
     sets = [(scheme, seed) for scheme in schemes for seed in desk.recipe.seed_numbers]
     for number, (scheme, seed) in enumerate(sets):
 
@@ -262,6 +263,11 @@ def _draw(pool: ImageSet, count: int, seed: int, path: Path) -> None:
     drawn = np.random.default_rng(seed).choice(len(pool), count, replace=False)
     pixels = np.concatenate([pool.pixels[i : i + 1] for i in sorted(drawn.tolist())])
     ImageSet.of(pixels, pool.preprocess, source=f"{count} of {pool.source}").save(path)
+
+
+def _in_names(generator: str) -> str:
+    """How a generator is spelled in a file's name, where not every system takes a colon."""
+    return generator.replace(":", "-")
 
 
 def _seconds_beside(path: Path) -> Path:

@@ -19,7 +19,7 @@ from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
 from dfq_deploy import cli, generator_bench, show
 from dfq_deploy.generation.engine import Stage
-from dfq_deploy.generation.generators import psaq_v2
+from dfq_deploy.generation.generators import psaq_v1, psaq_v2
 from dfq_deploy.generator_results import GeneratorBench, Result, Row, Spread, gaps_of
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import CalibrateRecipe
@@ -242,6 +242,31 @@ def test_a_generator_that_brings_a_student_makes_images_per_scheme(
     assert rows["w4a4", "none"][0].forward == 3 + 2 + 2  # the images' steps, against the student, the student's own
 
 
+def test_a_published_form_stands_beside_the_fast_one(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psaq_v1, "_FAST_STAGES", (Stage(2, 2),))
+    monkeypatch.setattr(psaq_v1, "_V1_STAGES", (Stage(3, 2), Stage(2, 2)))
+    recipe = dfq.GeneratorsRecipe(
+        **_ASKED | {"generators": "psaq_v1,psaq_v1:exact", "schemes": "w4a4,w6a6"}, seeds="3", count=2
+    )
+    found = _run(tmp_path / "run", recipe, real=None)
+    assert [call for call in calls if call not in ("float", "result")] == ["psaq_v1 3"] * 2
+    assert [(row.generator, row.results[0].forward) for row in found.rows] == [
+        ("psaq_v1", 2),
+        ("psaq_v1:exact", 5),
+    ] * 2
+    (kept,) = (tmp_path / "run" / "work").glob("set-psaq_v1-exact-2-3-*.safetensors")
+    alone = tmp_path / "alone.safetensors"
+    dfq.generate(dfq.Recipe(model="demo", generator="psaq_v1", exact=True, seed=3, count=2), alone)
+    assert ImageSet.load(kept).fingerprint == ImageSet.load(alone).fingerprint
+    for shown in (found.markdown(), (tmp_path / "run" / "generators.json").read_text()):
+        assert "psaq_v1:exact" in shown
+    calls.clear()
+    assert _run(tmp_path / "run", recipe, real=None) == found
+    assert calls == []
+
+
 # What a person sees.
 
 
@@ -347,6 +372,7 @@ def test_a_recipe_file_serves_too(
 _DEMO = ["--model", "demo", "--out", "o"]
 _MISTAKES = {
     "an unknown generator": [*_DEMO, "--generators", "noise,noize"],
+    "an unknown form": [*_DEMO, "--generators", "noise,psaq_v1:exakt"],
     "an unknown scheme": [*_DEMO, "--schemes", "w8a8,w3a3"],
     "a scheme that quantizes nothing": [*_DEMO, "--schemes", "float"],
     "an unknown pass": [*_DEMO, "--refine", "none", "--refine", "smoothe"],
