@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.errors import ImagesError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
+from dfq_deploy.bench_images import draw, images_to_draw, images_to_judge
 from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
@@ -32,7 +32,6 @@ from dfq_deploy.generation.making import make_images
 from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.opening import labelled_for, open_images
 from dfq_deploy.planning import plan_of, suited
 from dfq_deploy.reference import Reference, float_logits
 from dfq_deploy.simulation import compare, logits_of
@@ -60,22 +59,24 @@ def bench_generators(
         out: Folder of `generators.json`, `.md` and `.png`; what is finished is kept in its `work/`.
         images: Labelled images to judge by (`folder:PATH`, `npz:PATH`, a file). None: those that the model brings along
             (the demo does).
-        real: Real images to calibrate on, for comparison; each seed draws as many as the recipe counts. None: there are
-            none, and nothing can be said of how far a generator goes from noise to them.
+        real: Real images to calibrate on, for comparison, none of them among those to judge by; each seed draws as many
+            as the recipe counts. None: there are none, and nothing can be said of how far a generator goes from noise
+            to them.
         limit: Judge by this many of the images, evenly spaced.
         watch: Told how it goes, and of each row when it is finished.
 
     Raises:
-        DeployError: A generator cannot work on the model, or images cannot be had; what was finished stays.
+        DeployError: A generator cannot work on the model, images cannot be had, or real ones would be calibrated on and
+            judged by; what was finished stays.
     """
     out = Path(out)
     watch.stage("model", False)
     model = load_model(
         recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
     )
-    judges = _labelled(model, images)
+    judges = images_to_judge(model, images)
+    pool = None if real is None else images_to_draw(model, real, recipe.count, judges)
     judges = judges if limit is None else judges.spread(limit)
-    pool = None if real is None else _enough(open_images(real, model.preprocess), recipe.count)
     with Workspace(out, SILENT.stage) as work:
         watch.stage("float", False)
         desk = _Desk(recipe, model, judges, _floats(model, judges, work, watch), pool, work)
@@ -127,7 +128,7 @@ class _Desk:
             facts += [getattr(quantizer, field) for field in FORMAT_FIELDS]
         if generator == REAL and self.pool is not None:
             facts.append(self.pool.fingerprint)
-            make = partial(_draw, self.pool, self.recipe.count, seed)
+            make = partial(draw, self.pool, self.recipe.count, seed)
         path = self.work.stage(f"{name}-{self.recipe.count}-{seed}", ".safetensors", facts, make)
         return ImageSet.load(path), path
 
@@ -232,37 +233,6 @@ def _measured(desk: _Desk, watch: Watch) -> GeneratorBench:
         gaps=tuple(gaps),
         rows=tuple(rows),
     )
-
-
-def _labelled(model: Model, place: str | None) -> ImageSet:
-    """The labelled images at `place`, or those that come with the model."""
-    place = place or (f"npz:{model.labelled}" if model.labelled else None)
-    images = labelled_for(model, open_images(place, model.preprocess)) if place else None
-    if images is None or images.labels is None:
-        raise ImagesError(
-            what=f"{images.source} has no labels." if images else f"no labelled images come with `{model.name}`.",
-            why="what is lost by quantization is counted in labels.",
-            fix="pass --images folder:PATH, with a sub-folder per class or a labels.csv.",
-        )
-    return images
-
-
-def _enough(pool: ImageSet, count: int) -> ImageSet:
-    """`pool`, out of which sets can be drawn."""
-    if len(pool) < count:
-        raise ImagesError(
-            what=f"{pool.source} holds {len(pool)} images, and each set takes {count}.",
-            why="real images stand beside as many synthetic ones, and none is taken twice.",
-            fix=f"pass more with --real, or --count {len(pool)}.",
-        )
-    return pool
-
-
-def _draw(pool: ImageSet, count: int, seed: int, path: Path) -> None:
-    """Draw a set of real images, none twice."""
-    drawn = np.random.default_rng(seed).choice(len(pool), count, replace=False)
-    pixels = np.concatenate([pool.pixels[i : i + 1] for i in sorted(drawn.tolist())])
-    ImageSet.of(pixels, pool.preprocess, source=f"{count} of {pool.source}").save(path)
 
 
 def _in_names(generator: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,29 @@ from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import psaq_v1, psaq_v2
 from dfq_deploy.generator_results import GeneratorBench, Result, Row, Spread, gaps_of
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.opening import open_images
 from dfq_deploy.recipe import CalibrateRecipe
 
-_REAL = f"npz:{Path(dfq.__file__).parent / 'models' / 'demo' / 'held_back.npz'}"
+_DIGITS = Path(dfq.__file__).parent / "models" / "demo" / "held_back.npz"
+_IMAGES, _REAL = "npz:judged.npz", "npz:drawn.npz"  # its halves
 _ASKED: dict[str, Any] = {"model": "demo", "generators": "noise,dead_leaves", "schemes": "w4a4", "refine": ("none",)}
 _CHEAP = dfq.GeneratorsRecipe(**_ASKED, seeds="0,1", count=4)
 _LIMIT = 40
 
 
 def _run(folder: Path, recipe: dfq.GeneratorsRecipe = _CHEAP, **options: Any) -> GeneratorBench:
-    return dfq.bench_generators(recipe, folder, limit=_LIMIT, **({"real": _REAL} | options))
+    return dfq.bench_generators(recipe, folder, **({"images": _IMAGES, "real": _REAL, "limit": _LIMIT} | options))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _halves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The demo's digits in two halves, one to judge by and one to calibrate on, in the folder that the tests run in."""
+    folder = tmp_path_factory.mktemp("halves")
+    with np.load(_DIGITS) as digits, pytest.MonkeyPatch.context() as patch:
+        for first, name in enumerate(("judged", "drawn")):
+            np.savez(folder / f"{name}.npz", **{key: values[first::2] for key, values in digits.items()})
+        patch.chdir(folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,7 @@ def test_a_result_is_that_of_a_simulation_on_the_same_images(
     folder, found = finished
     (images,) = (folder / "work").glob("set-dead_leaves-4-1-*.safetensors")
     recipe = CalibrateRecipe(model="demo", scheme="w4a4", refine="none", spare="massive", calib=str(images))
-    alone = dfq.simulate(recipe, tmp_path / "alone", limit=_LIMIT)
+    alone = dfq.simulate(recipe, tmp_path / "alone", images=_IMAGES, limit=_LIMIT)
     assert alone.top1 is not None and alone.drop is not None
     result = found.rows[1].results[1]
     assert result.agreement == alone.agreement.percent
@@ -95,7 +108,7 @@ def test_a_result_is_that_of_a_simulation_on_the_same_images(
 
 def test_real_images_are_drawn_by_the_seed_and_none_is_made(finished: tuple[Path, GeneratorBench]) -> None:
     folder, found = finished
-    pool = generator_bench.open_images(_REAL, load_model("demo").preprocess)
+    pool = open_images(_REAL, load_model("demo").preprocess)
     known = {image.tobytes() for image in pool.pixels[:]}
     sets = [ImageSet.load(path) for path in sorted((folder / "work").glob("set-real-*"))]
     assert len(sets) == 2 and sets[0].fingerprint != sets[1].fingerprint
@@ -186,7 +199,7 @@ def test_more_seeds_and_schemes_compute_what_is_missing(folder: Path, calls: lis
 
 
 def test_other_images_to_judge_by_give_other_results(folder: Path, calls: list[str]) -> None:
-    dfq.bench_generators(_CHEAP, folder, limit=7)
+    _run(folder, limit=7, real=None)
     assert sorted(set(calls)) == ["float", "result"]
 
 
@@ -195,7 +208,7 @@ def test_a_shorter_run_in_between_costs_nothing(folder: Path, calls: list[str], 
     kept = {path.name for kind in ("set", "result", "logits") for path in (folder / "work").glob(f"{kind}-*")}
     assert len(kept) == 6 + 4 + 6 + 1, "sets, the seconds of those that were made, results, float"
     if shorter == "judged by fewer":
-        dfq.bench_generators(_CHEAP, folder, limit=7, real=_REAL)
+        _run(folder, limit=7)
         assert set(calls) == {"float", "result"}
     elif shorter == "of fewer images":
         _run(folder, dataclasses.replace(_CHEAP, count=2))
@@ -342,7 +355,7 @@ def test_the_chart_names_what_it_shows(tmp_path: Path) -> None:
 def test_each_row_is_told_when_it_is_finished(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "demo", "--generators", "noise,dead_leaves", "--schemes", "w4a4", "--refine", "none"]
     command = ["bench", "generators", *flags, "--seeds", "0,1", "--count", "4", "--limit", str(_LIMIT)]
-    assert cli.run([*command, "--real", _REAL, "--out", str(folder)]) == 0
+    assert cli.run([*command, "--images", _IMAGES, "--real", _REAL, "--out", str(folder)]) == 0
     said = capsys.readouterr()
     told = said.err.replace("\n", " ")
     assert all(f"w4a4, none, {name}: agrees with float on" in told for name in ("noise", "dead_leaves", "real"))
@@ -365,7 +378,7 @@ def test_a_recipe_file_serves_too(
     fields = 'model = "demo"\ngenerators = "noise,dead_leaves"\nschemes = "w4a4"\nrefine = ["none"]\nseeds = "0,1"\n'
     (tmp_path / "bench.toml").write_text(f"{fields}count = 4\n")
     command = ["--recipe", str(tmp_path / "bench.toml"), "bench", "generators", "--limit", str(_LIMIT)]
-    assert cli.run([*command, "--real", _REAL, "--out", str(folder)]) == 0
+    assert cli.run([*command, "--images", _IMAGES, "--real", _REAL, "--out", str(folder)]) == 0
     assert calls == []
 
 
@@ -383,7 +396,9 @@ _MISTAKES = {
     "a seed twice": [*_DEMO, "--seeds", "1,1"],
     "a limit of nothing": [*_DEMO, "--limit", "0"],
     "real images that are not there": [*_DEMO, "--real", "folder:nothing"],
-    "too few real images": [*_DEMO, "--count", "1000", "--real", _REAL],
+    "too few real images": [*_DEMO, "--count", "1000", "--real", f"npz:{_DIGITS}"],
+    "real images that are judged by": [*_DEMO, "--real", f"npz:{_DIGITS}"],
+    "a few real images that are judged by": [*_DEMO, "--count", "3", "--real", "npz:two_of_four.npz"],
     "no labelled images": ["--model", "test_vit", "--random-weights", "--out", "o"],
     "images without labels": [*_DEMO, "--images", "unlabelled.safetensors"],
     "no words at all": [],
@@ -403,6 +418,9 @@ def test_a_mistake_is_told_in_three_lines(
     monkeypatch.chdir(tmp_path)
     if mistake == "images without labels":
         dfq.generate(dfq.Recipe(model="demo", generator="noise", count=2), "unlabelled.safetensors")
+    with np.load(_DIGITS) as digits:
+        others = 255 - digits["images"][:2]
+        np.savez("two_of_four.npz", images=np.concatenate([digits["images"][:2], others]))
     assert cli.run(["bench", "generators", *_MISTAKES[mistake]]) == 3
     said = capsys.readouterr().err
     message = said[said.index("error:") :]
