@@ -39,7 +39,8 @@ def generators(
         out: Folder of generators.json, .md and .png; a run that was cut off goes on where it was.
         images: Labelled images to judge by: folder:PATH, npz:PATH or an ImageSet file. Without it: those that come with
             the model.
-        real: Real images to calibrate on, for comparison; each seed draws --count of them.
+        real: Real images to calibrate on, for comparison; each seed draws --count of them, and none may be among
+            --images.
         limit: Judge by this many of the images, evenly spaced.
     """
     with shown_progress() as watch:

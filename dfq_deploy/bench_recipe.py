@@ -11,10 +11,13 @@ from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from dfq_deploy.recipe import CalibrateRecipe, ModelRecipe
 
-__all__ = ["REAL", "GeneratorsRecipe"]
+__all__ = ["NOISE", "REAL", "GeneratorsRecipe", "form_of"]
 
+NOISE = "noise"
+"""The generator that all others are held against."""
 REAL = "real"
 """What real images are called where generators have their names."""
+_EXACT = ":exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,9 @@ class GeneratorsRecipe(ModelRecipe):
 
     seed: int = 0
     """Seed of random weights; those of the images are --seeds."""
-    generators: str = "noise,psaq_v1,psaq_v2,spdfq,dfq"
-    """Generators, with commas between them; noise among them, if it is to be told how far the others come from it."""
+    generators: str = f"{NOISE},psaq_v1,psaq_v2,spdfq,dfq"
+    """Generators, with commas between them; noise among them, if it is to be told how far the others come from it.
+    NAME:exact is a generator as its authors compute it, as by --exact."""
     schemes: str = "w8a8,w6a6,w4a8,w4a4"
     """Formats, with commas between them; simulated, so that any will do."""
     refine: tuple[str, ...] = ("none", "default")
@@ -36,8 +40,16 @@ class GeneratorsRecipe(ModelRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_names("generators", self.generator_names, names("dfq_deploy.generation.generators"))
-        _check_names("schemes", self.scheme_names, [name for name, scheme in SCHEMES.items() if scheme.weight])
+        generators = names("dfq_deploy.generation.generators")
+        exact = [name + _EXACT for name in generators]
+        _check_names(
+            "generators",
+            self.generator_names,
+            (*generators, *exact),
+            f"{', '.join(generators)}; each also as NAME:exact",
+        )
+        schemes = [name for name, scheme in SCHEMES.items() if scheme.weight]
+        _check_names("schemes", self.scheme_names, schemes, ", ".join(schemes))
         _check_twice("refine", self.refine)
         for seed in self.seeds.split(","):
             if not (seed.isdecimal() and int(seed) in range(2**32)):
@@ -52,7 +64,7 @@ class GeneratorsRecipe(ModelRecipe):
 
     @property
     def generator_names(self) -> tuple[str, ...]:
-        """The generators, one by one."""
+        """The generators as they are spelled, one by one; see `form_of`."""
         return tuple(self.generators.split(","))
 
     @property
@@ -70,12 +82,17 @@ class GeneratorsRecipe(ModelRecipe):
         return CalibrateRecipe(model=self.model, count=self.count, scheme=scheme, refine=refine, spare="massive")
 
 
-def _check_names(flag: str, asked: tuple[str, ...], offered: Sequence[str]) -> None:
+def form_of(generator: str) -> tuple[str, bool]:
+    """The name of a generator that is spelled as in --generators, and whether it computes as its authors do."""
+    return generator.removesuffix(_EXACT), generator.endswith(_EXACT)
+
+
+def _check_names(flag: str, asked: tuple[str, ...], offered: Sequence[str], told: str) -> None:
     unknown = [name for name in asked if name not in offered]
     if unknown:
         raise RecipeError(
             what=f"`{unknown[0]}` in --{flag} is unknown.",
-            why=f"there are {', '.join(offered)}.",
+            why=f"there are {told}.",
             fix="pass one or more of them, with commas between them.",
         )
     _check_twice(flag, asked)

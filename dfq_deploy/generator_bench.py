@@ -2,7 +2,8 @@
 
 Comes in: a model and a `GeneratorsRecipe`. Goes out: a `GeneratorBench`, and the folder's JSON, table and chart. Every
 set of images and every single result is a file in `work/`, so that a run that was killed goes on where it was, and one
-with more seeds or schemes computes what is missing. Nothing is printed.
+with more seeds or schemes computes what is missing. A file's name says how many images it is of and is judged by: a run
+with fewer of them stands beside one with more, and deletes nothing of it. Nothing is printed.
 """
 
 import itertools
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from calibrators.errors import ImagesError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
-from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe
+from dfq_deploy.bench_images import draw, images_to_draw, images_to_judge
+from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
@@ -32,7 +32,6 @@ from dfq_deploy.generation.making import make_images
 from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.opening import labelled_for, open_images
 from dfq_deploy.planning import plan_of, suited
 from dfq_deploy.reference import Reference, float_logits
 from dfq_deploy.simulation import compare, logits_of
@@ -60,22 +59,24 @@ def bench_generators(
         out: Folder of `generators.json`, `.md` and `.png`; what is finished is kept in its `work/`.
         images: Labelled images to judge by (`folder:PATH`, `npz:PATH`, a file). None: those that the model brings along
             (the demo does).
-        real: Real images to calibrate on, for comparison; each seed draws as many as the recipe counts. None: there are
-            none, and nothing can be said of how far a generator goes from noise to them.
+        real: Real images to calibrate on, for comparison, none of them among those to judge by; each seed draws as many
+            as the recipe counts. None: there are none, and nothing can be said of how far a generator goes from noise
+            to them.
         limit: Judge by this many of the images, evenly spaced.
         watch: Told how it goes, and of each row when it is finished.
 
     Raises:
-        DeployError: A generator cannot work on the model, or images cannot be had; what was finished stays.
+        DeployError: A generator cannot work on the model, images cannot be had, or real ones would be calibrated on and
+            judged by; what was finished stays.
     """
     out = Path(out)
     watch.stage("model", False)
     model = load_model(
         recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
     )
-    judges = _labelled(model, images)
+    judges = images_to_judge(model, images)
+    pool = None if real is None else images_to_draw(model, real, recipe.count, judges)
     judges = judges if limit is None else judges.spread(limit)
-    pool = None if real is None else _enough(open_images(real, model.preprocess), recipe.count)
     with Workspace(out, SILENT.stage) as work:
         watch.stage("float", False)
         desk = _Desk(recipe, model, judges, _floats(model, judges, work, watch), pool, work)
@@ -116,17 +117,19 @@ class _Desk:
 
     def images(self, generator: str, scheme: str, seed: int, progress: Progress = quiet) -> tuple[ImageSet, Path]:
         """A set of images, from its file or made now, and that file. Those that bring a student are made per scheme."""
-        name, quantizer = f"images-{generator}", self.recipe.quantizer(scheme)
+        quantizer = self.recipe.quantizer(scheme)
+        kind, exact = form_of(generator)
+        name = f"set-{_in_names(generator)}"  # not images-…, by which an export knows its own
         facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
-        options = GenerateOptions(self.recipe.count, seed, formats=partial(formats_on, quantizer))
-        make = partial(self._make, generator, options, progress)
-        if generator in STUDENTS:
+        options = GenerateOptions(self.recipe.count, seed, exact, formats=partial(formats_on, quantizer))
+        make = partial(self._make, kind, options, progress)
+        if kind in STUDENTS:
             name += f"-{scheme}"
             facts += [getattr(quantizer, field) for field in FORMAT_FIELDS]
         if generator == REAL and self.pool is not None:
             facts.append(self.pool.fingerprint)
-            make = partial(_draw, self.pool, self.recipe.count, seed)
-        path = self.work.stage(f"{name}-{seed}", ".safetensors", facts, make)
+            make = partial(draw, self.pool, self.recipe.count, seed)
+        path = self.work.stage(f"{name}-{self.recipe.count}-{seed}", ".safetensors", facts, make)
         return ImageSet.load(path), path
 
     def _make(self, generator: str, options: GenerateOptions, progress: Progress, path: Path) -> None:
@@ -141,7 +144,8 @@ class _Desk:
         images, path = self.images(generator, scheme, seed)
         recipe = suited(self.recipe.quantizer(scheme, refine), images)
         facts = [scheme, passes_of(recipe), images.fingerprint, *_judged_by(self.model, self.judges)]
-        name = f"result-{scheme}-{recipe.refine}-{generator}-{seed}"
+        judged = f"{len(self.judges)}-{scheme}-{recipe.refine}"
+        name = f"result-{judged}-{_in_names(generator)}-{self.recipe.count}-{seed}"
 
         def measure(path: Path) -> None:
             plan, refined, _files = plan_of(Job(recipe, self.model, images, self.work, SILENT))
@@ -160,7 +164,7 @@ class _Desk:
         known = {figure: np.nan if value is None else value for figure, value in figures.items()}
         passes = images.made_by.get("passes", {"forward": None, "backward": None})
         seconds = None if generator == REAL else _read(_seconds_beside(path))
-        return Result(seed, **known, seconds=seconds, **passes)
+        return Result(seed, **known, seconds=seconds, **passes, threads=images.made_by.get("threads"))
 
 
 def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np.ndarray:
@@ -173,7 +177,7 @@ def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np
         with written_whole(path) as temporary:
             np.save(temporary, logits)
 
-    floats: np.ndarray = np.load(work.stage("logits", ".npy", _judged_by(model, judges), write))
+    floats: np.ndarray = np.load(work.stage(f"logits-{len(judges)}", ".npy", _judged_by(model, judges), write))
     return floats
 
 
@@ -183,7 +187,7 @@ def _judged_by(model: Model, judges: ImageSet) -> list[Any]:
 
 def _make_all(desk: _Desk, generator: str, watch: Watch) -> None:
     """Make all sets of one generator that are missing."""
-    schemes = desk.recipe.scheme_names if generator in STUDENTS else desk.recipe.scheme_names[:1]
+    schemes = desk.recipe.scheme_names if form_of(generator)[0] in STUDENTS else desk.recipe.scheme_names[:1]
     sets = [(scheme, seed) for scheme in schemes for seed in desk.recipe.seed_numbers]
     for number, (scheme, seed) in enumerate(sets):
 
@@ -226,41 +230,14 @@ def _measured(desk: _Desk, watch: Watch) -> GeneratorBench:
             "real": desk.pool and desk.pool.source,
         },
         versions=made_with(),
-        threads=torch.get_num_threads(),
         gaps=tuple(gaps),
         rows=tuple(rows),
     )
 
 
-def _labelled(model: Model, place: str | None) -> ImageSet:
-    """The labelled images at `place`, or those that come with the model."""
-    place = place or (f"npz:{model.labelled}" if model.labelled else None)
-    images = labelled_for(model, open_images(place, model.preprocess)) if place else None
-    if images is None or images.labels is None:
-        raise ImagesError(
-            what=f"{images.source} has no labels." if images else f"no labelled images come with `{model.name}`.",
-            why="what is lost by quantization is counted in labels.",
-            fix="pass --images folder:PATH, with a sub-folder per class or a labels.csv.",
-        )
-    return images
-
-
-def _enough(pool: ImageSet, count: int) -> ImageSet:
-    """`pool`, out of which sets can be drawn."""
-    if len(pool) < count:
-        raise ImagesError(
-            what=f"{pool.source} holds {len(pool)} images, and each set takes {count}.",
-            why="real images stand beside as many synthetic ones, and none is taken twice.",
-            fix=f"pass more with --real, or --count {len(pool)}.",
-        )
-    return pool
-
-
-def _draw(pool: ImageSet, count: int, seed: int, path: Path) -> None:
-    """Draw a set of real images, none twice."""
-    drawn = np.random.default_rng(seed).choice(len(pool), count, replace=False)
-    pixels = np.concatenate([pool.pixels[i : i + 1] for i in sorted(drawn.tolist())])
-    ImageSet.of(pixels, pool.preprocess, source=f"{count} of {pool.source}").save(path)
+def _in_names(generator: str) -> str:
+    """How a generator is spelled in a file's name, where not every system takes a colon."""
+    return generator.replace(":", "-")
 
 
 def _seconds_beside(path: Path) -> Path:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from calibrators.files import written_whole
-from dfq_deploy.bench_recipe import REAL
+from dfq_deploy.bench_recipe import NOISE, REAL
 from dfq_deploy.evaluate import without_nan
 
 __all__ = ["Gap", "GeneratorBench", "Result", "Row", "Spread", "gaps_of"]
 
-_NOISE = "noise"
 _TITLES = (
     *("scheme", "refine", "images", "points lost", "top-1, %", "= float, %", "SQNR, dB"),
     *("way, = float, %", "way, top-1, %", "made in, s", "forward", "backward"),
@@ -56,6 +55,7 @@ class Result:
         seconds: Wall time that it took to make the images; None for real ones.
         forward: Forward passes of the whole network per image; None for real ones.
         backward: Backward passes of it.
+        threads: Threads that torch computed them with, which the seconds depend on; None for real ones.
     """
 
     seed: int
@@ -66,6 +66,7 @@ class Result:
     seconds: float | None
     forward: float | None
     backward: float | None
+    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,19 @@ class Row:
         refine: The refine passes, as asked for.
         generator: What made the images; `real` for real ones.
         results: One per seed.
-        recovered: How far it goes from noise (0) to real images (100) by `agreement` and by `top1`; None where their
-            gap is too small to tell, see `Gap`.
+        recovered: How far it goes from noise (0) to real images (100) by `agreement` and by `top1`, over the seeds; 0
+            and 100 are the means of these. None where their gap is too small to tell, see `Gap`.
     """
 
     scheme: str
     refine: str
     generator: str
     results: tuple[Result, ...]
-    recovered: Mapping[str, float | None] = field(default_factory=dict)
+    recovered: Mapping[str, Spread | None] = field(default_factory=dict)
 
     def between(self, gaps: Sequence["Gap"]) -> "Row":
         """The row with how far it goes between the ends of the gaps."""
-        shares = {gap.measure: gap.share(spread.mean) for gap in gaps if (spread := self.spread(gap.measure))}
-        return replace(self, recovered=shares)
+        return replace(self, recovered={gap.measure: gap.shares(self.results) for gap in gaps})
 
     def spread(self, figure: str) -> Spread | None:
         """A figure of the results over the seeds; None where real images have none."""
@@ -104,7 +104,7 @@ class Row:
 
     def shares(self) -> tuple[str, ...]:
         """How far it goes by each measure, for people."""
-        return tuple("" if share is None else f"{share:.0f}" for share in map(self.recovered.get, _MEASURES))
+        return tuple("" if share is None else share.shown(0) for share in map(self.recovered.get, _MEASURES))
 
     def passes(self) -> tuple[str, ...]:
         """Mean number of forward and of backward passes, for people."""
@@ -146,13 +146,18 @@ class Gap:
             return None
         return 100.0 * ((value - self.noise) / (self.real - self.noise))
 
+    def shares(self, results: Sequence[Result]) -> Spread | None:
+        """Where each of `results` lies, over the seeds; their mean lies where the mean of the results does."""
+        shares = [self.share(getattr(result, self.measure)) for result in results]
+        return Spread.of([share for share in shares if share is not None]) if None not in shares else None
+
 
 def gaps_of(rows: Sequence[Row]) -> tuple[Gap, ...]:
     """The gap of each measure, from the rows of one quantizer."""
     found = []
     for measure in _MEASURES:
         ends = {row.generator: row.spread(measure) for row in rows}
-        noise, real = ends.get(_NOISE), ends.get(REAL)
+        noise, real = ends.get(NOISE), ends.get(REAL)
         found.append(
             Gap(
                 rows[0].scheme,
@@ -190,7 +195,6 @@ class GeneratorBench:
         images: Where they come from.
         settings: What was asked for.
         versions: Of everything that the figures depend on.
-        threads: Threads that torch computed with, which seconds depend on.
         gaps: From noise to real images, per quantizer and measure.
         rows: What was found, quantizer after quantizer.
     """
@@ -201,7 +205,6 @@ class GeneratorBench:
     images: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    threads: int
     gaps: tuple[Gap, ...]
     rows: tuple[Row, ...]
 
@@ -216,14 +219,27 @@ class GeneratorBench:
         return clean
 
     def markdown(self) -> str:
-        """The rows as a markdown table, and why a share is missing."""
+        """The rows as a markdown table, what ± leaves out, and why a share is missing."""
         lines = [f"| {' | '.join(_TITLES)} |", "|---" * len(_TITLES) + "|"]
         for row in self.rows:
             figures = (row.shown(figure) for figure in ("drop", "top1", "agreement", "sqnr_db"))
             cells = (row.scheme, row.refine, row.generator, *figures, *row.shares(), row.shown("seconds", 1))
             lines.append(f"| {' | '.join((*cells, *row.passes()))} |")
         head = f"{self.model}: float top-1 {self.float_top1:.2f} %, {self.n} images, {self.images}"
-        return "\n".join([head, "", *lines, "", *(f"- {note}." for note in self.notes())]).rstrip() + "\n"
+        return "\n".join([head, "", *lines, "", *(f"- {note}." for note in (self.doubt, *self.notes()))]) + "\n"
+
+    @property
+    def doubt(self) -> str:
+        """What the deviations leave out."""
+        return f"the sampling error of the {self.n} images is not in ±: one of them is {100 / self.n:.2f} %"
+
+    def passes(self) -> str:
+        """Mean number of forward and of backward passes by generator, for people; several where schemes differ."""
+        counts: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            if any(row.passes()):
+                counts.setdefault(row.generator, {})[" / ".join(row.passes())] = None
+        return ", ".join(f"{generator} {' or '.join(found)}" for generator, found in counts.items())
 
     def notes(self) -> tuple[str, ...]:
         """Why nothing is said of how far a generator goes from noise to real images, each reason once."""

@@ -112,20 +112,20 @@ def print_generators(found: "GeneratorBench", folder: Path) -> None:
     )
     for scheme, refine in dict.fromkeys((row.scheme, row.refine) for row in found.rows):
         table = Table(title=f"\n{scheme}, refine {refine}", title_justify="left", box=None, pad_edge=False)
-        for column in ("images", "points lost", "= float, %", "SQNR, dB", "way, %", "s", "passes"):
+        for column in ("images", "points lost", "= float, %", "SQNR, dB", "way, %", "s"):
             table.add_column(column, justify="left" if column == "images" else "right", no_wrap=True)
         for row in found.rows:
             if (row.scheme, row.refine) == (scheme, refine):
-                figures = (row.shown("drop"), row.shown("agreement"), row.shown("sqnr_db", 1))
-                seconds = row.spread("seconds")
-                way, passes = (
-                    " / ".join(v or "-" for v in pair) if any(pair) else "" for pair in (row.shares(), row.passes())
-                )
-                table.add_row(row.generator, *figures, way, f"{seconds.mean:.1f}" if seconds else "", passes)
+                figures = (row.shown("drop"), row.shown("agreement"))
+                means = (f"{spread.mean:.1f}" if spread else "" for spread in map(row.spread, ("sqnr_db", "seconds")))
+                decibels, seconds = means
+                way = " / ".join(share or "-" for share in row.shares()) if any(row.shares()) else ""
+                table.add_row(row.generator, *figures, decibels, way, seconds)
         _console.print(table)
     _console.print(f"\nmean ± standard deviation over seeds {found.settings['seeds']}; s: seconds to make the images")
+    _console.print(found.doubt)
     _console.print("way: from noise (0) to real images (100), by agreement with float / by top-1")
-    _console.print("passes of the whole model: forward / backward, per image")
+    _console.print(f"passes of the whole model per image, forward / backward: {found.passes()}")
     for note in found.notes():
         _console.print(f"  no way told in {note}")
     _console.print(f"figures, table and chart: {folder / 'generators'}.json, .md, .png")

@@ -5,13 +5,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfq_deploy.bench_recipe import REAL
+from dfq_deploy.bench_recipe import NOISE, REAL
 from dfq_deploy.charts.saving import check_format, save
 from dfq_deploy.generator_results import GeneratorBench, Row
 
 __all__ = ["plot_generators"]
 
-_ENDS = {"noise": "#767676", REAL: "#a02c2c"}  # what the others are between
+_ENDS = {NOISE: "#767676", REAL: "#a02c2c"}  # what the others are between
 _OTHERS = "#2f6f9f"
 _PANEL, _LINE = 2.9, 0.32  # inches: width of a panel, height of a generator in it
 _LEAST_ROOM = 0.25  # points beside what is drawn, where all of it is at one place
