@@ -70,7 +70,7 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     images, model = subject.images, subject.model
     check_scheme(subject.scheme)
     if parts_of(images) or images.source.startswith("synthetic:"):
-        refuse_degenerate(images.source.removeprefix("synthetic:"), images)
+        refuse_degenerate(images.source.replace("synthetic:", ""), images)
     real = open_images(recipe.real, model.preprocess).spread(recipe.limit) if recipe.real else None
     with Workspace(out, watch.stage) as work:
         others = {NOISE: make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))}

@@ -15,7 +15,7 @@ import dfq_deploy as dfq
 from calibrators.affine import CODES, choose_qparams
 from calibrators.cut_off import CutOff, reach
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet
+from calibrators.images import ImageSet, joined
 from calibrators.observers import MinMax, Percentile
 from calibrators.plan import QParams
 from dfq_deploy import audited, coverage, show
@@ -25,7 +25,7 @@ from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import spdfq
 from dfq_deploy.generation.generators.spdfq import Spdfq
-from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.making import made_with_next_seed, make_images, parts_of, why_no_next_seed
 from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import AuditRecipe, GenerateRecipe
@@ -226,7 +226,21 @@ def test_a_degenerate_set_is_refused(demo: Model, leaves: ImageSet, tmp_path: Pa
 # What the pictures show.
 
 
-def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+_SETS = {
+    "one of two generators": lambda demo: make_images(["noise", "spdfq"], demo, GenerateOptions(9, 5)),
+    "a later part of a set": lambda demo: Spdfq().generate(demo, GenerateOptions(5, 5, first=6)),
+    "with parts left out": lambda demo: Spdfq(True, False, False).generate(demo, GenerateOptions(5, 5, first=3)),
+    "joined": lambda demo: joined(
+        [
+            make_images(["noise", "dead_leaves"], demo, GenerateOptions(3, 4)),
+            Spdfq(soft_labels=False).generate(demo, GenerateOptions(5, 5, first=3)),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("made", _SETS)
+def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: pytest.MonkeyPatch, made: str) -> None:
     monkeypatch.setattr(spdfq, "_FAST_STAGES", (Stage(1, 0),))
     used: list[dict[str, torch.Tensor]] = []
 
@@ -236,20 +250,38 @@ def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: p
 
     monkeypatch.setattr(spdfq, "_alignment", noted)
     monkeypatch.setattr("dfq_deploy.generation.batching.BATCH", 3)
-    images = make_images(["noise", "spdfq"], demo, GenerateOptions(9, 5))
-    made = images.made_by["spdfq"]
-    options = GenerateOptions(made["count"], made["seed"])
-    again = list(Spdfq().priors(demo, options, made["batch"]))
-    assert [len(next(iter(priors.values()))) for priors in again] == [3, 2]
-    for before, after in zip(used, again, strict=True):
-        assert before.keys() == after.keys()
-        for name, rows in after.items():
-            torch.testing.assert_close(rows, before[name][: len(rows)], rtol=0, atol=0)
+    images = _SETS[made](demo)
+    start = len(images) - 5
     maps = attention_maps(demo, images)
     assert maps.priors is not None
-    np.testing.assert_array_equal(maps.images, images.pixels[4:8])
-    wanted = torch.cat([priors[maps.layer][:, 0] for priors in again])[:4]
+    np.testing.assert_array_equal(maps.images, images.pixels[start : start + 4])
+    wanted = torch.cat([priors[maps.layer][:size, 0] for priors, size in zip(used, (3, 2), strict=True)])[:4]
     np.testing.assert_array_equal(maps.priors.reshape(wanted.shape), wanted)
+
+
+def test_the_next_seed_of_a_part_with_parts_left_out_is_set_alike(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spdfq, "_FAST_STAGES", (Stage(1, 0),))
+    monkeypatch.setattr("dfq_deploy.generation.batching.BATCH", 2)
+    bare = Spdfq(alignment=False, reinforcement=False, soft_labels=False)
+    images = bare.generate(demo, GenerateOptions(3, 7, first=4))
+    other = made_with_next_seed(images, demo)
+    assert other.fingerprint == bare.generate(demo, GenerateOptions(3, 8, first=4)).fingerprint
+    settings = ("first", "alignment", "reinforcement", "soft_labels")
+    assert [other.made_by[name] for name in settings] == [4, False, False, False]
+
+
+def test_joined_files_have_another_seed_that_shares_no_image_with_them(demo: Model) -> None:
+    parts = [make_images(["noise"], demo, GenerateOptions(3, seed)) for seed in (5, 6)]
+    images = joined([*parts, make_images(["noise", "dead_leaves"], demo, GenerateOptions(4, 5))])
+    assert why_no_next_seed(images, demo) is None
+    made = [(part["generator"], part["count"], part["seed"]) for part in parts_of(made_with_next_seed(images, demo))]
+    assert made == [("noise", 3, 7), ("noise", 3, 8), ("noise", 2, 7), ("dead_leaves", 2, 7)]
+
+
+def test_files_that_are_not_all_from_generators_have_no_other_seed(demo: Model, leaves: ImageSet) -> None:
+    foreign = ImageSet.of(leaves.pixels[:] * np.float32(0.9), demo.preprocess, source="test")
+    assert "not all from generators" in (why_no_next_seed(joined([leaves, foreign]), demo) or "")
+    assert attention_maps(demo, joined([foreign, leaves])).priors is None
 
 
 def test_attention_without_priors_is_that_of_the_first_images(demo: Model, leaves: ImageSet) -> None:
