@@ -28,7 +28,7 @@ from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.generation.making import made_with_next_seed, make_images, parts_of, why_no_next_seed
 from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
-from dfq_deploy.recipe import AuditRecipe, GenerateRecipe
+from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe
 
 _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 
@@ -36,6 +36,10 @@ _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 @pytest.fixture(scope="module")
 def leaves(demo: Model) -> ImageSet:
     return make_images(["dead_leaves"], demo, GenerateOptions(12))
+
+
+def _formats(scheme: str) -> CalibrateRecipe:
+    return CalibrateRecipe(model="demo", scheme=scheme, spare="massive")
 
 
 def _with_pixels(images: ImageSet, pixels: np.ndarray) -> ImageSet:
@@ -97,7 +101,7 @@ def test_a_range_that_is_too_narrow_is_found_and_named(demo: Model, leaves: Imag
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_fp8", "w8a8_asym"])
 def test_the_same_images_twice_differ_in_nothing(demo: Model, leaves: ImageSet, scheme: str) -> None:
-    sites = coverage.coverage(demo, scheme, leaves, {"noise": leaves, "real": leaves})
+    sites = coverage.coverage(demo, _formats(scheme), leaves, {"noise": leaves, "real": leaves})
     assert len(sites) > 10
     for site in sites:
         assert site.others["real"] == replace(site.own, drift=0.0)
@@ -134,7 +138,7 @@ def test_a_value_is_cut_off_where_rounding_would_not_have_moved_it_as_far(codes:
 def test_the_audit_does_not_depend_on_batches(demo: Model, leaves: ImageSet) -> None:
     twice = _with_pixels(leaves, np.concatenate([leaves.pixels[:], leaves.pixels[:]]))
     sets = {"noise": leaves, "real": twice}
-    for site in coverage.coverage(demo, "w8a8_asym", leaves, sets):
+    for site in coverage.coverage(demo, _formats("w8a8_asym"), leaves, sets):
         assert site.others["real"].cut_off_ppm == pytest.approx(site.own.cut_off_ppm, abs=1e-3)
 
 
@@ -162,6 +166,13 @@ def test_the_verdict_is_one_sentence(case: str, snapshot: SnapshotAssertion) -> 
     assert " | ".join(judged(_CASES[case])) == snapshot
 
 
+def test_the_limits_are_where_levels_change() -> None:
+    doubtful, bad = audited.LIMITS_PPM
+    cases = {doubtful: "good", doubtful + 1: "doubtful", bad: "doubtful", bad + 1: "bad"}
+    for ppm, level in cases.items():
+        assert judged([_site("a", **_FINE, real=(0.1, ppm, 5e3))])[1] == level, ppm
+
+
 def test_the_table_looks_as_it_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +181,8 @@ def test_the_table_looks_as_it_should(
     audit = Audit(
         model="demo",
         scheme="w8a8",
+        backend="ort",
+        observer="minmax",
         n=16,
         images="synthetic:dfq",
         others={"noise": "16 of synthetic:noise", "seed": "16 of synthetic:dfq"},
@@ -302,7 +315,6 @@ def test_similarities_of_all_pairs_are_counted(demo: Model, leaves: ImageSet) ->
 
 def test_the_report_is_json_where_a_width_is_zero() -> None:
     site = dataclasses.replace(_CASES["good"][0], own=Held(0, 0, float("inf"), 0, 0, 0))
-    audit = Audit("m", "w8a8", 1, "i", {}, {}, (site,), "real", "good", "v")
+    audit = Audit("m", "w8a8", "ort", "minmax", 1, "i", {}, {}, (site,), "real", "good", "v")
     assert audit.report()["sites"][0]["own"]["drift"] is None
     json.dumps(audit.report(), allow_nan=False)
-    assert audited.LIMITS_PPM[0] < audited.LIMITS_PPM[1]
