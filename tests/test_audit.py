@@ -17,7 +17,9 @@ from calibrators.cut_off import CutOff, reach
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, joined
 from calibrators.observers import MinMax, Percentile
-from calibrators.plan import QParams
+from calibrators.plan import QParams, QuantPlan
+from calibrators.sites import sites_of
+from calibrators.student import Student
 from dfq_deploy import audited, coverage, show
 from dfq_deploy.audited import Audit, judged
 from dfq_deploy.coverage import Held, SiteCoverage
@@ -28,6 +30,7 @@ from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.generation.making import made_with_next_seed, make_images, parts_of, why_no_next_seed
 from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe
 
 _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
@@ -234,6 +237,67 @@ def test_a_degenerate_set_is_refused(demo: Model, leaves: ImageSet, tmp_path: Pa
     with pytest.raises(ImagesError, match=said):
         dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo"), tmp_path / "out")
     assert not (tmp_path / "out" / "audit.json").exists()
+
+
+# Students, bundles, and where real images come from.
+
+
+def _taught(images: ImageSet, demo: Model, model: str, scheme: str) -> ImageSet:
+    """`images` with a student whose layers all give more than the model's."""
+    weights = {name: 1.2 * w.numpy() for name, w in demo.module.state_dict().items() if name.endswith(".weight")}
+    student = Student(weights, model, scheme)
+    return ImageSet.of(
+        images.pixels, images.preprocess, source=images.source, made_by=dict(images.made_by), student=student
+    )
+
+
+def test_a_student_is_audited_in_its_own_formats(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    _taught(leaves, demo, demo.fingerprint, "w8a8_asym").save(tmp_path / "images.safetensors")
+    leaves.save(tmp_path / "plain.safetensors")
+    taught = dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo"), tmp_path / "out")
+    plain = dfq.audit(tmp_path / "plain.safetensors", AuditRecipe(model="demo", scheme="w8a8_asym"), tmp_path / "out")
+    assert (taught.scheme, taught.absent["seed"]) == ("w8a8_asym", "another seed would teach another student")
+    wider = [one.own.high > other.own.high for one, other in zip(taught.sites, plain.sites, strict=True)]
+    assert sum(wider) > len(wider) / 2, "the ranges are the model's own"
+
+
+@pytest.mark.parametrize(("own", "said"), [(True, "learned for w4a4"), (False, "learned for another model")])
+def test_a_student_for_something_else_is_refused(
+    demo: Model, leaves: ImageSet, tmp_path: Path, own: bool, said: str
+) -> None:
+    model = demo.fingerprint if own else "f" * 64
+    _taught(leaves, demo, model, "w4a4" if own else "w8a8").save(tmp_path / "images.safetensors")
+    with pytest.raises(ImagesError, match=said):
+        dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo", scheme="w8a8"), tmp_path / "out")
+
+
+def test_a_bundle_is_audited_as_it_was_calibrated(tmp_path: Path) -> None:
+    settings = {"observer": "percentile", "percentile": 99.0, "attention": True, "spare": "massive", "refine": "none"}
+    dfq.export(dfq.Recipe(model="demo", generator="dead_leaves", count=8, **settings), tmp_path / "bundle")
+    audit = dfq.audit(tmp_path / "bundle", AuditRecipe(), tmp_path / "out")
+    plan = QuantPlan.load(tmp_path / "bundle" / "plan.safetensors")
+    free = {name for name, site in sites_of(load_model("demo").module).items() if site.fixed is None}
+    assert {site.site for site in audit.sites} == {s for s in plan.sites if s in free and not s.endswith(".weight")}
+    assert (audit.scheme, audit.backend, audit.observer) == ("w8a8", "ort", "percentile 99.0")
+    assert max(site.own.cut_off_ppm for site in audit.sites) > 5_000, "minmax cuts nothing off"
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["observer"] == "percentile 99.0"
+
+
+def test_another_scheme_for_a_bundle_keeps_the_rest(demo_bundle: Path, tmp_path: Path) -> None:
+    audit = dfq.audit(demo_bundle, AuditRecipe(scheme="w8a8_fp8"), tmp_path)
+    assert (audit.scheme, audit.backend) == ("w8a8_fp8", "ort")
+
+
+def test_real_images_keep_their_whole_name(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    leaves.save(tmp_path / "images.safetensors")
+    folder = tmp_path / "photos of cats"
+    folder.mkdir()
+    for number in range(5):
+        Image.effect_noise((32, 32), 20 + 40 * number).save(folder / f"{number}.png")
+    for limit in (3, 128):
+        recipe = AuditRecipe(model="demo", real=f"folder:{folder}", limit=limit)
+        audit = dfq.audit(tmp_path / "images.safetensors", recipe, tmp_path / "out")
+        assert audit.others["real"] == f"{min(limit, 5)} of folder:photos of cats"
 
 
 # What the pictures show.
