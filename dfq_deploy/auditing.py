@@ -76,15 +76,11 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     with Workspace(out, watch.stage) as work:
         others, absent = _others(images, real, model, work, watch)
         watch.stage("ranges", False)
-        sites = tuple(
-            coverage(
-                subject.calibrated,
-                subject.formats,
-                images,
-                others,
-                progress=lambda done, total: watch.progress(done, total, {}),
-            )
-        )
+
+        def tell(done: int, total: int) -> None:
+            watch.progress(done, total, {})
+
+        sites = tuple(coverage(subject.calibrated, subject.formats, images, others, progress=tell))
         against, level, verdict = judged(sites)
         found = Audit(
             model=model.name,
