@@ -253,7 +253,7 @@ def joined(sets: Sequence[ImageSet]) -> ImageSet:
     """The images of several sets with the same preprocessing as one, without labels, in memory.
 
     Raises:
-        ImagesError: One of them brings a student, which serves its own images.
+        ImagesError: One of them brings a student, which serves its own images, or two hold the same images.
     """
     if any(images.student for images in sets):
         raise ImagesError(
@@ -261,6 +261,15 @@ def joined(sets: Sequence[ImageSet]) -> ImageSet:
             why="a student learned from its own images, and a model can have the weights of one.",
             fix="pass one of them.",
         )
+    seen: set[str] = set()
+    for number, images in enumerate(sets, start=1):
+        if images.fingerprint in seen:
+            raise ImagesError(
+                what=f"set {number} of {len(sets)} that are joined ({images.source}) was there before.",
+                why="the same images twice show a calibration nothing more, and count double.",
+                fix="name each set once; parts of one set differ in --first, others in --seed.",
+            )
+        seen.add(images.fingerprint)
     sources = " and ".join(dict.fromkeys(images.source for images in sets))
     pixels = np.concatenate([images.pixels[: len(images)] for images in sets])
     return ImageSet.of(

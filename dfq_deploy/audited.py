@@ -39,6 +39,8 @@ class Audit:
     Attributes:
         model: The model's name.
         scheme: Name of the scheme whose formats were looked at.
+        backend: The run-time that they were placed for.
+        observer: What read the ranges, with what it was set to.
         n: Number of audited images.
         images: Where they come from.
         others: What they were compared with: where `noise`, `seed` and `real` come from.
@@ -53,6 +55,8 @@ class Audit:
 
     model: str
     scheme: str
+    backend: str
+    observer: str
     n: int
     images: str
     others: Mapping[str, str]

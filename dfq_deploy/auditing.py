@@ -5,20 +5,21 @@ business, the verdict `audited`'s, and what is drawn that of `charts`.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from calibrators.errors import ImagesError, RecipeError
 from calibrators.files import written_whole
-from calibrators.images import ImageSet
+from calibrators.images import ImageSet, Preprocess
 from dfq_deploy.audited import REAL, SEED, Audit, judged
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.attention import plot_attention
 from dfq_deploy.charts.ranges import plot_ranges
 from dfq_deploy.charts.similarity import plot_similarity
-from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage
+from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage, observer_used
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.making import (
     made_with_next_seed,
@@ -31,11 +32,12 @@ from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images
-from dfq_deploy.recipe import AuditRecipe
-from dfq_deploy.refined import load_refined, save_weights
+from dfq_deploy.planning import student_for
+from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe
+from dfq_deploy.refined import with_weights
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
-from exporters.bundle import open_bundle
+from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["audit"]
 
@@ -44,12 +46,12 @@ _NOISE_SEED = 2**32 - 1  # hardly that of an audited set of noise
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is audited: images, the model that they are for, and that model as it is calibrated."""
+    """What is audited: images, the model that they are for, that model as it is calibrated, and what decides ranges."""
 
     images: ImageSet
     model: Model
     calibrated: Model
-    scheme: str
+    formats: CalibrateRecipe
 
 
 def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Watch = SILENT) -> Audit:
@@ -68,35 +70,26 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     watch.stage("model", False)
     subject = _opened(str(place), recipe)
     images, model = subject.images, subject.model
-    check_scheme(subject.scheme)
     if parts_of(images) or images.source.startswith("synthetic:"):
-        refuse_degenerate(images.source.removeprefix("synthetic:"), images)
-    real = open_images(recipe.real, model.preprocess).spread(recipe.limit) if recipe.real else None
+        refuse_degenerate(images.source.replace("synthetic:", ""), images)
+    real = _real(recipe, model.preprocess)
     with Workspace(out, watch.stage) as work:
-        others = {NOISE: make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))}
-        absent = {} if real else {REAL: "none were given (--real)"}
-        if why := why_no_next_seed(images, model):
-            absent[SEED] = why
-        else:
-            others[SEED] = _other_seed(images, model, work, watch)
-        others |= {REAL: real} if real else {}
+        others, absent = _others(images, real, model, work, watch)
         watch.stage("ranges", False)
-        sites = tuple(
-            coverage(
-                subject.calibrated,
-                subject.scheme,
-                images,
-                others,
-                progress=lambda done, total: watch.progress(done, total, {}),
-            )
-        )
+
+        def tell(done: int, total: int) -> None:
+            watch.progress(done, total, {})
+
+        sites = tuple(coverage(subject.calibrated, subject.formats, images, others, progress=tell))
         against, level, verdict = judged(sites)
         found = Audit(
             model=model.name,
-            scheme=subject.scheme,
+            scheme=subject.formats.scheme,
+            backend=subject.formats.backend,
+            observer=observer_used(subject.formats),
             n=len(images),
             images=images.source,
-            others={name: f"{len(those)} of {those.source.split(' of ')[-1]}" for name, those in others.items()},
+            others={name: f"{len(those)} of {those.source}" for name, those in others.items()},
             absent=absent,
             sites=sites,
             held_against=against,
@@ -108,6 +101,27 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
         with written_whole(out / "audit.json") as temporary:
             temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
     return found
+
+
+def _others(
+    images: ImageSet, real: ImageSet | None, model: Model, work: Workspace, watch: Watch
+) -> tuple[dict[str, ImageSet], dict[str, str]]:
+    """What `images` are compared with, and why something is missing, each by name."""
+    others = {NOISE: make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))}
+    absent = {} if real else {REAL: "none were given (--real)"}
+    if why := why_no_next_seed(images, model):
+        absent[SEED] = why
+    else:
+        others[SEED] = _other_seed(images, model, work, watch)
+    return others | ({REAL: real} if real else {}), absent
+
+
+def _real(recipe: AuditRecipe, preprocess: Preprocess) -> ImageSet | None:
+    """As many of the real images as are looked at, under the name of all of them; None where there are none."""
+    if recipe.real is None:
+        return None
+    opened = open_images(recipe.real, preprocess)
+    return replace(opened.spread(recipe.limit), source=opened.source)
 
 
 def _opened(place: str, recipe: AuditRecipe) -> _Subject:
@@ -123,7 +137,10 @@ def _opened(place: str, recipe: AuditRecipe) -> _Subject:
         recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
     )
     images = open_images(place, model.preprocess)
-    return _Subject(images, model, _with_student(model, images), recipe.scheme or "w8a8")
+    scheme = recipe.scheme or (images.student.scheme if images.student else "w8a8")
+    check_scheme(scheme)
+    formats = CalibrateRecipe(model=recipe.model, scheme=scheme, spare="massive")
+    return _Subject(images, model, _with_student(model, scheme, images), formats)
 
 
 def _of_bundle(folder: Path, recipe: AuditRecipe) -> _Subject:
@@ -142,21 +159,31 @@ def _of_bundle(folder: Path, recipe: AuditRecipe) -> _Subject:
             why="they were synthetic and lay in its work/.",
             fix="make them again with `dfq-deploy generate`, and audit that file.",
         )
-    return _Subject(images, model, folded_again(folder, manifest, model), recipe.scheme or manifest.scheme)
+    scheme = recipe.scheme or manifest.scheme
+    check_scheme(scheme)
+    student_for(model, scheme, images)
+    return _Subject(images, model, folded_again(folder, manifest, model), _formats_of(manifest, scheme))
 
 
-def _with_student(model: Model, images: ImageSet) -> Model:
+def _formats_of(manifest: Manifest, scheme: str) -> CalibrateRecipe:
+    """What the bundle was calibrated by, with `scheme`."""
+    known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint"}
+    asked = {name: value for name, value in manifest.recipe.items() if name in known}
+    own = CalibrateRecipe(**asked)
+    return own if scheme == own.scheme else replace(own, scheme=scheme, auto=False)
+
+
+def _with_student(model: Model, scheme: str, images: ImageSet) -> Model:
     """The model that a calibration on `images` would calibrate.
 
     Raises:
-        BundleError: The student is for another model.
+        ImagesError: The student that came with them is for another model or other formats.
     """
-    if images.student is None:
+    student = student_for(model, scheme, images)
+    if student is None:
         return model
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "student.safetensors"
-        save_weights(path, images.student.weights)
-        return load_refined(model, path)
+    weights = {name: torch.from_numpy(value) for name, value in student.weights.items()}
+    return with_weights(model, weights, f"the student that came with {images.source}")
 
 
 def _other_seed(images: ImageSet, model: Model, work: Workspace, watch: Watch) -> ImageSet:

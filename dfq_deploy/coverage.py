@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from calibrators.collectors import Subject
+from calibrators.collectors import Subject, described
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.cut_off import CutOff, Reach, reach
 from calibrators.errors import RecipeError
@@ -25,7 +25,7 @@ from dfq_deploy.formats import formats_from
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 
-__all__ = ["NOISE", "OWN", "Held", "SiteCoverage", "check_scheme", "coverage"]
+__all__ = ["NOISE", "OWN", "Held", "SiteCoverage", "check_scheme", "coverage", "observer_used"]
 
 NOISE = "noise"
 OWN = "images"
@@ -82,9 +82,14 @@ def check_scheme(scheme: str) -> None:
         )
 
 
+def observer_used(recipe: CalibrateRecipe) -> str:
+    """The observer that reads ranges here, with what it was set to: PyTorch's, whichever collector is asked for."""
+    return described(observer_of(recipe), recipe.percentile, scheme_named(recipe.scheme).activation)
+
+
 def coverage(
     model: Model,
-    scheme: str,
+    recipe: CalibrateRecipe,
     images: ImageSet,
     others: Mapping[str, ImageSet],
     *,
@@ -94,7 +99,8 @@ def coverage(
 
     Args:
         model: The model whose activations are quantized.
-        scheme: Name of a scheme that `check_scheme` passes; it is placed as in an export for ONNX Runtime.
+        recipe: What decides on formats and where they are placed, with a scheme that `check_scheme` passes; ranges are
+            read by PyTorch, and layers are spared as `formats_from` does.
         images: The audited images.
         others: Other sets by name, one of them `NOISE`.
         progress: Called with images done and in all.
@@ -104,7 +110,7 @@ def coverage(
     """
     sets = {OWN: images, **others}
     steps = sum(map(len, sets.values())) + len(images) + len(others[NOISE])
-    walk = _Walk(model, scheme, lambda done: progress(done, steps))
+    walk = _Walk(model, recipe, lambda done: progress(done, steps))
     plans = {name: walk.plan(sets[name]) for name in (OWN, NOISE)}
     free = [name for name, site in sites_of(model.module).items() if site.role != "weight" and site.fixed is None]
     names = [name for name in free if name in plans[OWN].sites]
@@ -116,11 +122,11 @@ def coverage(
 class _Walk:
     """Sets of images pass the model, one after the other; `progress` is told of the images that have, in all."""
 
-    def __init__(self, model: Model, scheme: str, progress: Callable[[int], object]) -> None:
+    def __init__(self, model: Model, recipe: CalibrateRecipe, progress: Callable[[int], object]) -> None:
         self._model, self._progress, self._done = model, progress, 0
-        self._recipe = CalibrateRecipe(model=model.name, scheme=scheme, spare="massive")
-        self._codes = scheme_named(scheme).activation
-        self._observer = observer_of(self._recipe)
+        self._recipe = recipe
+        self._codes = scheme_named(recipe.scheme).activation
+        self._observer = observer_of(recipe)
 
     def plan(self, images: ImageSet) -> QuantPlan:
         """The formats that `images` give."""

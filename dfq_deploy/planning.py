@@ -14,6 +14,7 @@ from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
 from calibrators.scheme import SCHEMES
+from calibrators.student import Student
 from dfq_deploy.building import made_with
 from dfq_deploy.choices import blocks_of, passes_of, scheme_of
 from dfq_deploy.formats import Job, formats_of
@@ -21,12 +22,30 @@ from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined, save_weights
 
-__all__ = ["plan_of", "suited"]
+__all__ = ["plan_of", "student_for", "suited"]
 
 
 def suited(recipe: CalibrateRecipe, images: ImageSet) -> CalibrateRecipe:
     """`recipe` for these images: a student that came with them has learned to be rounded as it is, with no passes."""
     return replace(recipe, refine="none") if images.student and recipe.refine == "default" else recipe
+
+
+def student_for(model: Model, scheme: str, images: ImageSet) -> Student | None:
+    """The student that came with `images`, which serves `model` in the scheme of that name; None if none came.
+
+    Raises:
+        ImagesError: It is for another model or other formats.
+    """
+    student = images.student
+    if student is not None and (student.model, student.scheme) != (model.fingerprint, scheme):
+        learned_for = student.scheme if student.model == model.fingerprint else "another model"
+        raise ImagesError(
+            what=f"the student that came with {images.source} learned for {learned_for}.",
+            why=f"here are `{model.name}` and {scheme}, and what it learned serves only what it is for.",
+            fix="make the images with the same --model, weights and --scheme, or take them without the student: "
+            "dfq-deploy convert FILE --to folder.",
+        )
+    return student
 
 
 def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
@@ -90,17 +109,9 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
 
 def _with_student(job: Job) -> tuple[Model, list[Path]]:
     """The job's model with the weights of the student that came with the images, and the file of those, if one did."""
-    model, images, student = job.model, job.images, job.images.student
+    model, student = job.model, student_for(job.model, job.recipe.scheme, job.images)
     if student is None:
         return model, []
-    if (student.model, student.scheme) != (model.fingerprint, job.recipe.scheme):
-        learned_for = student.scheme if student.model == model.fingerprint else "another model"
-        raise ImagesError(
-            what=f"the student that came with {images.source} learned for {learned_for}.",
-            why=f"here are `{model.name}` and {job.recipe.scheme}, and what it learned serves only what it is for.",
-            fix="make the images with the same --model, weights and --scheme, or take them without the student: "
-            "dfq-deploy convert FILE --to folder.",
-        )
     facts = [model.fingerprint, student.fingerprint]
     path = job.work.stage("student", ".safetensors", facts, lambda path: save_weights(path, student.weights))
     return load_refined(model, path), [path]

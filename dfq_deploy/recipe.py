@@ -197,8 +197,11 @@ class AuditRecipe(ModelRecipe):
 
     model: str = ""
     """timm name with its pretrained tag, an alias, or demo, that the images are for; a bundle knows its own."""
+    seed: int = 0
+    """Seed of random weights; that of the images is in their file."""
     scheme: SchemeName | None = None
-    """Formats that the ranges are for: w8a8 unless said otherwise, a bundle's own, or any that needs ranges."""
+    """Formats that the ranges are for, of those that need any; without it a bundle's own, those that a student which
+    came with the images learned for, or w8a8."""
     real: str | None = None
     """Real images to hold the ranges against: folder:PATH, npz:PATH or an ImageSet file."""
     limit: int = 128

@@ -20,7 +20,7 @@ from calibrators.files import fingerprint_of, written_whole
 from calibrators.plan import QParams
 from dfq_deploy.models import Model
 
-__all__ = ["changed_weights", "copy_of", "load_refined", "load_scales", "save_refined", "save_weights"]
+__all__ = ["changed_weights", "copy_of", "load_refined", "load_scales", "save_refined", "save_weights", "with_weights"]
 
 _SCALES = (".scale", ".zero_point")  # endings of the names that are no tensor of the model
 
@@ -57,14 +57,28 @@ def load_refined(model: Model, path: Path) -> Model:
     Raises:
         BundleError: The file is missing or damaged, or belongs to another model.
     """
-    refined = copy_of(model)
     tensors = {name: value for name, value in _load(path).items() if not name.endswith(_SCALES)}
+    return with_weights(model, tensors, f"`{path}`")
+
+
+def with_weights(model: Model, weights: Mapping[str, torch.Tensor], source: str) -> Model:
+    """The model with these of its tensors replaced, and a fingerprint that tells so.
+
+    Args:
+        model: The model.
+        weights: Tensors by name.
+        source: What holds them, for people.
+
+    Raises:
+        BundleError: They are those of another model.
+    """
+    refined = copy_of(model)
     digest = hashlib.sha256()
     state = refined.module.state_dict()
-    for name, value in sorted(tensors.items()):
+    for name, value in sorted(weights.items()):
         if name not in state or state[name].shape != value.shape:
             raise BundleError(
-                what=f"`{path}` holds weights of another model.",
+                what=f"{source} holds weights of another model.",
                 why=f"`{model.name}` has no tensor `{name}` of shape {tuple(value.shape)}.",
                 fix="export again.",
             )

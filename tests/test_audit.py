@@ -15,9 +15,11 @@ import dfq_deploy as dfq
 from calibrators.affine import CODES, choose_qparams
 from calibrators.cut_off import CutOff, reach
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet
+from calibrators.images import ImageSet, joined
 from calibrators.observers import MinMax, Percentile
-from calibrators.plan import QParams
+from calibrators.plan import QParams, QuantPlan
+from calibrators.sites import sites_of
+from calibrators.student import Student
 from dfq_deploy import audited, coverage, show
 from dfq_deploy.audited import Audit, judged
 from dfq_deploy.coverage import Held, SiteCoverage
@@ -25,10 +27,11 @@ from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import spdfq
 from dfq_deploy.generation.generators.spdfq import Spdfq
-from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.making import made_with_next_seed, make_images, parts_of, why_no_next_seed
 from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
-from dfq_deploy.recipe import AuditRecipe, GenerateRecipe
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe
 
 _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 
@@ -36,6 +39,10 @@ _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 @pytest.fixture(scope="module")
 def leaves(demo: Model) -> ImageSet:
     return make_images(["dead_leaves"], demo, GenerateOptions(12))
+
+
+def _formats(scheme: str) -> CalibrateRecipe:
+    return CalibrateRecipe(model="demo", scheme=scheme, spare="massive")
 
 
 def _with_pixels(images: ImageSet, pixels: np.ndarray) -> ImageSet:
@@ -97,7 +104,7 @@ def test_a_range_that_is_too_narrow_is_found_and_named(demo: Model, leaves: Imag
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_fp8", "w8a8_asym"])
 def test_the_same_images_twice_differ_in_nothing(demo: Model, leaves: ImageSet, scheme: str) -> None:
-    sites = coverage.coverage(demo, scheme, leaves, {"noise": leaves, "real": leaves})
+    sites = coverage.coverage(demo, _formats(scheme), leaves, {"noise": leaves, "real": leaves})
     assert len(sites) > 10
     for site in sites:
         assert site.others["real"] == replace(site.own, drift=0.0)
@@ -134,7 +141,7 @@ def test_a_value_is_cut_off_where_rounding_would_not_have_moved_it_as_far(codes:
 def test_the_audit_does_not_depend_on_batches(demo: Model, leaves: ImageSet) -> None:
     twice = _with_pixels(leaves, np.concatenate([leaves.pixels[:], leaves.pixels[:]]))
     sets = {"noise": leaves, "real": twice}
-    for site in coverage.coverage(demo, "w8a8_asym", leaves, sets):
+    for site in coverage.coverage(demo, _formats("w8a8_asym"), leaves, sets):
         assert site.others["real"].cut_off_ppm == pytest.approx(site.own.cut_off_ppm, abs=1e-3)
 
 
@@ -162,6 +169,13 @@ def test_the_verdict_is_one_sentence(case: str, snapshot: SnapshotAssertion) -> 
     assert " | ".join(judged(_CASES[case])) == snapshot
 
 
+def test_the_limits_are_where_levels_change() -> None:
+    doubtful, bad = audited.LIMITS_PPM
+    cases = {doubtful: "good", doubtful + 1: "doubtful", bad: "doubtful", bad + 1: "bad"}
+    for ppm, level in cases.items():
+        assert judged([_site("a", **_FINE, real=(0.1, ppm, 5e3))])[1] == level, ppm
+
+
 def test_the_table_looks_as_it_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +184,8 @@ def test_the_table_looks_as_it_should(
     audit = Audit(
         model="demo",
         scheme="w8a8",
+        backend="ort",
+        observer="minmax",
         n=16,
         images="synthetic:dfq",
         others={"noise": "16 of synthetic:noise", "seed": "16 of synthetic:dfq"},
@@ -223,10 +239,85 @@ def test_a_degenerate_set_is_refused(demo: Model, leaves: ImageSet, tmp_path: Pa
     assert not (tmp_path / "out" / "audit.json").exists()
 
 
+# Students, bundles, and where real images come from.
+
+
+def _taught(images: ImageSet, demo: Model, model: str, scheme: str) -> ImageSet:
+    """`images` with a student whose layers all give more than the model's."""
+    weights = {name: 1.2 * w.numpy() for name, w in demo.module.state_dict().items() if name.endswith(".weight")}
+    student = Student(weights, model, scheme)
+    return ImageSet.of(
+        images.pixels, images.preprocess, source=images.source, made_by=dict(images.made_by), student=student
+    )
+
+
+def test_a_student_is_audited_in_its_own_formats(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    _taught(leaves, demo, demo.fingerprint, "w8a8_asym").save(tmp_path / "images.safetensors")
+    leaves.save(tmp_path / "plain.safetensors")
+    taught = dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo"), tmp_path / "out")
+    plain = dfq.audit(tmp_path / "plain.safetensors", AuditRecipe(model="demo", scheme="w8a8_asym"), tmp_path / "out")
+    assert (taught.scheme, taught.absent["seed"]) == ("w8a8_asym", "another seed would teach another student")
+    wider = [one.own.high > other.own.high for one, other in zip(taught.sites, plain.sites, strict=True)]
+    assert sum(wider) > len(wider) / 2, "the ranges are the model's own"
+
+
+@pytest.mark.parametrize(("own", "said"), [(True, "learned for w4a4"), (False, "learned for another model")])
+def test_a_student_for_something_else_is_refused(
+    demo: Model, leaves: ImageSet, tmp_path: Path, own: bool, said: str
+) -> None:
+    model = demo.fingerprint if own else "f" * 64
+    _taught(leaves, demo, model, "w4a4" if own else "w8a8").save(tmp_path / "images.safetensors")
+    with pytest.raises(ImagesError, match=said):
+        dfq.audit(tmp_path / "images.safetensors", AuditRecipe(model="demo", scheme="w8a8"), tmp_path / "out")
+
+
+def test_a_bundle_is_audited_as_it_was_calibrated(tmp_path: Path) -> None:
+    settings = {"observer": "percentile", "percentile": 99.0, "attention": True, "spare": "massive", "refine": "none"}
+    dfq.export(dfq.Recipe(model="demo", generator="dead_leaves", count=8, **settings), tmp_path / "bundle")
+    audit = dfq.audit(tmp_path / "bundle", AuditRecipe(), tmp_path / "out")
+    plan = QuantPlan.load(tmp_path / "bundle" / "plan.safetensors")
+    free = {name for name, site in sites_of(load_model("demo").module).items() if site.fixed is None}
+    assert {site.site for site in audit.sites} == {s for s in plan.sites if s in free and not s.endswith(".weight")}
+    assert (audit.scheme, audit.backend, audit.observer) == ("w8a8", "ort", "percentile 99.0")
+    assert max(site.own.cut_off_ppm for site in audit.sites) > 5_000, "minmax cuts nothing off"
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["observer"] == "percentile 99.0"
+
+
+def test_another_scheme_for_a_bundle_keeps_the_rest(demo_bundle: Path, tmp_path: Path) -> None:
+    audit = dfq.audit(demo_bundle, AuditRecipe(scheme="w8a8_fp8"), tmp_path)
+    assert (audit.scheme, audit.backend) == ("w8a8_fp8", "ort")
+
+
+def test_real_images_keep_their_whole_name(demo: Model, leaves: ImageSet, tmp_path: Path) -> None:
+    leaves.save(tmp_path / "images.safetensors")
+    folder = tmp_path / "photos of cats"
+    folder.mkdir()
+    for number in range(5):
+        Image.effect_noise((32, 32), 20 + 40 * number).save(folder / f"{number}.png")
+    for limit in (3, 128):
+        recipe = AuditRecipe(model="demo", real=f"folder:{folder}", limit=limit)
+        audit = dfq.audit(tmp_path / "images.safetensors", recipe, tmp_path / "out")
+        assert audit.others["real"] == f"{min(limit, 5)} of folder:photos of cats"
+
+
 # What the pictures show.
 
 
-def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+_SETS = {
+    "one of two generators": lambda demo: make_images(["noise", "spdfq"], demo, GenerateOptions(9, 5)),
+    "a later part of a set": lambda demo: Spdfq().generate(demo, GenerateOptions(5, 5, first=6)),
+    "with parts left out": lambda demo: Spdfq(True, False, False).generate(demo, GenerateOptions(5, 5, first=3)),
+    "joined": lambda demo: joined(
+        [
+            make_images(["noise", "dead_leaves"], demo, GenerateOptions(3, 4)),
+            Spdfq(soft_labels=False).generate(demo, GenerateOptions(5, 5, first=3)),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("made", _SETS)
+def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: pytest.MonkeyPatch, made: str) -> None:
     monkeypatch.setattr(spdfq, "_FAST_STAGES", (Stage(1, 0),))
     used: list[dict[str, torch.Tensor]] = []
 
@@ -236,20 +327,38 @@ def test_priors_drawn_again_are_those_that_were_used(demo: Model, monkeypatch: p
 
     monkeypatch.setattr(spdfq, "_alignment", noted)
     monkeypatch.setattr("dfq_deploy.generation.batching.BATCH", 3)
-    images = make_images(["noise", "spdfq"], demo, GenerateOptions(9, 5))
-    made = images.made_by["spdfq"]
-    options = GenerateOptions(made["count"], made["seed"])
-    again = list(Spdfq().priors(demo, options, made["batch"]))
-    assert [len(next(iter(priors.values()))) for priors in again] == [3, 2]
-    for before, after in zip(used, again, strict=True):
-        assert before.keys() == after.keys()
-        for name, rows in after.items():
-            torch.testing.assert_close(rows, before[name][: len(rows)], rtol=0, atol=0)
+    images = _SETS[made](demo)
+    start = len(images) - 5
     maps = attention_maps(demo, images)
     assert maps.priors is not None
-    np.testing.assert_array_equal(maps.images, images.pixels[4:8])
-    wanted = torch.cat([priors[maps.layer][:, 0] for priors in again])[:4]
+    np.testing.assert_array_equal(maps.images, images.pixels[start : start + 4])
+    wanted = torch.cat([priors[maps.layer][:size, 0] for priors, size in zip(used, (3, 2), strict=True)])[:4]
     np.testing.assert_array_equal(maps.priors.reshape(wanted.shape), wanted)
+
+
+def test_the_next_seed_of_a_part_with_parts_left_out_is_set_alike(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spdfq, "_FAST_STAGES", (Stage(1, 0),))
+    monkeypatch.setattr("dfq_deploy.generation.batching.BATCH", 2)
+    bare = Spdfq(alignment=False, reinforcement=False, soft_labels=False)
+    images = bare.generate(demo, GenerateOptions(3, 7, first=4))
+    other = made_with_next_seed(images, demo)
+    assert other.fingerprint == bare.generate(demo, GenerateOptions(3, 8, first=4)).fingerprint
+    settings = ("first", "alignment", "reinforcement", "soft_labels")
+    assert [other.made_by[name] for name in settings] == [4, False, False, False]
+
+
+def test_joined_files_have_another_seed_that_shares_no_image_with_them(demo: Model) -> None:
+    parts = [make_images(["noise"], demo, GenerateOptions(3, seed)) for seed in (5, 6)]
+    images = joined([*parts, make_images(["noise", "dead_leaves"], demo, GenerateOptions(4, 5))])
+    assert why_no_next_seed(images, demo) is None
+    made = [(part["generator"], part["count"], part["seed"]) for part in parts_of(made_with_next_seed(images, demo))]
+    assert made == [("noise", 3, 7), ("noise", 3, 8), ("noise", 2, 7), ("dead_leaves", 2, 7)]
+
+
+def test_files_that_are_not_all_from_generators_have_no_other_seed(demo: Model, leaves: ImageSet) -> None:
+    foreign = ImageSet.of(leaves.pixels[:] * np.float32(0.9), demo.preprocess, source="test")
+    assert "not all from generators" in (why_no_next_seed(joined([leaves, foreign]), demo) or "")
+    assert attention_maps(demo, joined([foreign, leaves])).priors is None
 
 
 def test_attention_without_priors_is_that_of_the_first_images(demo: Model, leaves: ImageSet) -> None:
@@ -270,7 +379,6 @@ def test_similarities_of_all_pairs_are_counted(demo: Model, leaves: ImageSet) ->
 
 def test_the_report_is_json_where_a_width_is_zero() -> None:
     site = dataclasses.replace(_CASES["good"][0], own=Held(0, 0, float("inf"), 0, 0, 0))
-    audit = Audit("m", "w8a8", 1, "i", {}, {}, (site,), "real", "good", "v")
+    audit = Audit("m", "w8a8", "ort", "minmax", 1, "i", {}, {}, (site,), "real", "good", "v")
     assert audit.report()["sites"][0]["own"]["drift"] is None
     json.dumps(audit.report(), allow_nan=False)
-    assert audited.LIMITS_PPM[0] < audited.LIMITS_PPM[1]

@@ -365,6 +365,13 @@ def test_sets_are_joined_in_their_order() -> None:
     assert whole.source == "one and other"
 
 
+@pytest.mark.parametrize("order", ["aa", "aba"])
+def test_the_same_images_twice_are_not_joined(order: str) -> None:
+    sets = {name: ImageSet.of(_pixels(seed=seed), SMALL, source=name) for seed, name in enumerate("ab")}
+    refusal = _refusal(lambda: joined([sets[name] for name in order]))
+    assert refusal.what == f"set {len(order)} of {len(order)} that are joined (a) was there before."
+
+
 def test_a_set_with_a_student_is_not_joined() -> None:
     student = Student({"weight": np.ones(3, np.float32)}, "model", "w8a8")
     taught = ImageSet.of(_pixels(), SMALL, source="taught", student=student)

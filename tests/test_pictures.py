@@ -1,5 +1,7 @@
 """Contact sheets show the images as they are, beside their file, and nothing waits for them."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,28 @@ def test_generate_draws_a_sheet(tmp_path: Path) -> None:
         assert (sheet.format, sheet.size) == ("PNG", (66, 66))
 
 
+class _Repeated:
+    """A watch that remembers the stages that were not done already."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage(self, name: str, already_done: bool) -> None:
+        self.stages += [] if already_done else [name]
+
+    def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
+        pass
+
+    def tell(self, text: str) -> None:
+        pass
+
+
 def test_an_export_goes_on_without_its_sheet(demo_bundle: Path, tmp_path: Path) -> None:
-    (sheet,) = (demo_bundle / "work").glob("images-*.png")
-    assert sheet == sheet_beside(next((demo_bundle / "work").glob("images-*.safetensors")))
+    run, watch = tmp_path / "run", _Repeated()
+    shutil.copytree(demo_bundle, run)
+    (sheet,) = (run / "work").glob("images-*.png")
+    assert sheet == sheet_beside(next((run / "work").glob("images-*.safetensors")))
+    sheet.unlink()
+    recipe = dfq.Recipe(model="demo", generator="noise", count=8, refine="none")
+    assert dfq.export(recipe, run, limit=4, watch=watch).verdict == "pass"
+    assert watch.stages == ["model", "check"], "the others were done"

@@ -12,9 +12,10 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet
+from calibrators.images import ImageSet, joined
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.models import Model
 
 __all__ = ["made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
@@ -53,11 +54,16 @@ def make_images(
     )
 
 
-def parts_of(images: ImageSet) -> dict[str, Mapping[str, Any]]:
-    """The facts of each generator that `images` are from, in their order; empty if they are from none."""
-    if "generator" in images.made_by:
-        return {images.made_by["generator"]: images.made_by}
-    return {name: facts for name, facts in images.made_by.items() if isinstance(facts, dict) and "generator" in facts}
+def parts_of(images: ImageSet) -> tuple[Mapping[str, Any], ...]:
+    """The facts of each part of `images` that a generator made, in their order; of files that were joined, of each."""
+    return _parts_in(images.made_by)
+
+
+def _parts_in(made_by: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    if "generator" in made_by:
+        return (made_by,)
+    inner = made_by.get("parts", made_by.values())
+    return tuple(part for facts in inner if isinstance(facts, Mapping) for part in _parts_in(facts))
 
 
 def why_no_next_seed(images: ImageSet, model: Model) -> str | None:
@@ -65,7 +71,9 @@ def why_no_next_seed(images: ImageSet, model: Model) -> str | None:
     parts = parts_of(images)
     if not parts:
         return "no generator made these images"
-    if any(part["model_fingerprint"] != model.fingerprint for part in parts.values()):
+    if sum(part["count"] for part in parts) != len(images):
+        return "these images are not all from generators, or not all that were made"
+    if any(part["model_fingerprint"] != model.fingerprint for part in parts):
         return "these images were made out of another model"
     if images.student is not None:
         return "another seed would teach another student"
@@ -73,16 +81,24 @@ def why_no_next_seed(images: ImageSet, model: Model) -> str | None:
 
 
 def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = quiet) -> ImageSet:
-    """As many images of the same generators, from the next seed; see `why_no_next_seed`.
+    """As many images of the same generators, set as they were, from the next seed; see `why_no_next_seed`.
+
+    Where files with several seeds were joined, the next are those after the last of them.
 
     Raises:
         ImagesError: A generator breaks down on that seed.
     """
     parts = parts_of(images)
-    facts = next(iter(parts.values()))
-    count = sum(part["count"] for part in parts.values())
-    options = GenerateOptions(count, (facts["seed"] + 1) % _SEEDS, facts["exact"])
-    return make_images(list(parts), model, options, progress=progress)
+    seeds = [facts["seed"] for facts in parts]
+    further = 1 + max(seeds) - min(seeds)
+    made: list[ImageSet] = []
+    for facts in parts:
+        name, seed = facts["generator"], (facts["seed"] + further) % _SEEDS
+        options = GenerateOptions(facts["count"], seed, facts["exact"], first=facts.get("first", 0))
+        generator = Spdfq.of(facts) if name == "spdfq" else pick("dfq_deploy.generation.generators", name)
+        made.append(generator.generate(model, options, progress=progress))
+        refuse_degenerate(name, made[-1])
+    return made[0] if len(made) == 1 else joined(made)
 
 
 def refuse_degenerate(generator: str, images: ImageSet) -> None:

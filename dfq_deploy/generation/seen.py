@@ -106,16 +106,14 @@ def _priors_of(model: Model, images: ImageSet, tap: AttentionTap) -> tuple[int, 
     (0, None) where none was, where it was of another model, or where the set is no longer the one that was made.
     """
     parts = parts_of(images)
-    facts = parts.get("spdfq", {})
-    whole = sum(part["count"] for part in parts.values()) == len(images)
-    if not facts or not whole or not facts["alignment"] or facts["model_fingerprint"] != model.fingerprint:
+    whole = sum(part["count"] for part in parts) == len(images)
+    asked = [number for number, part in enumerate(parts) if part["generator"] == "spdfq" and part["alignment"]]
+    if not whole or not asked or parts[asked[0]]["model_fingerprint"] != model.fingerprint:
         return 0, None
-    names = list(parts)
-    start = sum(parts[name]["count"] for name in names[: names.index("spdfq")])
-    settings = {name: facts[name] for name in ("alignment", "reinforcement", "soft_labels")}
-    options = GenerateOptions(facts["count"], facts["seed"], facts["exact"])
+    facts, start = parts[asked[0]], sum(part["count"] for part in parts[: asked[0]])
+    options = GenerateOptions(facts["count"], facts["seed"], facts["exact"], first=facts.get("first", 0))
     drawn: list[torch.Tensor] = []
-    for priors in Spdfq(**settings).priors(model, options, facts["batch"]):
+    for priors in Spdfq.of(facts).priors(model, options, facts["batch"]):
         if tap.name not in priors:
             return 0, None
         drawn.append(priors[tap.name][:, 0])

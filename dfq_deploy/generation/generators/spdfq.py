@@ -14,8 +14,9 @@ one serves all.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,11 @@ class Spdfq:
     alignment: bool = True
     reinforcement: bool = True
     soft_labels: bool = True
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Spdfq":
+        """The recipe that made a set, by the set's facts."""
+        return cls(**{part.name: facts[part.name] for part in fields(cls)})
 
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, with these parts."""
