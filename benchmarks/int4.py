@@ -25,8 +25,8 @@ from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from calibrators.registry import pick
 from dfq_deploy.building import float_stage
-from dfq_deploy.evaluate import sqnr_db
 from dfq_deploy.formats import Job
+from dfq_deploy.measures import sqnr_db
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.planning import plan_of
 from dfq_deploy.reference import Reference

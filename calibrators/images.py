@@ -22,13 +22,13 @@ from safetensors.numpy import save_file
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
+from calibrators.saved_pixels import STUDENT, SavedPixels
 from calibrators.student import Student
 
 __all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set", "joined"]
 
 _HEADER = "dfq_imageset"
 _FORMAT = 1
-_STUDENT = "student."  # what the names of a student's tensors begin with
 _CHUNK = 16  # images read at once, so that memory does not grow with their number
 
 
@@ -212,7 +212,7 @@ class ImageSet:
             "made_by": dict(self.made_by),
         }
         if self.student is not None:
-            tensors |= {f"{_STUDENT}{name}": value for name, value in self.student.weights.items()}
+            tensors |= {f"{STUDENT}{name}": value for name, value in self.student.weights.items()}
             header["student"] = {"model": self.student.model, "scheme": self.student.scheme}
         tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}  # safetensors reads raw memory
         with written_whole(path) as temporary:
@@ -225,7 +225,7 @@ class ImageSet:
         Raises:
             ImagesError: The file is missing, truncated, of another format, or holds other images than it says.
         """
-        pixels = _SavedPixels(path)
+        pixels = SavedPixels(path)
         try:
             header = json.loads(pixels.metadata[_HEADER])
             if header["format"] != _FORMAT:
@@ -284,38 +284,3 @@ def is_image_set(path: Path) -> bool:
             return _HEADER in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
-
-
-class _SavedPixels:
-    """Pixels read slice by slice from an ImageSet file.
-
-    The file is opened for each slice: while it is open, what was read of it counts as this process's memory.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with safe_open(path, "numpy") as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
-                self._count = int(file.get_slice("pixels").get_shape()[0])
-                self.labels = file.get_tensor("labels") if "labels" in list(file.keys()) else None
-        except (OSError, SafetensorError) as cause:
-            raise ImagesError(
-                what=f"`{path}` cannot be read as an ImageSet.",
-                why=str(cause),
-                fix="pass a file made by `dfq-deploy generate`, or `folder:PATH` for a folder of images.",
-            ) from cause
-
-    def __len__(self) -> int:
-        return self._count
-
-    def student(self) -> dict[str, np.ndarray]:
-        """The student's weights by name."""
-        with safe_open(self._path, "numpy") as file:
-            names = [name for name in file.keys() if name.startswith(_STUDENT)]  # noqa: SIM118
-            return {name.removeprefix(_STUDENT): file.get_tensor(name) for name in names}
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        start, stop, _ = index.indices(self._count)  # safetensors, unlike NumPy, refuses a slice past the end
-        with safe_open(self._path, "numpy") as file:
-            return np.asarray(file.get_slice("pixels")[start:stop])

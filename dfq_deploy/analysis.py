@@ -21,7 +21,7 @@ from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, layer_of
 from calibrators.sites import OperandSites
-from dfq_deploy.evaluate import Share, sqnr_db, without_nan
+from dfq_deploy.measures import Share, sqnr_db, without_nan
 from dfq_deploy.models import Model
 from dfq_deploy.reference import Reference
 from dfq_deploy.refined import copy_of

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dfq_deploy.coverage import NOISE, SiteCoverage
-from dfq_deploy.evaluate import without_nan
+from dfq_deploy.measures import without_nan
 
 __all__ = ["LIMITS_PPM", "REAL", "SEED", "Audit", "Level", "judged"]
 

@@ -10,9 +10,9 @@ import cyclopts
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from dfq_deploy import show as shown
 from dfq_deploy.bench_recipe import GeneratorsRecipe
 from dfq_deploy.progress import shown_progress
+from dfq_deploy.show_sets import print_generators
 
 __all__ = ["bench"]
 
@@ -45,5 +45,5 @@ def generators(
     """
     with shown_progress() as watch:
         found = dfq.bench_generators(recipe, out, images=images, real=real, limit=limit, watch=watch)
-    shown.print_generators(found, out)
+    print_generators(found, out)
     return 0

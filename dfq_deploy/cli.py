@@ -27,6 +27,7 @@ from dfq_deploy.recipe import (
     SimulateRecipe,
     fields_in,
 )
+from dfq_deploy.show_sets import print_audit
 
 __all__ = ["app", "main"]
 
@@ -108,7 +109,7 @@ def audit(
     """
     with shown_progress() as watch:
         found = dfq.audit(images, recipe, out, watch=watch)
-    shown.print_audit(found, out)
+    print_audit(found, out)
     return _EXIT[found.level]
 
 

@@ -20,15 +20,15 @@ from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
+from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
 from exporters.cut import LayerCutter
 
-__all__ = ["Check", "Share", "evaluate", "mean_with_interval", "sqnr_db", "sqnr_of", "without_nan"]
+__all__ = ["Check", "evaluate"]
 
-_CONFIDENCE = 0.95
 _FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
 _MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
@@ -38,27 +38,6 @@ _LAYER_TOLERANCE: dict[Body, float] = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-
 _SEED = 0
 
 Verdict = Literal["pass", "fail", "undecided"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A percentage of `n` images with its 95 % Wilson interval."""
-
-    percent: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, hits: np.ndarray) -> "Share":
-        """The share of true values in a boolean array, (n,) or, where the images were looked at k times, (k, n).
-
-        Looking again adds no images: the interval stays that of n.
-        """
-        n, share = hits.shape[-1], float(hits.mean())
-        interval = stats.binomtest(round(share * n), n).proportion_ci(_CONFIDENCE, method="wilson")
-        percent, low, high = (round(100 * float(v), 3) for v in (share, interval.low, interval.high))
-        return cls(percent, low, high, n)
 
 
 @dataclass(frozen=True)
@@ -253,15 +232,6 @@ def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray)
     return errors
 
 
-def without_nan(value: Any) -> Any:
-    """`value` as JSON has it: None for what is not finite."""
-    if isinstance(value, dict):
-        return {name: without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b|² / |b|², per image, the mean of several `a`; unlike a cosine it sees a wrong scale."""
     return _per_image(np.square(a - b).sum(-1) / np.maximum(np.square(b).sum(-1), 1e-30))
@@ -278,16 +248,6 @@ def _per_image(values: np.ndarray) -> np.ndarray:
     return np.asarray(values.reshape(-1, values.shape[-1]).mean(0))
 
 
-def sqnr_db(signal: float, noise: float) -> float:
-    """Signal to quantization noise ratio of two powers, in dB; infinite where there is no noise."""
-    return round(10 * (math.log10(max(signal, 1e-30)) - math.log10(noise)), 2) if noise else math.inf
-
-
-def sqnr_of(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Signal to quantization noise ratio of `found`, in dB."""
-    return sqnr_db(float(np.square(wanted).sum()), float(np.square(wanted - found).sum()))
-
-
 def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of `a` over mean of `b` with the interval of a paired bootstrap."""
 
@@ -300,10 +260,3 @@ def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
         (a, b), ratio, paired=True, method="percentile", batch=100, rng=np.random.default_rng(_SEED)
     ).confidence_interval
     return float(ratio(a, b)), float(interval.low), float(interval.high)
-
-
-def mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values per image, with its 95 % interval."""
-    mean = float(values.mean())
-    spread = float(stats.sem(values)) * float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) if len(values) > 1 else 100.0
-    return round(mean, 3), round(mean - spread, 3), round(mean + spread, 3)

@@ -24,12 +24,12 @@ from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
-from dfq_deploy.evaluate import Share, without_nan
 from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_on
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
+from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.planning import plan_of, suited

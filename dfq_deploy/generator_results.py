@@ -14,7 +14,7 @@ import numpy as np
 
 from calibrators.files import written_whole
 from dfq_deploy.bench_recipe import NOISE, REAL
-from dfq_deploy.evaluate import without_nan
+from dfq_deploy.measures import without_nan
 
 __all__ = ["Gap", "GeneratorBench", "Result", "Row", "Spread", "gaps_of"]
 

@@ -19,21 +19,17 @@ from exporters.bundle import EngineFacts, open_bundle
 
 if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and a run of an engine wait for neither
     from dfq_deploy.analysis import Sensitivity
-    from dfq_deploy.audited import Audit
     from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
-    from dfq_deploy.generator_results import GeneratorBench
     from dfq_deploy.simulation import Simulation
     from dfq_deploy.sparing import Massive
 
 __all__ = [
-    "print_audit",
     "print_check",
     "print_classes",
     "print_converted",
     "print_engine",
     "print_findings",
-    "print_generators",
     "print_images",
     "print_path",
     "print_plan",
@@ -49,9 +45,6 @@ _COLOURS = {
     "pass": "green",
     "fail": "red",
     "undecided": "yellow",
-    "good": "green",
-    "bad": "red",
-    "doubtful": "yellow",
     "ok": "green",
     "absent": "dim",
     "problem": "red",
@@ -103,32 +96,6 @@ def print_simulation(found: "Simulation", folder: Path) -> None:
     if found.drop is not None:
         _console.print("simulated loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"report: {folder / 'report.json'}")
-
-
-def print_generators(found: "GeneratorBench", folder: Path) -> None:
-    """A benchmark of generators: a row per quantizer and kind of images, and why a share is missing."""
-    _console.print(
-        f"{found.model}: float top-1 {found.float_top1:.2f} %, {found.n} images, {found.images}", style="bold"
-    )
-    for scheme, refine in dict.fromkeys((row.scheme, row.refine) for row in found.rows):
-        table = Table(title=f"\n{scheme}, refine {refine}", title_justify="left", box=None, pad_edge=False)
-        for column in ("images", "points lost", "= float, %", "SQNR, dB", "way, %", "s"):
-            table.add_column(column, justify="left" if column == "images" else "right", no_wrap=True)
-        for row in found.rows:
-            if (row.scheme, row.refine) == (scheme, refine):
-                figures = (row.shown("drop"), row.shown("agreement"))
-                means = (f"{spread.mean:.1f}" if spread else "" for spread in map(row.spread, ("sqnr_db", "seconds")))
-                decibels, seconds = means
-                way = " / ".join(share or "-" for share in row.shares()) if any(row.shares()) else ""
-                table.add_row(row.generator, *figures, decibels, way, seconds)
-        _console.print(table)
-    _console.print(f"\nmean ± standard deviation over seeds {found.settings['seeds']}; s: seconds to make the images")
-    _console.print(found.doubt)
-    _console.print("way: from noise (0) to real images (100), by agreement with float / by top-1")
-    _console.print(f"passes of the whole model per image, forward / backward: {found.passes()}")
-    for note in found.notes():
-        _console.print(f"  no way told in {note}")
-    _console.print(f"figures, table and chart: {folder / 'generators'}.json, .md, .png")
 
 
 def print_engine(facts: EngineFacts, folder: Path) -> None:
@@ -223,33 +190,6 @@ def print_images(images: ImageSet, path: Path) -> None:
         _console.print(f"  student: {len(images.student.weights)} tensors, learned for {images.student.scheme}")
     if sheet_beside(path).is_file():
         _console.print(f"  contact sheet: {sheet_beside(path)}")
-
-
-def print_audit(found: "Audit", folder: Path) -> None:
-    """An audit: how each other set fares, the verdict, and what was drawn."""
-    title = f"{found.model}, {found.scheme}: {found.n} images, {found.images}, {len(found.sites)} sites"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("held against", overflow="fold")
-    for column in ("cut off\nat most, %", "by noise's\nranges, %", "width, median\n(least to most)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, source in found.others.items():
-        drifts = [2**drift for drift in found.drifts(name)]
-        by_noise = max(site.others[name].noise_excess_ppm for site in found.sites)
-        table.add_row(
-            f"{name}: {source}",
-            f"{found.worst(name).others[name].excess_ppm / 1e4:.3f}",
-            f"{by_noise / 1e4:.3f}",
-            f"{np.median(drifts):.2f} ({drifts[0]:.2f} to {drifts[-1]:.2f})",
-        )
-    _console.print(table)
-    for name, why in found.absent.items():
-        _console.print(f"not held against {name}: {why}")
-    _console.print("cut off: values of that set beyond these ranges, more than these ranges leave out of their own")
-    _console.print("width: of these ranges over that set's own")
-    _console.print(Text.assemble((found.level, _COLOURS[found.level]), f": {found.verdict}"))
-    for line in found.left_out:
-        _console.print(line)
-    _console.print(f"written: {', '.join(str(folder / name) for name in ('audit.json', *found.pictures))}")
 
 
 def print_plan(plan: QuantPlan) -> None:

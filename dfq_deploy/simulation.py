@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from calibrators.images import ImageSet
-from dfq_deploy.evaluate import Share, mean_with_interval, sqnr_of, without_nan
+from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 
 __all__ = ["Simulation", "compare", "logits_of"]

@@ -20,7 +20,7 @@ from calibrators.observers import MinMax, Percentile
 from calibrators.plan import QParams, QuantPlan
 from calibrators.sites import sites_of
 from calibrators.student import Student
-from dfq_deploy import audited, coverage, show
+from dfq_deploy import audited, coverage, show_sets
 from dfq_deploy.audited import Audit, judged
 from dfq_deploy.coverage import Held, SiteCoverage
 from dfq_deploy.generation import GenerateOptions
@@ -179,7 +179,7 @@ def test_the_limits_are_where_levels_change() -> None:
 def test_the_table_looks_as_it_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show._console, "width", 80)
+    monkeypatch.setattr(show_sets._console, "width", 80)
     against, level, verdict = judged(_CASES["no real images"])
     audit = Audit(
         model="demo",
@@ -197,7 +197,7 @@ def test_the_table_looks_as_it_should(
         pictures=("ranges.png",),
         left_out=("no attention.png: why.",),
     )
-    show.print_audit(audit, Path("out"))
+    show_sets.print_audit(audit, Path("out"))
     assert capsys.readouterr().out == snapshot
 
 

@@ -14,7 +14,7 @@ import dfq_deploy as dfq
 from calibrators.errors import RecipeError
 from dfq_deploy import show
 from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, SparedLayer
-from dfq_deploy.evaluate import Share
+from dfq_deploy.measures import Share
 from dfq_deploy.sparing import Massive
 
 _AGREED = Share(87.5, 63.98, 96.5, 16)

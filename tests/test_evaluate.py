@@ -17,7 +17,8 @@ from calibrators.errors import BackendError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from dfq_deploy import evaluate
-from dfq_deploy.evaluate import Check, Share
+from dfq_deploy.evaluate import Check
+from dfq_deploy.measures import Share
 from exporters.backends import ort
 from exporters.bundle import MANIFEST
 

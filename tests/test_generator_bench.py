@@ -17,7 +17,7 @@ from syrupy.assertion import SnapshotAssertion
 import dfq_deploy as dfq
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
-from dfq_deploy import cli, generator_bench, show
+from dfq_deploy import cli, generator_bench, show_sets
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import psaq_v1, psaq_v2
 from dfq_deploy.generator_results import GeneratorBench, Result, Row, Spread, gaps_of
@@ -318,8 +318,8 @@ def _made_up() -> GeneratorBench:
 def test_the_tables_look_as_they_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show._console, "width", 80)
-    show.print_generators(_made_up(), Path("runs/bench"))
+    monkeypatch.setattr(show_sets._console, "width", 80)
+    show_sets.print_generators(_made_up(), Path("runs/bench"))
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines() if "±" in line) <= 80
     assert "…" not in said
