@@ -64,7 +64,7 @@ def _options(count: int, scheme: str, seed: int = 0) -> GenerateOptions:
 
 
 def _kept(folder: Path, stage: str) -> Path:
-    (file,) = (folder / "work").glob(f"{stage}-*")
+    (file,) = (folder / "work").glob(f"{stage}-*.safetensors")
     return file
 
 
