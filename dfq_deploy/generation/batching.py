@@ -29,14 +29,10 @@ _Made = TypeVar("_Made")
 
 
 def batches(options: GenerateOptions, most: int | None = None) -> Iterator[tuple[int, torch.Generator]]:
-    """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`.
-
-    Batches of another size than `BATCH` draw other numbers: none of them repeats what a whole one begins with.
-    """
+    """Size and random generator (on the CPU) of each batch, in order; all but the last hold `most`, or `BATCH`."""
     most = most or BATCH
     for number, start in enumerate(range(0, options.count, most), options.first // most):
-        drawn_by = (options.seed, number) if most == BATCH else (options.seed, number, most)
-        seed = np.random.SeedSequence(drawn_by).generate_state(1, np.uint64)
+        seed = np.random.SeedSequence((options.seed, number)).generate_state(1, np.uint64)
         yield min(most, options.count - start), torch.Generator().manual_seed(int(seed[0]))
 
 
