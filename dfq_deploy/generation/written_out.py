@@ -1,7 +1,7 @@
 """Attention written out: two matmuls and a softmax in place of the fused kernel, where that is the slower one.
 
-On a CPU the backward pass of PyTorch's fused attention takes three times as long as that of its parts, a third of a
-whole step of synthesis. A model is not touched: calls are replaced while the block runs.
+On a CPU the backward pass of PyTorch's fused attention takes two to three times as long as that of its parts, and up to
+a third of a whole step of synthesis. A model is not touched: calls are replaced while the block runs.
 """
 
 import contextlib
