@@ -1,7 +1,4 @@
-"""The command line's benchmarks, `dfq-deploy bench …`.
-
-As in `cli`, a command is a function, its flags are the fields of a recipe, and nothing is computed here.
-"""
+"""Commands that measure, `dfq-deploy bench …`."""
 
 from pathlib import Path
 from typing import Annotated

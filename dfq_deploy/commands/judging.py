@@ -1,0 +1,83 @@
+"""Commands that judge what was made: its images, its engine, its layers."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+import dfq_deploy as dfq
+from dfq_deploy import show as shown
+from dfq_deploy.commands import EXIT
+from dfq_deploy.progress import shown_progress
+from dfq_deploy.recipe import AuditRecipe
+from dfq_deploy.show_sets import print_audit
+
+__all__ = ["audit", "check", "sensitivity"]
+
+_AUDIT_OF_A_BUNDLE = AuditRecipe()
+
+
+def audit(
+    images: str, /, recipe: Annotated[AuditRecipe, Parameter(name="*")] = _AUDIT_OF_A_BUNDLE, *, out: Path
+) -> int:
+    """Compare the ranges that calibration images give with those of noise, another seed and real images.
+
+    Args:
+        images: folder:PATH, npz:PATH, an ImageSet file, or a bundle: the images that it was calibrated on.
+        recipe: The model and what to compare with.
+        out: Folder to write: audit.json and pictures.
+    """
+    with shown_progress() as watch:
+        found = dfq.audit(images, recipe, out, watch=watch)
+    print_audit(found, out)
+    return EXIT[found.level]
+
+
+def check(
+    folder: Path, /, *, images: str | None = None, limit: int | None = None, checkpoint: Path | None = None
+) -> int:
+    """Compare an engine with its PyTorch reference and with the float model.
+
+    Args:
+        folder: A bundle.
+        images: folder:PATH, npz:PATH or an ImageSet file. Without it: the labelled images that come with the model,
+            else the images that it was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now.
+    """
+    with shown_progress() as watch:
+        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+    shown.print_check(found, folder)
+    return EXIT[found.verdict]
+
+
+def sensitivity(
+    folder: Path,
+    /,
+    *,
+    images: str | None = None,
+    limit: int = 16,
+    checkpoint: Path | None = None,
+    json: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
+    plot: Annotated[Path | None, Parameter(validator=validators.Path(ext=("pdf", "png", "svg")))] = None,
+) -> int:
+    """Show which layers of a bundle quantization hurts most, and what sparing each would gain.
+
+    Args:
+        folder: A bundle; its engine is not run.
+        images: folder:PATH, npz:PATH or an ImageSet file; labels are not needed. Without it: the images that it was
+            calibrated on, or noise where those are gone.
+        limit: Use this many of them, evenly spaced.
+        checkpoint: Where the weights lie now.
+        json: File for all the numbers.
+        plot: File for a bar chart, .png, .svg or .pdf.
+    """
+    draw = None if plot is None else dfq.plot_sensitivity  # told now if matplotlib is missing, not at the end
+    with shown_progress() as watch:
+        found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+    shown.print_sensitivity(found)
+    if json is not None:
+        found.save(json)
+    if plot is not None and draw is not None:
+        draw(found, plot)
+    return 0

@@ -1,0 +1,48 @@
+"""Commands that show what lies here, or write it in the format of another tool."""
+
+from pathlib import Path
+from typing import Literal
+
+import dfq_deploy as dfq
+from dfq_deploy import show as shown
+
+__all__ = ["convert", "doctor", "show"]
+
+
+def convert(
+    file: Path,
+    /,
+    *,
+    to: Literal["npz", "folder", "polygraphy", "cache"],
+    out: Path,
+    onnx: Path | None = None,
+    tensorrt: str | None = None,
+) -> int:
+    """Write images or a plan in the format of another tool.
+
+    Args:
+        file: An ImageSet file; a plan for cache.
+        to: Images as a NumPy archive, as a folder of PNGs (8 bits) or as polygraphy's inputs; a plan as TensorRT's
+            calibration cache.
+        out: File or folder to write.
+        onnx: For cache: the float model that TensorRT gets, whose tensors the cache shall name.
+        tensorrt: For cache: version of the TensorRT that shall read it, such as 10.16.1.
+    """
+    dfq.convert(file, out, to=to, onnx=onnx, tensorrt=tensorrt)
+    shown.print_converted(file, out, to)
+    return 0
+
+
+def doctor() -> int:
+    """Say what is installed, what that enables, and what would go wrong."""
+    return shown.print_findings(dfq.diagnose())
+
+
+def show(path: Path, /) -> int:
+    """Show what a bundle, a plan or an ImageSet file holds.
+
+    Args:
+        path: A bundle's folder, or a .safetensors file.
+    """
+    shown.print_path(path)
+    return 0
