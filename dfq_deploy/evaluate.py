@@ -20,6 +20,7 @@ from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
+from dfq_deploy.disagreements import Disagreement, disagreements
 from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 from exporters.backends import Engine
@@ -62,6 +63,8 @@ class Check:
         verdict: `pass`, `fail` or `undecided`.
         reason: The verdict in words.
         student: Engine and reference have the weights of a student that came with the images, float the model's own.
+        disagreed: On how many images the engine decides otherwise than float or the reference.
+        disagreements: Up to 24 of them.
     """
 
     n: int
@@ -79,6 +82,8 @@ class Check:
     verdict: Verdict
     reason: str
     student: bool = False
+    disagreed: int = 0
+    disagreements: tuple[Disagreement, ...] = ()
 
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
@@ -163,6 +168,7 @@ def _judged(
     )
     if not np.isfinite(logits["engine"]).all():
         verdict, reason = "fail", f"{ran} puts out NaN or Inf"
+    disagreed, shown = disagreements(logits, images)
     return Check(
         n=len(images),
         images=images.source,
@@ -178,6 +184,8 @@ def _judged(
         layer_error=layer_error,
         verdict=verdict,
         reason=reason,
+        disagreed=disagreed,
+        disagreements=shown,
     )
 
 
