@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "plot_generators",
     "plot_sensitivity",
+    "report",
     "sensitivity",
     "simulate",
 ]
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
+    from dfq_deploy.reporting.page import report
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
 
@@ -65,6 +67,7 @@ _HOMES = {
     "load": "runtime",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
+    "report": "reporting.page",
     "sensitivity": "pipeline",
     "simulate": "pipeline",
 }

@@ -41,6 +41,7 @@ for _command in (
     judging.check,
     judging.sensitivity,
     running.infer,
+    looking.report,
     looking.show,
     looking.convert,
     looking.doctor,

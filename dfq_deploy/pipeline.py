@@ -210,7 +210,8 @@ def check(
     sheet = draw_disagreements(found.disagreements, picked, folder)
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     with written_whole(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps({**found.report(), "of": of}, indent=1), encoding="utf-8")
+        facts = {**found.report(), "of": of, "asked": {"images": images, "limit": limit}}
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return found
 
 
