@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 __all__ = ["Panel", "Series", "draw_panels"]
 
-_WIDTH, _HEIGHT, _COLUMNS = 4.7, 1.2, 2  # inches: of the chart, of a panel
+_WIDTH, _HEIGHT, _COLUMNS = 4.7, 1.25, 2  # inches: of the chart, of a panel
 # What matplotlib draws in and the page's style names instead.
 _INK, _GRID = "#010203", "#010204"
 _COLOURS = {
@@ -56,10 +56,12 @@ class Panel:
     Attributes:
         title: Its name.
         names: Its members in the order of the network, some of which the series have values for.
+        along: Whether a member's number is its place in the network.
     """
 
     title: str
     names: tuple[str, ...]
+    along: bool = True
 
 
 def draw_panels(
@@ -106,14 +108,14 @@ def draw_panels(
             _draw(axes, panel, series, start)
             axes.set_ylim(start, end)
             if line:
-                axes.axhline(line[1], color=_COLOURS["bad"], linewidth=1, linestyle="--", label=line[0])
+                axes.axhline(line[1], color=_INK, linewidth=1, linestyle="--", label=line[0])
         shown = dict(
             pair for axes in grid[: len(panels)] for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True)
         )
         figure.legend(
-            shown.values(), shown.keys(), loc="outside upper left", ncols=2, fontsize=8.5, frameon=False, borderpad=0
+            shown.values(), shown.keys(), loc="outside upper left", ncols=2, fontsize=9.5, frameon=False, borderpad=0
         )
-        figure.supylabel(axis, fontsize=9)
+        figure.supylabel(axis, fontsize=9.5)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")), transparent=True)
     return _for_a_page(out.getvalue(), says)
@@ -155,9 +157,9 @@ def _draw(axes: Axes, panel: Panel, series: Sequence[Series], start: float) -> N
             axes.plot(
                 x, y, one.mark, linestyle="", markersize=4, color=colour, fillstyle="none", label=one.label, zorder=3
             )
-    axes.set_title(panel.title, fontsize=9.5, loc="left", pad=3)
+    axes.set_title(panel.title, fontsize=10.5, loc="left", pad=3)
     axes.set_xlim(-0.7, len(panel.names) - 0.3)
-    if len({name.rpartition(".")[0] for name in panel.names}) > 1 or len(panel.names) > 4:
+    if panel.along:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}" if value >= 0 else ""))
     else:
@@ -166,7 +168,7 @@ def _draw(axes: Axes, panel: Panel, series: Sequence[Series], start: float) -> N
     axes.grid(axis="y", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=8.5, length=0, pad=2)
+    axes.tick_params(labelsize=9.5, length=0, pad=2)
 
 
 def _for_a_page(svg: str, says: str) -> str:

@@ -62,7 +62,7 @@ class Checked(_Read):
     Attributes:
         of: Fingerprint of the images, SHA-256 of the bundle's files and of the sheet of disagreements; empty where an
             earlier version checked.
-        asked: What the check was told to use.
+        asked: What the check was told to use; None where an earlier version checked.
     """
 
     n: int
@@ -81,7 +81,7 @@ class Checked(_Read):
     disagreed: int = 0
     disagreements: tuple[Shown, ...] = ()
     of: dict[str, str] = {}
-    asked: _Asked = _Asked()
+    asked: _Asked | None = None
 
     def share(self, name: str) -> Interval | None:
         """A percentage with its interval: `top1_engine`, `engine_float`, …; None where it was not measured."""

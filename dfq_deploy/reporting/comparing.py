@@ -11,7 +11,7 @@ from dfq_deploy.reporting.layers import precision_map
 from dfq_deploy.reporting.measuring import FLOAT, Latency, measure_latency
 from dfq_deploy.reporting.repeating import export_command, neutral
 from dfq_deploy.reporting.tables import backend_of, span
-from dfq_deploy.reporting.words import size, verdict_on
+from dfq_deploy.reporting.words import signed, size, verdict_on
 from dfq_deploy.watch import Watch
 
 __all__ = ["Pair", "compared", "differences"]
@@ -144,7 +144,7 @@ def _figures(first: Run, second: Run) -> list[Row]:
 
     def drop(run: Run) -> str:
         lost = run.checked.drop if run.checked else None
-        return "–" if lost is None else f"{lost.value:.2f} ({lost.low:.2f} to {lost.high:.2f})"
+        return "–" if lost is None else f"{signed(lost.value)} ({signed(lost.low)} to {signed(lost.high)})"
 
     def layers(run: Run) -> str:
         return ", ".join(f"{count} {kind}" for kind, count in run.manifest.engine.census.counts.items()) or "–"

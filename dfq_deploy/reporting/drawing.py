@@ -30,8 +30,13 @@ def data_uri(image: Image.Image, longest: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def draw_sensitivity(sensed: Sensed) -> str:
-    """How much each layer hurts: a bar per layer, marks for its sites, a panel per kind."""
+def draw_sensitivity(sensed: Sensed, order: Iterable[str]) -> str:
+    """How much each layer hurts: a bar per layer, marks for its sites, a panel per kind.
+
+    Args:
+        sensed: What the layers cost.
+        order: All layers, as the map has them.
+    """
     quantized = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.layers}
     spared = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.spared if layer.alone}
     sites: dict[str, dict[str, float]] = {"input": {}, "weight": {}}
@@ -42,7 +47,7 @@ def draw_sensitivity(sensed: Sensed) -> str:
                 sites[role][layer.name] = _number(effect.sqnr_db)
     whole = _number(sensed.whole.sqnr_db)
     return draw_panels(
-        _panels([*quantized, *(layer.name for layer in sensed.spared)], {**quantized, **spared}),
+        _panels(order, {**quantized, **spared}),
         [
             Series("quantized, alone", "engine", quantized),
             Series("stays float: if it were", "reference", spared, "hatch"),
@@ -74,9 +79,9 @@ def draw_ranges(audit: Audited) -> str:
         _panels(names, names),
         series,
         key="ranges",
-        axis="width of the ranges, bits more",
+        axis="times as wide, power of two",
         says="Marks, one per layer, a panel per kind: how many times as wide the ranges are as those of other images.",
-        line=("as wide", 0.0),
+        line=("equally wide", 0.0),
     )
 
 
@@ -86,7 +91,8 @@ def _panels(names: Iterable[str], shown: Container[str]) -> list[Panel]:
     alone = [kind for kind in kinds if len(kind.members) == 1]
     panels = [Panel(kind.short, kind.members) for kind in kinds if len(kind.members) > 1]
     if alone:
-        panels.append(Panel(", ".join(kind.short for kind in alone), tuple(kind.members[0] for kind in alone)))
+        title, names = ", ".join(kind.short for kind in alone), tuple(kind.members[0] for kind in alone)
+        panels.append(Panel(title, names, along=False))
     return panels
 
 

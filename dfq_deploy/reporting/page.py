@@ -22,6 +22,7 @@ from dfq_deploy.reporting.layers import precision_map
 from dfq_deploy.reporting.repeating import check_command, export_command
 from dfq_deploy.reporting.tables import (
     agreement_rows,
+    around_zero,
     backend_of,
     decibels,
     fingerprints,
@@ -34,7 +35,7 @@ from dfq_deploy.reporting.tables import (
     tiles_of,
     top1_rows,
 )
-from dfq_deploy.reporting.words import pieces, size, verdict_on
+from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, size, verdict_on
 from dfq_deploy.watch import SILENT, Watch
 
 __all__ = ["Written", "report"]
@@ -100,7 +101,16 @@ def _page(template: str, facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        decibels=decibels, interval=_exactly, legend=legend, pieces=pieces, place=place, plain=plain, size=size
+        breakable=breakable,
+        decibels=decibels,
+        interval=_exactly,
+        legend=legend,
+        milliseconds=milliseconds,
+        pieces=pieces,
+        place=place,
+        plain=plain,
+        signed=signed,
+        size=size,
     )
     return environment.get_template(template).render(version=dfq_deploy.__version__, **facts)
 
@@ -120,11 +130,12 @@ def _facts(run: Run) -> dict[str, Any]:
         "top1_ends": span(row.share for row in top1),
         "agreement": agreement,
         "agreement_ends": span(row.share for row in agreement),
+        "drop_ends": around_zero(checked.drop if checked else None),
         "sizes": sizes_of(run),
         "map": precision_map(precision, manifest.engine.reasons),
         "reasons": reasons,
         "layers": layer_rows(run),
-        "sensitivity_chart": Markup(draw_sensitivity(run.sensed)) if run.sensed else "",
+        "sensitivity_chart": Markup(draw_sensitivity(run.sensed, precision)) if run.sensed else "",
         "ranges_chart": Markup(draw_ranges(run.audit)) if run.audit else "",
         "tiny": max(manifest.preprocess.size) <= _TINY,
         "counted": checked is not None and bool(checked.of),

@@ -34,7 +34,9 @@ def export_command(recipe: Mapping[str, Any], name: str) -> str:
 
 
 def check_command(checked: Checked, name: str) -> str:
-    """The check of the bundle in the folder `name`."""
+    """The check of the bundle in the folder `name`; empty where that was not recorded."""
+    if checked.asked is None:
+        return ""
     words = ["dfq-deploy", "check", name]
     if checked.asked.images is not None:
         words += ["--images", neutral(checked.asked.images)]

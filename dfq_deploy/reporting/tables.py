@@ -9,7 +9,8 @@ from typing import Any
 from dfq_deploy.reporting.checked import Checked, Interval
 from dfq_deploy.reporting.facts import Run
 from dfq_deploy.reporting.layers import Cell, Kind
-from dfq_deploy.reporting.words import size
+from dfq_deploy.reporting.measuring import FLOAT
+from dfq_deploy.reporting.words import milliseconds, size
 from exporters.bundle import Manifest
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Size",
     "Tile",
     "agreement_rows",
+    "around_zero",
     "backend_of",
     "decibels",
     "fingerprints",
@@ -87,7 +89,7 @@ def agreement_rows(checked: Checked) -> list[Share]:
     named = {
         "engine_float": ("engine and float", "engine"),
         "engine_reference": ("engine and reference", "engine"),
-        "noise_floor": ("reference and itself, moved", "reference"),
+        "noise_floor": ("reference, moved by a hair", "reference"),
     }
     return _rows(checked, named)
 
@@ -104,6 +106,12 @@ def span(shares: Iterable[Interval]) -> tuple[float, float]:
     return float(max(0, math.floor(low / step - 0.2) * step)), 100.0
 
 
+def around_zero(value: Interval | None) -> tuple[float, float]:
+    """The ends of a line that holds an interval and as much on the other side of zero."""
+    reach = float(math.ceil(1.15 * max(abs(value.low), abs(value.high), 0.5))) if value else 1.0
+    return -reach, reach
+
+
 def place(value: float, ends: tuple[float, float]) -> float:
     """Where `value` stands on a line with these ends, in percent of its length."""
     start, end = ends
@@ -115,15 +123,15 @@ def tiles_of(run: Run) -> list[Tile]:
     """The figures that are seen first."""
     tiles = []
     if checked := run.checked:
-        if (engine := checked.share("top1_engine")) and (floats := checked.share("top1_float")):
-            tiles.append(Tile("Top-1", f"{engine.value:.1f} %", f"float {floats.value:.1f} %"))
+        if (engine := checked.share("top1_engine")) and (plain_float := checked.share("top1_float")):
+            tiles.append(Tile("Top-1", f"{engine.value:.1f} %", f"float {plain_float.value:.1f} %"))
         if share := checked.share("engine_float"):
             tiles.append(Tile("Same as float", f"{share.value:.1f} %", f"{share.low:.1f} – {share.high:.1f} %"))
     if run.latency and (ratio := run.latency[0].ratios.get("engine")):
-        took = run.latency[0].milliseconds["engine"].value
-        tiles.append(Tile("Speed, one image", f"{ratio.value:.2f}×", f"{took:.3g} ms a call, of float's time"))
+        took, floats = (run.latency[0].milliseconds[name].value for name in ("engine", FLOAT))
+        tiles.append(Tile("Speed, one image", f"{ratio.value:.2f}×", f"{milliseconds(took)} ms, float {milliseconds(floats)} ms"))
     elif run.latency:
-        tiles.append(Tile("One image", f"{run.latency[0].milliseconds['engine'].value:.3g} ms", "a call"))
+        tiles.append(Tile("One image", f"{milliseconds(run.latency[0].milliseconds['engine'].value)} ms", "a call"))
     of_float = f"{run.engine_bytes / run.float_bytes:.0%} of float's {size(run.float_bytes)}" if run.float_bytes else ""
     tiles.append(Tile("Size", size(run.engine_bytes), of_float))
     if counts := run.manifest.engine.census.counts:

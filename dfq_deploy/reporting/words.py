@@ -1,11 +1,14 @@
 """A verdict in a person's words: what was found, what it means, and what to do about it."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from markupsafe import Markup, escape
+
 from dfq_deploy.reporting.facts import Run
 
-__all__ = ["Verdict", "pieces", "size", "verdict_on"]
+__all__ = ["Verdict", "breakable", "milliseconds", "pieces", "signed", "size", "verdict_on"]
 
 Level = Literal["pass", "fail", "undecided", "unknown"]
 _WORDS: dict[str, str] = {"pass": "Pass", "fail": "Fail", "undecided": "Undecided"}
@@ -59,11 +62,11 @@ def _accuracy(run: Run) -> str:
             f"It decides as float does on {checked.agreement.get('engine_float', 0.0):.1f} % of them."
         )
     value, low, high = checked.drop
-    between = f"95 % interval {low:.2f} to {high:.2f}"
+    between = f"95 % interval {signed(low)} to {signed(high)}"
     on = f"on {pieces(checked.n, 'labelled image')}"
     if low <= 0 <= high:
         lost = "loses" if value >= 0 else "gains"
-        return f"Against float it {lost} {abs(value):.2f} points of top-1 {on}, which chance explains ({between} lost)."
+        return f"Against float it {lost} {abs(value):.2f} points of top-1 {on}, no more than chance explains ({between} lost)."
     if low > 0:
         return f"Against float it loses {value:.2f} points of top-1 {on}, more than chance explains ({between})."
     return f"Against float it gains {-value:.2f} points of top-1 {on}, which chance does not explain ({between} lost)."
@@ -72,6 +75,21 @@ def _accuracy(run: Run) -> str:
 def pieces(count: int, name: str) -> str:
     """`1 image`, `2 images`."""
     return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
+def signed(value: float) -> str:
+    """A figure that may be negative, with a minus that is one."""
+    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "−")
+
+
+def milliseconds(value: float) -> str:
+    """A time in ms, to three digits."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may break behind its dots and underscores, escaped."""
+    return Markup(re.sub(r"([._/])", r"\1<wbr>", str(escape(name))))
 
 
 def size(count: int) -> str:
