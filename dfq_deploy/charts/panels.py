@@ -117,7 +117,9 @@ def draw_panels(
         )
         figure.supylabel(axis, fontsize=9.5)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")), transparent=True)
+        figure.savefig(
+            out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")), transparent=True
+        )
     return _for_a_page(out.getvalue(), says)
 
 

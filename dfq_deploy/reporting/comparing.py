@@ -10,7 +10,7 @@ from dfq_deploy.reporting.facts import Missing, Run
 from dfq_deploy.reporting.layers import precision_map
 from dfq_deploy.reporting.measuring import FLOAT, Latency, measure_latency
 from dfq_deploy.reporting.repeating import export_command, neutral
-from dfq_deploy.reporting.tables import backend_of, span
+from dfq_deploy.reporting.tables import NOTHING, backend_of, is_tiny, span
 from dfq_deploy.reporting.words import signed, size, verdict_on
 from dfq_deploy.watch import Watch
 
@@ -58,10 +58,11 @@ def compared(first: Run, second: Run, watch: Watch) -> Pair:
         BundleError: They take different images, so that nothing of them can be compared.
     """
     runs = {A: first, B: second}
-    if first.manifest.preprocess.shape != second.manifest.preprocess.shape:
+    shapes = [run.manifest.preprocess.shape for run in runs.values()]
+    if shapes[0] != shapes[1]:
         raise BundleError(
             what=f"`{first.folder}` and `{second.folder}` cannot be compared.",
-            why=f"one takes images of {first.manifest.preprocess.shape}, the other of {second.manifest.preprocess.shape}.",
+            why=f"one takes images of {shapes[0]}, the other of {shapes[1]}.",
             fix="compare two bundles of one model.",
         )
     missing = [replace(one, section=f"{name}: {one.section}") for name, run in runs.items() for one in run.missing]
@@ -82,12 +83,13 @@ def differences(pair: Pair) -> dict[str, Any]:
         for name, own, other in ((A, first, second), (B, second, first))
     }
     names = dict.fromkeys([*precisions[0], *precisions[1]])
-    pairs = [(layer, *(own.get(layer, "–") for own in precisions)) for layer in names]
+    pairs = [(layer, *(own.get(layer, NOTHING) for own in precisions)) for layer in names]
     shares = _shares(first, second)
     return {
         "runs": pair.runs,
         "latency": pair.latency,
         "missing": pair.missing,
+        "tiny": is_tiny(first),
         "verdicts": {name: verdict_on(run) for name, run in pair.runs.items()},
         "backends": {name: backend_of(run.manifest) for name, run in pair.runs.items()},
         "warnings": _warnings(first, second),
@@ -140,14 +142,14 @@ def _figures(first: Run, second: Run) -> list[Row]:
 
     def noise(run: Run) -> str:
         value = run.checked.sqnr_db.get("engine_float") if run.checked else None
-        return "–" if value is None else f"{value:.1f} dB"
+        return NOTHING if value is None else f"{value:.1f} dB"
 
     def drop(run: Run) -> str:
         lost = run.checked.drop if run.checked else None
-        return "–" if lost is None else f"{signed(lost.value)} ({signed(lost.low)} to {signed(lost.high)})"
+        return NOTHING if lost is None else f"{signed(lost.value)} ({signed(lost.low)} to {signed(lost.high)})"
 
     def layers(run: Run) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in run.manifest.engine.census.counts.items()) or "–"
+        return ", ".join(f"{count} {kind}" for kind, count in run.manifest.engine.census.counts.items()) or NOTHING
 
     runs = (first, second)
     return [
@@ -156,22 +158,25 @@ def _figures(first: Run, second: Run) -> list[Row]:
         row("Size of the engine", *(size(run.engine_bytes) for run in runs)),
         row("Layers", *map(layers, runs)),
         row("All quantized, on the reference", *(_whole(run) for run in runs)),
-        row("Audit of the images", *(run.audit.level if run.audit else "–" for run in runs)),
+        row("Audit of the images", *(run.audit.level if run.audit else NOTHING for run in runs)),
     ]
 
 
 def _whole(run: Run) -> str:
     value = run.sensed.whole.sqnr_db if run.sensed else None
-    return "–" if value is None else f"{value:.1f} dB"
+    return NOTHING if value is None else f"{value:.1f} dB"
 
 
 def _made(first: Run, second: Run) -> list[tuple[str, str, str]]:
     """Fields of the recipe and versions that differ."""
-    facts = []
+    facts: list[dict[str, Any]] = []
     for run in (first, second):
-        places = {name: neutral(str(run.manifest.recipe[name])) for name in ("checkpoint", "calib") if name in run.manifest.recipe}
+        places = {
+            name: neutral(str(run.manifest.recipe[name]))
+            for name in ("checkpoint", "calib")
+            if name in run.manifest.recipe
+        }
         facts.append({**run.manifest.recipe, **places, **run.manifest.versions})
     names = dict.fromkeys([*facts[0], *facts[1]])
-    both = [(name, *(str(own.get(name, "–")) for own in facts)) for name in names]
+    both = [(name, *(str(own.get(name, NOTHING)) for own in facts)) for name in names]
     return [one for one in both if one[1] != one[2]]
-

@@ -98,4 +98,3 @@ def _panels(names: Iterable[str], shown: Container[str]) -> list[Panel]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-

@@ -119,9 +119,7 @@ def _ratio(values: np.ndarray) -> Interval:
     return Interval(float(np.median(values)), float(found.low), float(found.high))
 
 
-def sensitivities(
-    folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick: bool, watch: Watch
-) -> Sensed:
+def sensitivities(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick: bool, watch: Watch) -> Sensed:
     """What quantizing each layer of the bundle in `folder` costs; see `dfq_deploy.analysis.Sensitivity`.
 
     Raises:
@@ -174,4 +172,3 @@ def _kept(folder: Path, manifest: Manifest, name: str, make: Callable[[Path], No
 def _refuse(quick: bool, what: str) -> None:
     if quick:
         raise RecipeError(what=f"no {what} was measured.", why="--quick leaves it out.", fix="leave --quick out.")
-

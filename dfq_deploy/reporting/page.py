@@ -26,6 +26,7 @@ from dfq_deploy.reporting.tables import (
     backend_of,
     decibels,
     fingerprints,
+    is_tiny,
     layer_rows,
     legend,
     place,
@@ -39,8 +40,6 @@ from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, 
 from dfq_deploy.watch import SILENT, Watch
 
 __all__ = ["Written", "report"]
-
-_TINY = 64  # pixels of an image's side up to which it is shown enlarged
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "layers": layer_rows(run),
         "sensitivity_chart": Markup(draw_sensitivity(run.sensed, precision)) if run.sensed else "",
         "ranges_chart": Markup(draw_ranges(run.audit)) if run.audit else "",
-        "tiny": max(manifest.preprocess.size) <= _TINY,
+        "tiny": is_tiny(run),
         "counted": checked is not None and bool(checked.of),
         "export_command": export_command(manifest.recipe, run.name),
         "check_command": check_command(checked, run.name) if checked else "",

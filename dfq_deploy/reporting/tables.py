@@ -1,4 +1,4 @@
-"""What the pages put into tables, tiles and tracks: rows, and where on a line a value stands. Nothing is measured here."""
+"""What the pages put into tables, tiles and tracks: rows, and where on a line a value stands. All is known already."""
 
 import math
 from collections import Counter
@@ -14,6 +14,7 @@ from dfq_deploy.reporting.words import milliseconds, size
 from exporters.bundle import Manifest
 
 __all__ = [
+    "NOTHING",
     "LayerRow",
     "Share",
     "Size",
@@ -23,6 +24,7 @@ __all__ = [
     "backend_of",
     "decibels",
     "fingerprints",
+    "is_tiny",
     "layer_rows",
     "legend",
     "place",
@@ -33,7 +35,9 @@ __all__ = [
     "top1_rows",
 ]
 
-_NONE = "–"
+NOTHING = "\N{EN DASH}"
+"""Stands where a figure is not known."""
+_TINY = 64  # pixels of a side
 _BACKENDS = {"ort": "ONNX Runtime", "trt": "TensorRT", "rtx": "TensorRT for RTX"}
 
 
@@ -126,10 +130,11 @@ def tiles_of(run: Run) -> list[Tile]:
         if (engine := checked.share("top1_engine")) and (plain_float := checked.share("top1_float")):
             tiles.append(Tile("Top-1", f"{engine.value:.1f} %", f"float {plain_float.value:.1f} %"))
         if share := checked.share("engine_float"):
-            tiles.append(Tile("Same as float", f"{share.value:.1f} %", f"{share.low:.1f} – {share.high:.1f} %"))
+            tiles.append(Tile("Same as float", f"{share.value:.1f} %", f"{share.low:.1f} {NOTHING} {share.high:.1f} %"))
     if run.latency and (ratio := run.latency[0].ratios.get("engine")):
         took, floats = (run.latency[0].milliseconds[name].value for name in ("engine", FLOAT))
-        tiles.append(Tile("Speed, one image", f"{ratio.value:.2f}×", f"{milliseconds(took)} ms, float {milliseconds(floats)} ms"))
+        faster = f"{ratio.value:.2f}\N{MULTIPLICATION SIGN}"
+        tiles.append(Tile("Speed, one image", faster, f"{milliseconds(took)} ms, float {milliseconds(floats)} ms"))
     elif run.latency:
         tiles.append(Tile("One image", f"{milliseconds(run.latency[0].milliseconds['engine'].value)} ms", "a call"))
     of_float = f"{run.engine_bytes / run.float_bytes:.0%} of float's {size(run.float_bytes)}" if run.float_bytes else ""
@@ -158,10 +163,15 @@ def backend_of(manifest: Manifest) -> str:
 def fingerprints(run: Run) -> list[tuple[str, str]]:
     """What tells models and images apart, by name."""
     found = [("weights", run.manifest.model.fingerprint)]
-    found.append(("calibration images", run.manifest.images.get("fingerprint", _NONE)))
+    found.append(("calibration images", run.manifest.images.get("fingerprint", NOTHING)))
     if run.checked and run.checked.of.get("images"):
         found.append(("checked images", run.checked.of["images"]))
     return found
+
+
+def is_tiny(run: Run) -> bool:
+    """Whether its images are shown enlarged."""
+    return max(run.manifest.preprocess.size) <= _TINY
 
 
 def layer_rows(run: Run) -> list[LayerRow]:
@@ -172,16 +182,16 @@ def layer_rows(run: Run) -> list[LayerRow]:
     rows = []
     for name, precision in run.manifest.engine.precision.items():
         error = errors.get(name)
-        figures = [f"{error:.1e}" if error is not None else _NONE]
+        figures = [f"{error:.1e}" if error is not None else NOTHING]
         if cost := costs.get(name):
             sites = {site.rpartition(".")[2]: effect.sqnr_db for site, effect in cost.sites.items()}
             figures += [decibels(cost.alone.sqnr_db), *(decibels(sites.get(role)) for role in ("input", "weight"))]
             figures += [f"{cost.noise_percent:.1f}", f"{cost.macs_percent:.1f}"]
         elif left := spared.get(name):
             alone = decibels(left.alone.sqnr_db if left.alone else None)
-            figures += [alone, _NONE, _NONE, _NONE, f"{left.macs_percent:.1f}"]
+            figures += [alone, NOTHING, NOTHING, NOTHING, f"{left.macs_percent:.1f}"]
         else:
-            figures += [_NONE] * 5
+            figures += [NOTHING] * 5
         rows.append(LayerRow(name, precision, tuple(figures)))
     return rows
 
@@ -195,13 +205,13 @@ def legend(rows: Iterable[tuple[Kind, Iterable[Cell]]]) -> dict[str, tuple[str, 
 
 def decibels(value: float | None) -> str:
     """A ratio in dB, as text."""
-    return _NONE if value is None else f"{value:.1f}"
+    return NOTHING if value is None else f"{value:.1f}"
 
 
 def plain(value: Any) -> str:
     """Something out of another tool's JSON, as text."""
     if value is None:
-        return _NONE
+        return NOTHING
     if isinstance(value, list):
-        return " – ".join(plain(one) for one in value)
+        return f" {NOTHING} ".join(plain(one) for one in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -66,7 +66,8 @@ def _accuracy(run: Run) -> str:
     on = f"on {pieces(checked.n, 'labelled image')}"
     if low <= 0 <= high:
         lost = "loses" if value >= 0 else "gains"
-        return f"Against float it {lost} {abs(value):.2f} points of top-1 {on}, no more than chance explains ({between} lost)."
+        points = f"{abs(value):.2f} points of top-1 {on}"
+        return f"Against float it {lost} {points}, no more than chance explains ({between} lost)."
     if low > 0:
         return f"Against float it loses {value:.2f} points of top-1 {on}, more than chance explains ({between})."
     return f"Against float it gains {-value:.2f} points of top-1 {on}, which chance does not explain ({between} lost)."
@@ -79,7 +80,7 @@ def pieces(count: int, name: str) -> str:
 
 def signed(value: float) -> str:
     """A figure that may be negative, with a minus that is one."""
-    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "−")
+    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "\N{MINUS SIGN}")
 
 
 def milliseconds(value: float) -> str:
