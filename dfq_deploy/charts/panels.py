@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -28,6 +29,17 @@ _COLOURS = {
     "float": "#010207",
     "good": "#010208",
     "bad": "#010209",
+}
+_SETTINGS: Any = {  # which matplotlib types as a literal each
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names are names
+    "hatch.linewidth": 0.8,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "hatch.color": _INK,
 }
 _VARIABLES = {_GRID: "--rule", **{colour: f"--{name}" for name, colour in _COLOURS.items()}}
 
@@ -85,21 +97,9 @@ def draw_panels(
         down: The axis runs from large to small values, so that bars grow towards small ones.
         line: Label and value of a dashed line through all panels.
     """
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "text.parse_math": False,  # names are names
-        "hatch.linewidth": 0.8,
-        "text.color": _INK,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "hatch.color": _INK,
-    }
     rows = math.ceil(len(panels) / _COLUMNS)
     start, end = _span(series, line, down)
-    with rc_context(settings):
+    with rc_context({**_SETTINGS, "svg.hashsalt": key}):
         figure = Figure(figsize=(_WIDTH, 0.75 + _HEIGHT * rows), layout="constrained", facecolor="none")
         grid = figure.subplots(rows, _COLUMNS, sharey=True, squeeze=False).ravel()
         for axes in grid[len(panels) :]:
@@ -117,9 +117,8 @@ def draw_panels(
         )
         figure.supylabel(axis, fontsize=9.5)
         out = io.StringIO()
-        figure.savefig(
-            out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")), transparent=True
-        )
+        unsaid = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+        figure.savefig(out, format="svg", metadata=unsaid, transparent=True)
     return _for_a_page(out.getvalue(), says)
 
 
@@ -174,7 +173,7 @@ def _draw(axes: Axes, panel: Panel, series: Sequence[Series], start: float) -> N
 
 
 def _for_a_page(svg: str, says: str) -> str:
-    """The element alone, as wide as its place, in the page's colours; ids are its own where something refers to them."""
+    """The element alone, as wide as its place, in the page's colours; it keeps the ids that it refers to."""
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

@@ -171,12 +171,9 @@ def _made(first: Run, second: Run) -> list[tuple[str, str, str]]:
     """Fields of the recipe and versions that differ."""
     facts: list[dict[str, Any]] = []
     for run in (first, second):
-        places = {
-            name: neutral(str(run.manifest.recipe[name]))
-            for name in ("checkpoint", "calib")
-            if name in run.manifest.recipe
-        }
-        facts.append({**run.manifest.recipe, **places, **run.manifest.versions})
-    names = dict.fromkeys([*facts[0], *facts[1]])
-    both = [(name, *(str(own.get(name, NOTHING)) for own in facts)) for name in names]
+        recipe = run.manifest.recipe
+        places = {name: neutral(str(value)) for name, value in recipe.items() if name in ("checkpoint", "calib")}
+        facts.append({**recipe, **places, **run.manifest.versions})
+    own, others = facts
+    both = [(name, str(own.get(name, NOTHING)), str(others.get(name, NOTHING))) for name in {**own, **others}]
     return [one for one in both if one[1] != one[2]]
