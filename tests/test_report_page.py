@@ -25,12 +25,13 @@ pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason=f"none of {', '.join(_
 
 
 @pytest.fixture(scope="module")
-def pages(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(demo_report: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A report and a comparison."""
-    folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("pages") / "run"))
+    out = tmp_path_factory.mktemp("pages") / "compare.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "_MOST", 7)
-        return {"report": dfq.report(folder).path, "compare": dfq.report(folder, compare=folder).path}
+        patch.setattr(measuring, "_MOST", 2)
+        written = dfq.report(demo_report, compare=demo_report, out=out)
+    return {"report": demo_report / "report.html", "compare": written.path}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,21 +33,11 @@ from exporters.bundle import MANIFEST
 _HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac$ {{ 7 * 7 }}"
 
 
-@pytest.fixture(scope="module")
-def measured(demo_run: tuple[Path, Check], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the demo bundle of which a report was made, called `run`, and few calls to take the time of."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "_MOST", 7)
-        folder = tmp_path_factory.mktemp("reports") / "run"
-        shutil.copytree(demo_run[0], folder)
-        assert not dfq.report(folder).missing
-        yield folder
-
-
 @pytest.fixture
-def run(measured: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be changed."""
-    return Path(shutil.copytree(measured, tmp_path / "run"))
+def run(demo_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it that may be changed, timed by few calls."""
+    monkeypatch.setattr(measuring, "_MOST", 2)
+    return Path(shutil.copytree(demo_report, tmp_path / "run"))
 
 
 @dataclass
@@ -91,8 +81,8 @@ def change_report(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     (folder / "report.json").write_text(json.dumps(facts))
 
 
-def test_every_section_is_there_with_the_figures_of_the_files(measured: Path) -> None:
-    page, found = read(measured / "report.html"), json.loads((measured / "report.json").read_text())
+def test_every_section_is_there_with_the_figures_of_the_files(demo_report: Path) -> None:
+    page, found = read(demo_report / "report.html"), json.loads((demo_report / "report.json").read_text())
     assert page.sections() == [
         "accuracy",
         "cost",
@@ -104,7 +94,7 @@ def test_every_section_is_there_with_the_figures_of_the_files(measured: Path) ->
     ]
     for share in (*found["top1"].values(), *found["agreement"].values()):
         assert f"{share:.2f}" in page.text
-    manifest = json.loads((measured / MANIFEST).read_text())
+    manifest = json.loads((demo_report / MANIFEST).read_text())
     for value in (manifest["model"]["fingerprint"], *manifest["files"].values(), *manifest["versions"].values()):
         assert value in page.text
     cells = [one["class"] for one in page.of("td") if one.get("title")]
@@ -113,8 +103,8 @@ def test_every_section_is_there_with_the_figures_of_the_files(measured: Path) ->
     assert f"{found['reason']}." in page.text
 
 
-def test_the_page_loads_nothing_and_names_no_folder_of_this_machine(measured: Path) -> None:
-    page, text = read(measured / "report.html"), (measured / "report.html").read_text()
+def test_the_page_loads_nothing_and_names_no_folder_of_this_machine(demo_report: Path) -> None:
+    page, text = read(demo_report / "report.html"), (demo_report / "report.html").read_text()
     assert not page.of("script")
     assert not page.of("iframe")
     links = {one["href"] for one in page.of("a")} | {one["href"] for one in page.of("link")}
@@ -124,12 +114,12 @@ def test_the_page_loads_nothing_and_names_no_folder_of_this_machine(measured: Pa
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
-    assert str(measured.parent) not in text
+    assert str(demo_report.parent) not in text
     assert {f"#{name}" for name in page.sections()} >= {link for link in links if link not in ("#main", "data:,")}
 
 
-def test_every_table_and_picture_says_what_it_is(measured: Path) -> None:
-    page = read(measured / "report.html")
+def test_every_table_and_picture_says_what_it_is(demo_report: Path) -> None:
+    page = read(demo_report / "report.html")
     assert len(page.of("caption")) == len(page.of("table"))
     assert all(one.get("scope") in ("row", "col") for one in page.of("th"))
     assert all(one["alt"] for one in page.of("img"))
