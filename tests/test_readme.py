@@ -5,6 +5,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_the_command_for_layers_that_hurt_runs(
     (command,) = re.findall(r"^dfq-deploy (sensitivity .*)$", "\n".join(blocks("sh")), re.MULTILINE)
     assert run(command.split()) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "sensitivity.json", "sensitivity.png"}
+
+
+def test_the_commands_for_a_report_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_report: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("deit_t", "small"):
+        shutil.copytree(demo_report, tmp_path / "runs" / name)
+    report, compare = re.findall(r"^dfq-deploy (report .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run(report.split()) == run(compare.split()) == 0
+    assert (tmp_path / "runs" / "deit_t" / "report.html").stat().st_size > 50_000
+    assert (tmp_path / "compare.html").stat().st_size > 50_000
 
 
 def test_the_commands_for_an_audit_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from dfq_deploy.reporting.tables import (
 )
 from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, size, verdict_on
 from dfq_deploy.watch import SILENT, Watch
+from exporters.bundle import open_bundle
 
 __all__ = ["Written", "report"]
 
@@ -78,6 +79,8 @@ def report(
         BundleError: There is no bundle, or it is altered.
     """
     folder, options = Path(folder), Options(checkpoint, quick)
+    if compare is not None:
+        open_bundle(Path(compare))  # told now if it is none, not after the measurements
     run = gather(folder, options, watch)
     if compare is None:
         run = timed(run, watch)
