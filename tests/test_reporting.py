@@ -340,7 +340,7 @@ def test_the_command_tells_what_it_wrote_and_left_out(
     assert capsys.readouterr().out == "report: page.html\n"
     (run / "report.json").unlink()
     assert cli.run(["report", "run", "--quick"]) == 0
-    assert "left out, Verdict, accuracy and agreement: there is no report.json." in capsys.readouterr().out
+    assert "left out, Verdict, accuracy and agreement: There is no report.json." in capsys.readouterr().out
 
 
 # What a check records

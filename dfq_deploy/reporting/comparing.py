@@ -6,7 +6,7 @@ from typing import Any
 
 from calibrators.errors import BundleError, DeployError
 from dfq_deploy.reporting.checked import Interval
-from dfq_deploy.reporting.facts import Missing, Run
+from dfq_deploy.reporting.facts import Missing, Run, missing_for
 from dfq_deploy.reporting.layers import precision_map
 from dfq_deploy.reporting.measuring import FLOAT, Latency, measure_latency
 from dfq_deploy.reporting.repeating import export_command, neutral
@@ -70,7 +70,7 @@ def compared(first: Run, second: Run, watch: Watch) -> Pair:
     try:
         latency = tuple(measure_latency({name: run.folder for name, run in runs.items()}, first.manifest, watch))
     except DeployError as error:
-        missing.append(Missing("Time", f"{error.what} {error.why}", error.fix))
+        missing.append(missing_for("Time", error))
     return Pair(runs, latency, tuple(missing))
 
 

@@ -18,7 +18,7 @@ from dfq_deploy.reporting.measuring import FLOAT, Latency, audited, float_file, 
 from dfq_deploy.watch import Watch
 from exporters.bundle import Manifest, open_bundle
 
-__all__ = ["Missing", "Options", "Run", "gather", "timed", "without_float"]
+__all__ = ["Missing", "Options", "Run", "gather", "missing_for", "timed", "without_float"]
 
 _SHEET, _THUMBNAIL = 1100, 160  # pixels, longest side
 _Found = TypeVar("_Found")
@@ -90,7 +90,7 @@ class Run:
 
     def lacking(self, section: str, error: DeployError) -> "Run":
         """The run with a section named as missing."""
-        return replace(self, missing=(*self.missing, _missing(section, error)))
+        return replace(self, missing=(*self.missing, missing_for(section, error)))
 
     def class_name(self, index: int | None) -> str:
         """What a class is called; its number where that is not known."""
@@ -112,9 +112,11 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
         try:
             return find()
         except DeployError as error:
-            missing.append(_missing(section, error))
+            missing.append(missing_for(section, error))
             return None
 
+    if not manifest.engine.precision:
+        missing.append(missing_for("What each layer is computed in", _unseen(folder, manifest)))
     checked = have("Verdict, accuracy and agreement", lambda: read_check(folder))
     named = folder / "classes.txt" if "classes.txt" in manifest.files else None
     floats = float_file(folder)
@@ -166,6 +168,14 @@ def without_float(run: Run) -> BundleError:
         what="there is no float model to compare with.",
         why=f"neither `{run.name}/float.onnx` nor `{run.name}/work` is here.",
         fix="run the report where the export ran, or export with --keep-float.",
+    )
+
+
+def _unseen(folder: Path, manifest: Manifest) -> BundleError:
+    return BundleError(
+        what="nobody has seen it.",
+        why=manifest.engine.note or "the run-time does not say.",
+        fix=f"build the engine where it will run: dfq-deploy build {folder.name}.",
     )
 
 
@@ -226,5 +236,10 @@ def _thumbnails(folder: Path, manifest: Manifest, checked: Checked | None) -> li
     return [data_uri(cell, _THUMBNAIL) for cell in cells]
 
 
-def _missing(section: str, error: DeployError) -> Missing:
-    return Missing(section, f"{error.what} {error.why}", error.fix)
+def missing_for(section: str, error: DeployError) -> Missing:
+    """What is missing because of `error`."""
+    return Missing(section, f"{_sentence(error.what)} {_sentence(error.why)}", _sentence(error.fix))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"

@@ -118,8 +118,9 @@ def _page(template: str, facts: Mapping[str, Any]) -> str:
 
 
 def _facts(run: Run) -> dict[str, Any]:
+    body = run.manifest.engine.options.body
     manifest, checked, precision = run.manifest, run.checked, run.manifest.engine.precision
-    top1, agreement = (top1_rows(checked), agreement_rows(checked)) if checked else ([], [])
+    top1, agreement = (top1_rows(checked), agreement_rows(checked, body)) if checked else ([], [])
     reasons: dict[str, list[str]] = {}
     for layer, reason in manifest.engine.reasons.items():
         reasons.setdefault(reason, []).append(layer)
@@ -127,6 +128,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "run": run,
         "verdict": verdict_on(run),
         "backend": backend_of(manifest),
+        "body": body,
         "tiles": tiles_of(run),
         "top1": top1,
         "top1_ends": span(row.share for row in top1),

@@ -88,12 +88,13 @@ def top1_rows(checked: Checked) -> list[Share]:
     return _rows(checked, {f"top1_{who}": (who, who) for who in ("float", "reference", "engine")})
 
 
-def agreement_rows(checked: Checked) -> list[Share]:
-    """Who decides like whom."""
+def agreement_rows(checked: Checked, body: str) -> list[Share]:
+    """Who decides like whom, where all that is not quantized is computed in `body`."""
+    moved = "moved by a hair" if body == "fp32" else f"rounded to {body}"
     named = {
         "engine_float": ("engine and float", "engine"),
         "engine_reference": ("engine and reference", "engine"),
-        "noise_floor": ("reference, moved by a hair", "reference"),
+        "noise_floor": (f"reference, {moved}", "reference"),
     }
     return _rows(checked, named)
 
@@ -154,7 +155,7 @@ def sizes_of(run: Run) -> list[Size]:
 def backend_of(manifest: Manifest) -> str:
     """The run-time, for people."""
     options = manifest.engine.options
-    on = f" on {options.provider}" if options.provider else ""
+    on = f" on {options.provider}" if manifest.backend == "ort" and options.provider else ""
     targets = f" for {', '.join(options.targets)}" if options.targets else ""
     body = "" if options.body == "fp32" else f", the rest in {options.body}"
     return f"{_BACKENDS.get(manifest.backend, manifest.backend)}{on}{targets}{body}"
