@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from calibrators.errors import BundleError, DeployError
 from calibrators.files import sha256_of
@@ -125,7 +125,7 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
         name=folder.resolve().name,
         folder=folder,
         manifest=manifest,
-        classes=tuple(named.read_text(encoding="utf-8").splitlines()) if named else (),
+        classes=tuple(named.read_text(encoding="utf-8", errors="replace").splitlines()) if named else (),
         engine_bytes=_engine_bytes(folder, manifest),
         float_bytes=_with_data(floats) if floats else None,
         checked=checked,
@@ -227,7 +227,7 @@ def _thumbnails(folder: Path, manifest: Manifest, checked: Checked | None) -> li
             )
         with Image.open(path) as sheet:
             cells = pictures_on(sheet, len(checked.disagreements), manifest.preprocess.size)
-    except (OSError, UnidentifiedImageError) as cause:
+    except (OSError, Image.DecompressionBombError) as cause:
         raise BundleError(
             what="the pictures are not here.",
             why=f"a check puts them into `{folder.name}/work`, which is not deployed.",

@@ -82,9 +82,10 @@ def measure_latency(folders: Mapping[str, Path], manifest: Manifest, watch: Watc
             engines[name] = stack.enter_context(load(folder))
         largest = manifest.engine.options.batch[2]
         found = []
-        for done, batch in enumerate(min(size, largest) for size in _BATCHES):
+        batches = dict.fromkeys(min(size, largest) for size in _BATCHES)
+        for batch in batches:
             found.append(_timed(engines, batch, manifest.preprocess.shape))
-            watch.progress(done + 1, len(_BATCHES), {})
+            watch.progress(len(found), len(batches), {})
     return found
 
 

@@ -24,6 +24,7 @@ from dfq_deploy.reporting.tables import (
     agreement_rows,
     around_zero,
     backend_of,
+    calibrated_on,
     decibels,
     fingerprints,
     is_tiny,
@@ -104,6 +105,7 @@ def _page(template: str, facts: Mapping[str, Any]) -> str:
     )
     environment.globals.update(
         breakable=breakable,
+        calibrated_on=calibrated_on,
         decibels=decibels,
         interval=_exactly,
         legend=legend,

@@ -22,6 +22,7 @@ __all__ = [
     "agreement_rows",
     "around_zero",
     "backend_of",
+    "calibrated_on",
     "decibels",
     "fingerprints",
     "is_tiny",
@@ -159,6 +160,11 @@ def backend_of(manifest: Manifest) -> str:
     targets = f" for {', '.join(options.targets)}" if options.targets else ""
     body = "" if options.body == "fp32" else f", the rest in {options.body}"
     return f"{_BACKENDS.get(manifest.backend, manifest.backend)}{on}{targets}{body}"
+
+
+def calibrated_on(manifest: Manifest) -> str:
+    """Where the calibration images come from."""
+    return manifest.images.get("source", "images of unknown source")
 
 
 def fingerprints(run: Run) -> list[tuple[str, str]]:
