@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq generators float-body int4 latency clean
+.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq generators float-body int4 latency docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -48,6 +48,9 @@ int4: .venv/test.stamp
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
+
+docs: .venv/docs.stamp
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(OUT)/site
 
 clean:
 	rm -rf .venv .venv-peers $(OUT)
