@@ -62,11 +62,11 @@ class Service:
                 with self.batcher.place():
                     response = await self._answer(served, request)
             except FullError as full:
-                await self._discard(request)
+                await self.discard(request)
                 response = _refusal(503, full, {"Retry-After": str(full.again_s)})
             except RequestError as error:
                 if error.status in (413, 415):
-                    await self._discard(request)
+                    await self.discard(request)
                 response = _refusal(error.status, error)
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
@@ -77,6 +77,18 @@ class Service:
         """Call the engine with one image and with the most that it gets."""
         for n in sorted({1, next(iter(self.models.values())).largest}):
             self._runner(np.zeros((n, *self._runner.manifest.preprocess.shape), np.float32))
+
+    async def discard(self, request: Request) -> None:
+        """Take in what is still on its way, up to the limit: a client that is not read does not read its answer."""
+        left = self.most_bytes
+        try:
+            async with asyncio.timeout(self._options.read_s):
+                async for part in request.stream():
+                    left -= len(part)
+                    if left < 0:
+                        return
+        except (ClientDisconnect, RuntimeError, TimeoutError):  # RuntimeError: it was read to its end already
+            return
 
     async def _answer(self, served: Served, request: Request) -> Response:
         try:
@@ -109,18 +121,6 @@ class Service:
                 raise _too_large(self.most_bytes)
             parts.append(part)
         return b"".join(parts)
-
-    async def _discard(self, request: Request) -> None:
-        """Take in what is still on its way, up to the limit: a client that is not read does not read its answer."""
-        left = self.most_bytes
-        try:
-            async with asyncio.timeout(self._options.read_s):
-                async for part in request.stream():
-                    left -= len(part)
-                    if left < 0:
-                        return
-        except (ClientDisconnect, RuntimeError, TimeoutError):  # RuntimeError: it was read to its end already
-            return
 
 
 def make_app(runner: Runner, options: ServeOptions) -> tuple[FastAPI, Service]:
@@ -185,7 +185,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.post("/v2/models/{name}/infer", response_class=Response)
     @app.post("/v2/models/{name}/versions/{version}/infer", response_class=Response)
     async def infer(request: Request, name: str, version: str = "1") -> Response:
-        return await service.infer(found(name, version), request)
+        try:
+            served = found(name, version)
+        except RequestError:
+            await service.discard(request)
+            raise
+        return await service.infer(served, request)
 
 
 def _expanded(body: bytes, encoding: str, most: int) -> bytes:
@@ -214,7 +219,8 @@ def _too_large(most: int) -> RequestError:
 
 
 def _refusal(status: int, error: DeployError, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": f"{error.what} {error.why} {error.fix}"}, status, headers)
+    text = "; ".join(part.removesuffix(".") for part in (error.what, error.why, error.fix))
+    return JSONResponse({"error": f"{text}."}, status, headers)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
