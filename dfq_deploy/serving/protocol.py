@@ -208,7 +208,8 @@ def _tensor(given: _Input, tail: bytes, served: Served) -> np.ndarray | list[byt
     if served.encoded:
         return _decoded(given.data, given.shape[0])
     try:
-        values = np.asarray(given.data, np.float32)
+        with np.errstate(over="ignore"):  # it becomes infinite, which is refused below
+            values = np.asarray(given.data, np.float32)
     except (TypeError, ValueError, OverflowError) as cause:
         raise _not_numbers(given.shape, "`data` holds something else, or rows of unequal lengths.") from cause
     return _finite(values, given.shape)
@@ -260,7 +261,8 @@ def _elements(data: bytes, n: int) -> list[bytes]:
 
 def _decoded(data: Any, n: int) -> list[bytes]:
     """`n` strings of bytes, given as base64 in a list, flat or in rows of one."""
-    flat = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in data if isinstance(data, list)]
+    rows = data if isinstance(data, list) else []
+    flat = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
     try:
         if len(flat) == n:
             return [base64.b64decode(text, validate=True) for text in flat]
