@@ -102,7 +102,7 @@ def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = set(re.findall(r"`dfq-deploy (\w+)", README))
+    commands = set(re.findall(r"`dfq-deploy ([\w-]+)", README))
     assert {name for name in app if not name.startswith("-")} <= commands
     for command in commands:
         assert app[command] is not None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -156,9 +156,10 @@ def test_image_files_are_taken_as_they_are(client: InferenceServerClient, server
         ([b""], "400", "image 0 cannot be decoded"),
         ([_file(_picture(), "gif")], "400", "send JPEG or PNG"),
         ([_file(_picture(101, 100))], "413", "101 x 100 pixels, and 10000 are allowed"),
-        ([_file(Image.new("1", (20_000, 20_000)))], "413", "20000 x 20000 pixels|decompression bomb"),
+        ([_file(Image.new("1", (20_000, 20_000)))], "413", "is too large.*decompression bomb"),
+        ([_file(Image.new("L", (1, 10)))], "413", "1 x 10 pixels, more when its shorter edge is resized to 32"),
     ],
-    ids=["truncated", "empty", "another format", "too large", "far too large"],
+    ids=["truncated", "empty", "another format", "too large", "far too large", "narrow"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_files_that_cannot_be_decoded_are_told(
@@ -166,7 +167,7 @@ def test_files_that_cannot_be_decoded_are_told(
 ) -> None:
     with pytest.raises(InferenceServerException, match=match) as caught:
         client.infer("m_encoded", _files(*files))
-    assert caught.value.status() in (status, "400")
+    assert caught.value.status() == status
     assert client.is_server_ready()
 
 
@@ -187,15 +188,12 @@ def test_every_error_is_json(server: Server, method: str, path: str, status: int
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_request_that_is_too_large_is_refused_and_the_next_one_is_not(server: Server, chunked: bool) -> None:
-    body = bytes(3 * 10**6)  # 32 images of the demo are 393,216 bytes, and a MiB more is allowed
+    body = bytes(2 * 10**6)  # 32 images of the demo are 393,216 bytes, and a MiB more is allowed
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     link.request("POST", "/v2/models/m/infer", iter([body]) if chunked else body, _RAW, encode_chunked=chunked)
-    try:
-        answer = link.getresponse()
-        assert answer.status == 413
-        assert "too large; 1441792 bytes are allowed" in json.loads(answer.read())["error"]
-    except ConnectionError:  # it was sent on beyond what the server takes in to be polite
-        pass
+    answer = link.getresponse()
+    assert answer.status == 413
+    assert "too large; 1441792 bytes are allowed" in json.loads(answer.read())["error"]
     link.close()
     assert _ask(server.port, _ONE, _RAW)[0] == 200
 
@@ -228,21 +226,15 @@ class _Runner:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest, self.classes = manifest, None
-        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate = threading.Event()
         self.error: Exception | None = None
         self.gate.set()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        self.entered.set()
         assert self.gate.wait(20)
         if self.error is not None:
             raise self.error
         return images.reshape(len(images), -1)[:, :10]
-
-    def shut(self) -> None:
-        """Close the gate, once the engine is warm."""
-        self.gate.clear()
-        self.entered.clear()
 
 
 @contextmanager
@@ -282,16 +274,32 @@ class _Asking(threading.Thread):
         self.answer = _ask(self._port, self._body, _RAW)
 
 
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _inside(port: int) -> float:
+    text = _ask(port, b"", {}, method="GET", path="/metrics")[2].decode()
+    return float(re.search(r"^dfq_inside (.*)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
+def _listens(port: int) -> bool:
+    try:
+        _ask(port, b"", {}, method="GET", path="/v2/health/live")
+    except ConnectionError:
+        return False
+    return True
+
+
 def test_a_full_house_says_when_to_come_again(runner: _Runner) -> None:
     with _served(runner, queue=2) as (port, _):
-        runner.shut()
+        runner.gate.clear()
         inside = [_Asking(port) for _ in range(2)]
-        assert runner.entered.wait(20)
-        statuses: list[int] = []
-        deadline = time.monotonic() + 20
-        while 503 not in statuses and time.monotonic() < deadline:  # until the second is inside as well
-            status, headers, body = _ask(port, _ONE, _RAW)
-            statuses.append(status)
+        _until(lambda: _inside(port) == 2)
+        status, headers, body = _ask(port, _ONE, _RAW)
         assert (status, int(headers["retry-after"]) >= 1) == (503, True)
         assert "no room" in json.loads(body)["error"]
         runner.gate.set()
@@ -302,20 +310,11 @@ def test_a_full_house_says_when_to_come_again(runner: _Runner) -> None:
 
 def test_stopping_finishes_what_was_taken_and_refuses_the_rest(runner: _Runner) -> None:
     with _served(runner) as (port, server):
-        runner.shut()
+        runner.gate.clear()
         inside = [_Asking(port, _IMAGES[n : n + 1].tobytes()) for n in range(5)]
-        assert runner.entered.wait(20)
-        time.sleep(0.3)  # for all five to be inside
+        _until(lambda: _inside(port) == 5)
         server.should_exit = True
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                _ask(port, b"", {}, method="GET", path="/v2/health/live")
-            except ConnectionError:
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail("a server that stops still takes requests")
+        _until(lambda: not _listens(port))
         assert all(one.is_alive() for one in inside)
         runner.gate.set()
         for n, one in enumerate(inside):
@@ -354,11 +353,9 @@ def test_a_client_that_goes_away_gives_its_place_back(runner: _Runner) -> None:
     with _served(runner, queue=1) as (port, _):
         with socket.create_connection(("127.0.0.1", port), 20) as gone:
             gone.sendall(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 100\r\n\r\n{")
-            time.sleep(0.1)
-        deadline = time.monotonic() + 20
-        while (status := _ask(port, _ONE, _RAW)[0]) == 503 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert status == 200
+            _until(lambda: _inside(port) == 1)
+        _until(lambda: _inside(port) == 0)
+        assert _ask(port, _ONE, _RAW)[0] == 200
 
 
 def test_no_request_is_lost_or_answered_twice_under_overload_and_restart(demo_bundle: Path) -> None:

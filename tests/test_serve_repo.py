@@ -184,7 +184,7 @@ def _pictures(seed: int = 0) -> list[Image.Image]:
     """Images of sizes and modes that differ."""
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 255, (40, 57, 4), np.uint8), "RGBA")
-    resized = [noise.resize(size) for size in ((57, 40), (31, 90), (1, 1), (200, 33), (32, 32))]
+    resized = [noise.resize(size) for size in ((57, 40), (31, 90), (1, 1), (2, 9), (200, 33), (32, 32))]
     return [image.convert(mode) for image in resized for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
 
 
@@ -226,12 +226,14 @@ def test_python_refuses_a_broken_file_in_its_own_request_alone(
     good = _files(Image.new("RGB", (40, 40)), kind="jpeg")
     broken = np.array([good[0], [good[0, 0][:-200]], [b""]], object)
     large = _files(Image.new("L", (101, 100)))
+    narrow = _files(Image.new("L", (1, 10)))
     gif = _files(Image.new("L", (9, 9)), kind="gif")
     model = _python_model(repository, schema, max_pixels=10_000)
-    answers = model.execute([[backend.Tensor("encoded", files)] for files in (good, broken, large, gif, good)])
-    assert [answer.error is None for answer in answers] == [True, False, False, False, True]
+    answers = model.execute([[backend.Tensor("encoded", files)] for files in (good, broken, large, gif, good, narrow)])
+    assert [answer.error is None for answer in answers] == [True, False, False, False, True, False]
     assert "image 1 cannot be decoded" in answers[1].error
     assert "image 0 has 101 x 100 pixels, more than 10000" in answers[2].error
+    assert "image 0 has 1 x 10 pixels, more than 10000" in answers[5].error
     assert "send JPEG or PNG" in answers[3].error
 
 

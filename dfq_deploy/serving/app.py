@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from calibrators.errors import DeployError
 from dfq_deploy.runtime import Runner
 from dfq_deploy.serving.batching import Batcher, BatchingOptions, FullError
-from dfq_deploy.serving.decoding import decode
+from dfq_deploy.serving.decoding import model_input
 from dfq_deploy.serving.metrics import CONTENT_TYPE, Meters
 from dfq_deploy.serving.options import ServeOptions, gathers, name_for
 from dfq_deploy.serving.protocol import HEADER_LENGTH, Asked, RequestError, Served, parse, render
@@ -109,8 +109,7 @@ class Service:
         asked = parse(_expanded(body, encoding, self.most_bytes), header_length, served)
         if isinstance(asked.images, np.ndarray):
             return asked, asked.images
-        pixels = [decode(data, n, self._options.max_pixels) for n, data in enumerate(asked.images)]
-        return asked, self._runner.preprocess(pixels)
+        return asked, model_input(asked.images, self._runner, max_pixels=self._options.max_pixels)
 
     async def _body(self, request: Request) -> bytes:
         parts, size = [], 0

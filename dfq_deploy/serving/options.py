@@ -31,7 +31,7 @@ class ServingOptions:
     queue: int = 64
     """Most requests that wait at a time; further ones are refused."""
     max_pixels: int = 2**25
-    """Most pixels that an encoded image may have."""
+    """Most pixels that an encoded image may have, as it is and resized for the model."""
 
     def __post_init__(self) -> None:
         named = self.name is None or _NAME.fullmatch(self.name)

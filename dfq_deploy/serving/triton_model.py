@@ -41,14 +41,17 @@ class TritonPythonModel:
     def _decoded(self, data: bytes, which: int) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            small = image.width * image.height <= self._facts["max_pixels"]
+            short = self._facts["size"][0] / self._facts["crop_pct"] if self._facts["crop_mode"] == "center" else 0
+            growth = max(1.0, short / min(image.size)) ** 2  # a narrow image grows when it is resized
+            small = image.width * image.height * growth <= self._facts["max_pixels"]
             if small:
                 image.load()
         except Exception as cause:  # Pillow's decoders raise what they like
             message = f"image {which} cannot be decoded: {cause}; send {' or '.join(_FORMATS)}"
             raise ValueError(message) from cause
         if not small:
-            message = f"image {which} has {image.width} x {image.height} pixels, more than {self._facts['max_pixels']}"
+            size, most = f"{image.width} x {image.height} pixels", self._facts["max_pixels"]
+            message = f"image {which} has {size}, more than {most} as it is or resized"
             raise ValueError(message)
         return image
 
