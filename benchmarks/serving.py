@@ -122,9 +122,9 @@ class Server:
         return int(told[1]), int(told[2])
 
 
-def start(bundle: Path, *flags: str, port: int = 0) -> Server:
-    """A server of `bundle` under the name `m`, when it answers."""
-    command = [sys.executable, "-m", "dfq_deploy", "serve", str(bundle), "--name", "m", "--port", str(port), *flags]
+def start(bundle: Path, *flags: str, port: int = 0, name: str = "m") -> Server:
+    """A server of `bundle`, when it answers."""
+    command = [sys.executable, "-m", "dfq_deploy", "serve", str(bundle), "--name", name, "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -180,8 +180,8 @@ def crowd_for(bundle: Path) -> Crowd:
 def measure(bundle: Path, seconds: float) -> list[dict[str, Any]]:
     """Requests a second and percentiles of their time, by mode and number of clients."""
     rows = []
-    for mode, flags in MODES.items():
-        for clients in CLIENTS:
+    for clients in CLIENTS:
+        for mode, flags in MODES.items():  # next to each other, since other work on the machine comes and goes
             with serving(bundle, *flags) as server:
                 crowd = crowd_for(bundle)
                 taken = crowd.run(server.port, clients=clients, seconds=seconds)
