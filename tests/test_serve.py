@@ -3,7 +3,9 @@
 import base64
 import http.client
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -365,6 +367,24 @@ def test_no_request_is_lost_or_answered_twice_under_overload_and_restart(demo_bu
     assert found["wrong"] == 0
     assert found["servers_answered"] == statuses["200"], "an answer was lost, or came twice"
     assert found["servers_refused"] == statuses["503"]
+
+
+def test_a_signal_that_comes_before_the_first_request_stops_it_as_well(demo_bundle: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    tally = dfq.serve(demo_bundle, dfq.ServeOptions(port=0), listening=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert (tally.answered, tally.refused) == (0, 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_engine_that_cannot_run_is_told_before_anybody_asks(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: object, images: np.ndarray) -> np.ndarray:
+        raise BackendError(what="the GPU is gone.", why="it fell off the bus.", fix="start again.")
+
+    monkeypatch.setattr(dfq.Runner, "__call__", fail)
+    assert run(["serve", str(demo_bundle), "--port", "0"]) == 3
+    assert capsys.readouterr() == ("", "error: the GPU is gone.\n  why: it fell off the bus.\n  fix: start again.\n")
 
 
 def test_the_server_needs_no_torch(demo_bundle: Path) -> None:

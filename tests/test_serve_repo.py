@@ -185,7 +185,9 @@ def _pictures(seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 255, (40, 57, 4), np.uint8), "RGBA")
     resized = [noise.resize(size) for size in ((57, 40), (31, 90), (1, 1), (2, 9), (200, 33), (32, 32))]
-    return [image.convert(mode) for image in resized for mode in ("RGB", "L", "RGBA", "LA", "P", "1")]
+    return [image.convert(mode) for image in resized for mode in ("RGB", "L", "RGBA", "LA", "1")] + [
+        image.convert("RGB").convert("P") for image in resized
+    ]
 
 
 def test_python_preprocesses_as_the_bundle_does(

@@ -123,12 +123,11 @@ class Service:
 
 
 def make_app(runner: Runner, options: ServeOptions) -> tuple[FastAPI, Service]:
-    """The application that serves `runner`, which is warmed up when it starts, and its service."""
+    """The application that serves `runner`, and its service."""
     service = Service(runner, options)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.warm_up)
         service.batcher.start()
         yield
         await service.batcher.close()

@@ -39,7 +39,7 @@ def serve(
     *,
     listening: Callable[[str, list[str]], None] | None = None,
 ) -> Tally:
-    """Serve the bundle in `folder` until the process is told to stop.
+    """Serve the bundle in `folder` until the process is told to stop; to be called in its main thread.
 
     Args:
         folder: A bundle with a built engine.
@@ -54,14 +54,16 @@ def serve(
     options = options or ServeOptions()
     with load(folder, provider=options.provider) as runner:
         app, service = make_app(runner, options)
+        service.warm_up()
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=options.stop_s
         )
-        with _socket(options.host, options.port) as listener, _signals_mean_stop():
+        server = uvicorn.Server(config)
+        with _socket(options.host, options.port) as listener, _signals_stop(server):
             host, port = listener.getsockname()[:2]
             if listening is not None:
                 listening(f"http://{f'[{host}]' if ':' in host else host}:{port}", list(service.models))
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
     return Tally(service.meters.answered, service.meters.refused)
 
 
@@ -78,10 +80,13 @@ def _socket(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _signals_mean_stop() -> Iterator[None]:
-    """Uvicorn stops on these signals, and then sends them to whoever was there before it: a stop is no failure."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {one: signal.signal(one, lambda *_: None) for one in signals}
+def _signals_stop(server: uvicorn.Server) -> Iterator[None]:
+    """The server heeds these signals while it runs, and sends them on when it has stopped; before that they stop it."""
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
