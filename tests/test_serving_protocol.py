@@ -91,6 +91,7 @@ _BROKEN = {
     ),
     "half an image": (b"1234", "0", _PLAIN, "N from 1 to 3"),
     "a header beyond the body": (b"{}", "3", _PLAIN, "is no length"),
+    "a header of many digits": (b"{}", "9" * 5000, _PLAIN, "is no length"),
     "a header of letters": (b"{}", "²", _PLAIN, "is no length"),
     "shared memory": (*_body(_input(parameters={"shared_memory_region": "r"})), _PLAIN, "shared memory"),
     "another output": (*_body(_input(), outputs=[{"name": "probabilities"}]), _PLAIN, "one output, `logits`"),

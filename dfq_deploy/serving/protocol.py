@@ -128,7 +128,8 @@ def parse(body: bytes, header_length: str | None, served: Served) -> Asked:
     if header_length is None:
         header, tail = body, b""
     else:
-        length = int(header_length) if header_length.isascii() and header_length.isdigit() else len(body) + 1
+        is_length = header_length.isascii() and header_length.isdigit() and len(header_length) < 16
+        length = int(header_length) if is_length else len(body) + 1
         if length > len(body):
             what, why = f"{HEADER_LENGTH} `{header_length}` is no length.", f"the body has {len(body)} bytes."
             raise RequestError(what=what, why=why, fix="send the length of the JSON that comes first.")
@@ -165,7 +166,8 @@ def render(asked: Asked, logits: np.ndarray, served: Served) -> tuple[bytes, dic
         told["id"] = asked.id
     if not asked.binary:
         output["data"] = values if asked.top else logits.ravel().tolist()
-        return json.dumps({**told, "outputs": [output]}).encode(), {"Content-Type": "application/json"}
+        text = json.dumps({**told, "outputs": [output]}, allow_nan=False)
+        return text.encode(), {"Content-Type": "application/json"}
     output["parameters"] = {"binary_data_size": len(data)}
     header = json.dumps({**told, "outputs": [output]}).encode()
     return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
