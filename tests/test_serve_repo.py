@@ -129,14 +129,21 @@ def test_the_model_computes_in_triton_what_the_bundle_does(repository: Path, dem
         np.testing.assert_array_equal(_in_triton(repository / "demo" / "1" / "model.onnx", images), runner(images))
 
 
-def test_packed_weights_are_floats_there_so_that_activations_are_not_rounded(tmp_path: Path) -> None:
+def test_packed_weights_are_floats_there_so_that_activations_are_not_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = dfq.Recipe(model="demo", generator="noise", count=2, refine="none", scheme="w4a16", spare="massive")
     dfq.export(recipe, tmp_path / "bundle", limit=1)
     written = dfq.serve_repo(tmp_path / "bundle", tmp_path / "repository")
     assert "17 weights are floats" in written.notes[0]
     images = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
     with dfq.load(tmp_path / "bundle") as runner:
-        np.testing.assert_array_equal(_in_triton(written.folder / "demo" / "1" / "model.onnx", images), runner(images))
+        wanted = runner(images)
+    np.testing.assert_array_equal(_in_triton(written.folder / "demo" / "1" / "model.onnx", images), wanted)
+    monkeypatch.setattr(triton, "_EXTERNAL_FROM_BYTES", 0)
+    place = dfq.serve_repo(tmp_path / "bundle", tmp_path / "large").folder / "demo" / "1"
+    assert {file.name for file in place.iterdir()} == {"model.onnx", "model.onnx.data"}
+    np.testing.assert_array_equal(_in_triton(place / "model.onnx", images), wanted)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from calibrators.errors import DeployError
 
 __all__ = ["Batcher", "BatchingOptions", "FullError", "Watcher"]
 
-_USUAL_S = 0.1  # a call, before one was seen
+_USUAL_S = 0.1  # of a call for each of its requests, before one was seen
 
 
 class FullError(DeployError):
@@ -111,7 +111,6 @@ class Batcher:
             FullError: There is none, or the house is closed.
         """
         if not self._open or self._inside >= self._options.places:
-            # at worst each request inside is a call of its own
             raise FullError(self._inside, max(1, math.ceil(self._inside * self._seconds)))
         self._inside += 1
         try:
@@ -177,6 +176,7 @@ class Batcher:
         finally:
             for _ in batch:
                 self._waiting.task_done()
-        self._seconds = loop.time() - start
+        seconds = loop.time() - start
+        self._seconds = seconds / len(batch)
         if self._watcher is not None:
-            self._watcher.called(len(images), self._seconds, [start - job.arrived for job in batch])
+            self._watcher.called(len(images), seconds, [start - job.arrived for job in batch])
