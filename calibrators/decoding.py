@@ -89,9 +89,8 @@ def name_of(picture: Picture) -> str:
     """What an error calls a picture: its path where it has one."""
     if isinstance(picture, str | os.PathLike):
         return f"`{os.fspath(picture)}`"
-    if isinstance(picture, Image.Image) and getattr(picture, "filename", ""):
-        return f"`{picture.filename}`"
-    return "the image"
+    path = getattr(picture, "filename", "")  # of a PIL image that was read from one
+    return f"`{path}`" if path else "the image"
 
 
 def _of_array(pixels: np.ndarray, name: str) -> Image.Image:
