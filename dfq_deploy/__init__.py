@@ -18,6 +18,7 @@ __all__ = [
     "Recipe",
     "Runner",
     "audit",
+    "bench",
     "bench_generators",
     "build",
     "calibrate",
@@ -26,6 +27,7 @@ __all__ = [
     "diagnose",
     "export",
     "generate",
+    "infer",
     "load",
     "plot_generators",
     "plot_sensitivity",
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
+    from dfq_deploy.engine_bench import bench
     from dfq_deploy.generator_bench import bench_generators
+    from dfq_deploy.inferring import infer
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.runtime import Runner, load
@@ -54,6 +58,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Runner": "runtime",
     "audit": "auditing",
+    "bench": "engine_bench",
     "bench_generators": "generator_bench",
     "build": "target",
     "calibrate": "pipeline",
@@ -62,6 +67,7 @@ _HOMES = {
     "diagnose": "doctor",
     "export": "pipeline",
     "generate": "pipeline",
+    "infer": "inferring",
     "load": "runtime",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",

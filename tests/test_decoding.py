@@ -157,13 +157,13 @@ def test_an_array_of_another_kind_is_refused(array: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0, 0.02, 0.6])
 @pytest.mark.filterwarnings("ignore")
-def test_a_truncated_file_is_refused_by_its_name(kind: str, share: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(kind: str, share: float, tmp_path: Path) -> None:
     share = share / 6 if "animated" in kind or "pages" in kind else share  # which cuts the first frame
     content = KINDS[kind](90, 80)
     path = tmp_path / "cut.png"
     path.write_bytes(content[: int(share * len(content))])
-    assert f"`{path}` is not a whole image" in _refused(path).what
-    assert "`images[3]` is not" in str(pytest.raises(ImagesError, DEIT, path.read_bytes(), name="`images[3]`").value)
+    assert _refused(path).what == f"`{path}` is not a whole image."
+    assert _refused(path.read_bytes()).what == "the image is not a whole image."
 
 
 @pytest.mark.parametrize("picture", [b"", b"GIF89a", b"text", "missing.png", ".", 7, None, [1, 2]], ids=repr)
