@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibrators.errors import BackendError
+from calibrators.errors import BackendError, DeployError
 from dfq_deploy.runtime import load
 
 __all__ = ["peak_mib"]
@@ -35,7 +35,7 @@ def peak_mib(folder: Path, batch: int, *, provider: str | None = None, threads: 
         said = ended.stderr.strip().splitlines()
         raise BackendError(
             what=f"a process of its own could not run `{folder}` with a batch of {batch}.",
-            why=f"it ended with {ended.returncode}: {said[-1] if said else 'it said nothing'}.",
+            why=f"it ended with {ended.returncode}: {said[-1] if said else 'it said nothing.'}",
             fix="pass a smaller --batch, or free some memory.",
         )
     return int(ended.stdout) / 1024
@@ -50,4 +50,7 @@ def _main(folder: str, batch: str, provider: str, threads: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    try:
+        _main(*sys.argv[1:])
+    except DeployError as error:
+        sys.exit(error.what)
