@@ -7,12 +7,11 @@ import numpy as np
 
 __all__ = ["seconds_in_turn"]
 
-_WARM_UP = 3  # rounds that do not count
 _FEWEST = 5  # rounds, however long one takes
 
 
 def seconds_in_turn(
-    calls: Sequence[Callable[[], object]], *, rounds: int | None = None, seconds: float = 0.0
+    calls: Sequence[Callable[[], object]], *, rounds: int | None = None, seconds: float = 0.0, warm_up: int = 3
 ) -> np.ndarray:
     """Seconds that each call took, (rounds, calls), after a warm-up; every other round goes backwards.
 
@@ -20,8 +19,9 @@ def seconds_in_turn(
         calls: What is timed; a round is one of each.
         rounds: How many; if None, as many as fit `seconds`, and no fewer than 5.
         seconds: How long, where `rounds` does not say.
+        warm_up: Rounds before these, which do not count.
     """
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         for call in calls:
             call()
     found: list[list[float]] = []
