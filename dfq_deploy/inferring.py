@@ -3,6 +3,7 @@
 Pictures go through the engine in batches. One that cannot be read is answered by its error; the others are answered.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def _answers(runner: Runner, images: Sequence[Picture], start: int, top: int) ->
             ready.append(error)
     logits = iter(runner.answer([pixels for pixels in ready if isinstance(pixels, np.ndarray)]))
     for number, (image, pixels) in enumerate(zip(images, ready, strict=True), start=start):
-        name = str(image) if isinstance(image, str | Path) else f"images[{number}]"
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{number}]"
         if isinstance(pixels, ImagesError):
             yield Answer(name, error=pixels)
         else:

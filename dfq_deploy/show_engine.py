@@ -52,15 +52,14 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
     for column in ("batch", "calls", "p50\nms", "middle half\nms", "p95\nms", "p99\nms", "images/s", "peak\nMiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for pace in found.paces:
-        low, high = pace.quartiles_ms
-        tails = (f"{tail:.2f}" if tail is not None else "-" for tail in (pace.p95_ms, pace.p99_ms))
         table.add_row(
             names[pace.engine],
             str(pace.batch),
             str(pace.calls),
-            f"{pace.p50_ms:.2f}",
-            f"{low:.2f} to {high:.2f}",
-            *tails,
+            _ms(pace.p50_ms),
+            " to ".join(map(_ms, pace.quartiles_ms)),
+            _ms(pace.p95_ms),
+            _ms(pace.p99_ms),
             f"{pace.images_per_s:.1f}",
             f"{pace.peak_mib:.0f}" if pace.peak_mib is not None else "-",
         )
@@ -78,3 +77,8 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
     _console.print(f"ONNX Runtime's threads: {threads}")
     if file is not None:
         _console.print(f"written: {file}")
+
+
+def _ms(value: float | None) -> str:
+    """Four digits, of which two at most are behind the point."""
+    return "-" if value is None else f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"

@@ -240,12 +240,12 @@ def test_threads_call_at_once_and_each_gets_its_own(runner: dfq.Runner, engine: 
             one.result()
 
 
-def test_an_engine_of_onnx_runtime_serves_many_threads(demo_bundle: Path) -> None:
-    images = np.random.default_rng(0).normal(size=(8, *SHAPE)).astype(np.float32)
+def test_an_engine_of_onnx_runtime_serves_many_threads_from_picture_to_logits(demo_bundle: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
     with dfq.load(demo_bundle, threads=1) as runner:
-        alone = [runner(image[None]) for image in images]
+        alone = [runner(runner.preprocess(picture)) for picture in pictures]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda number: runner(images[number % 8][None]), range(200)))
+            found = list(pool.map(lambda number: runner(runner.preprocess(pictures[number % 8])), range(160)))
     for number, logits in enumerate(found):
         np.testing.assert_array_equal(logits, alone[number % 8])
 

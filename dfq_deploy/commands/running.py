@@ -23,7 +23,7 @@ def infer(
     json: Annotated[bool, Parameter(negative=())] = False,
     provider: ProviderName | None = None,
 ) -> int:
-    """Classify images with a bundle's engine; needs no torch. One that cannot be read does not keep the others waiting.
+    """Classify images with a bundle's engine, past those that cannot be read; needs no torch.
 
     Args:
         folder: A bundle.
