@@ -20,6 +20,7 @@ __all__ = [
     "Runner",
     "ServeOptions",
     "audit",
+    "bench",
     "bench_generators",
     "build",
     "calibrate",
@@ -28,6 +29,7 @@ __all__ = [
     "diagnose",
     "export",
     "generate",
+    "infer",
     "load",
     "plot_generators",
     "plot_sensitivity",
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
+    from dfq_deploy.engine_bench import bench
     from dfq_deploy.generator_bench import bench_generators
+    from dfq_deploy.inferring import infer
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.reporting.page import report
@@ -65,6 +69,7 @@ _HOMES = {
     "Runner": "runtime",
     "ServeOptions": "serving.options",
     "audit": "auditing",
+    "bench": "engine_bench",
     "bench_generators": "generator_bench",
     "build": "target",
     "calibrate": "pipeline",
@@ -73,6 +78,7 @@ _HOMES = {
     "diagnose": "doctor",
     "export": "pipeline",
     "generate": "pipeline",
+    "infer": "inferring",
     "load": "runtime",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",

@@ -92,6 +92,18 @@ def test_the_commands_for_a_report_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert "Two bundles side by side" in (tmp_path / "compare.html").read_text()
 
 
+def test_the_command_for_how_fast_it_is_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    shutil.copytree(demo_bundle, tmp_path / "runs" / "deit_t-float")
+    (command,) = re.findall(r"^dfq-deploy (bench .*--vs.*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run([*command.split(), "--calls", "2"]) == 0
+    assert len(json.loads((tmp_path / "bench.json").read_text())["ratios"]) == 2
+
+
 def test_the_commands_for_an_audit_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(blocks("sh")).replace("deit_t", "demo")
