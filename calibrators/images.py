@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
+from calibrators.headers import header_of, later, newer
 from calibrators.saved_pixels import STUDENT, SavedPixels
 from calibrators.student import Student
 
@@ -29,6 +30,8 @@ __all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set", "joined"]
 
 _HEADER = "dfq_imageset"
 _FORMAT = 1
+_FIELDS = {"format", "preprocess", "source", "fingerprint", "made_by", "student"}
+_LARGEST = 2**14  # pixels of an edge, before the crop
 _CHUNK = 16  # images read at once, so that memory does not grow with their number
 
 
@@ -58,6 +61,16 @@ class Preprocess:
                 what=f"preprocessing with crop mode `{self.crop_mode}` at {self.size} is not supported.",
                 why="only `center` with a square input and `squash` are built.",
                 fix="use a variant of the model with one of those.",
+            )
+        edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
+        sound = all(1 <= edge <= _LARGEST for edge in (*self.size, *edges))
+        sound &= self.interpolation.upper() in Image.Resampling.__members__
+        sound &= len(self.mean) == len(self.std) and len(self.mean) in (1, 3)
+        if not sound or not np.isfinite([*self.mean, *self.std]).all() or not all(self.std):
+            raise ImagesError(
+                what="no image can be preprocessed like that.",
+                why=f"{self} has a size, a resampling, a mean or a deviation that is none.",
+                fix="use the numbers that the model was trained with.",
             )
 
     @property
@@ -227,13 +240,18 @@ class ImageSet:
         """
         pixels = SavedPixels(path)
         try:
-            header = json.loads(pixels.metadata[_HEADER])
+            header = header_of(pixels.metadata[_HEADER])
+            why = newer(header, reads=_FORMAT, known=_FIELDS)
+            if why := why or newer(header["preprocess"], reads=_FORMAT, known=Preprocess.__dataclass_fields__):
+                raise later(ImagesError, path, why)
             if header["format"] != _FORMAT:
                 raise ValueError(header["format"])
             preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
-            source, fingerprint, made_by = header["source"], header["fingerprint"], header["made_by"]
+            source, fingerprint, made_by = header["source"], header["fingerprint"], {**header["made_by"]}
             student = Student(pixels.student(), **header["student"]) if "student" in header else None
-        except (KeyError, TypeError, ValueError) as cause:
+            if not isinstance(source, str):
+                raise TypeError(source)
+        except (AttributeError, KeyError, TypeError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` is not an ImageSet of format {_FORMAT}.",
                 why=f"its header does not read as one ({type(cause).__name__}: {cause}).",

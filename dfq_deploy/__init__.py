@@ -27,6 +27,7 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "pack",
     "plot_generators",
     "plot_sensitivity",
     "sensitivity",
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.generator_bench import bench_generators
-    from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
+    from dfq_deploy.layer_costs import sensitivity
+    from dfq_deploy.packing import pack
+    from dfq_deploy.pipeline import calibrate, check, export, generate, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.target import build
@@ -63,9 +66,10 @@ _HOMES = {
     "export": "pipeline",
     "generate": "pipeline",
     "load": "runtime",
+    "pack": "packing",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
-    "sensitivity": "pipeline",
+    "sensitivity": "layer_costs",
     "simulate": "pipeline",
 }
 

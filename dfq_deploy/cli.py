@@ -37,6 +37,7 @@ for _command in (
     making.calibrate,
     making.simulate,
     making.build,
+    making.pack,
     judging.audit,
     judging.check,
     judging.sensitivity,
