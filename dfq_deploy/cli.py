@@ -37,7 +37,6 @@ for _command in (
     making.calibrate,
     making.simulate,
     making.build,
-    making.pack,
     judging.audit,
     judging.check,
     judging.sensitivity,
@@ -45,6 +44,7 @@ for _command in (
     looking.show,
     looking.convert,
     looking.doctor,
+    making.pack,
     bench,
 ):
     app.command(_command)

@@ -80,7 +80,8 @@ def print_check(found: "Check", folder: Path) -> None:
     if found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
-    _console.print(f"report: {folder / 'report.json'}")
+    if folder.is_dir():
+        _console.print(f"report: {folder / 'report.json'}")
 
 
 def print_simulation(found: "Simulation", folder: Path) -> None:

@@ -27,9 +27,10 @@ def held(out: Path) -> Iterator[Path]:
         RecipeError: Somebody does, or the folder cannot be written to.
     """
     folder = out / "work"
+    path = folder / ".lock"
+    lock = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout as cause:
         raise RecipeError(
@@ -42,7 +43,13 @@ def held(out: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        lock.release()
+        if {*folder.iterdir()} == {path}:  # a bundle from elsewhere, which has no stages
+            path.unlink()  # filelock sees that, should somebody else be about to lock it
+            lock.release()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        else:
+            lock.release()
 
 
 class Workspace:

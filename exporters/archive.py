@@ -70,7 +70,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 _write(path, archive, member, target)
     except (*_DAMAGE, *_CLASHES) as cause:
         raise BundleError(
-            what=f"`{path}` is no whole zip archive.",
+            what=f"`{path}` is no bundle: it is a file, and not a whole zip archive.",
             why=f"{cause}.",
             fix="copy it again, or pass the bundle's folder.",
         ) from cause

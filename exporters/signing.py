@@ -31,9 +31,7 @@ def signer(key: str | Path) -> Signer:
     Raises:
         RecipeError: The file is no Ed25519 private key, its password is missing or wrong, or `cryptography` is missing.
     """
-    password = os.environ.get(PASSWORD)
-    made = _key(key, "private", None if password is None else password.encode())
-    sign: Signer = made.sign
+    sign: Signer = _key(key, "private").sign
     return sign
 
 
@@ -65,7 +63,7 @@ def verifier(key: str | Path) -> Verifier:
     return verify
 
 
-def _key(path: str | Path, kind: str, *password: bytes | None) -> Any:
+def _key(path: str | Path, kind: str) -> Any:
     """The Ed25519 key in a PEM file, private or public."""
     try:
         serialization = importlib.import_module("cryptography.hazmat.primitives.serialization")
@@ -77,7 +75,12 @@ def _key(path: str | Path, kind: str, *password: bytes | None) -> Any:
             fix="pip install 'dfq-deploy[sign]'.",
         ) from cause
     try:
-        key = getattr(serialization, f"load_pem_{kind}_key")(Path(path).read_bytes(), *password)
+        content = Path(path).read_bytes()
+        password = os.environ[PASSWORD].encode() if PASSWORD in os.environ and b"ENCRYPTED" in content else None
+        if kind == "private":
+            key = serialization.load_pem_private_key(content, password)
+        else:
+            key = serialization.load_pem_public_key(content)
         if not isinstance(key, getattr(ed25519, f"Ed25519{kind.capitalize()}Key")):
             message = "it is a key of another kind"
             raise ValueError(message)
