@@ -75,9 +75,9 @@ def check_texts(values: Iterable[object]) -> None:
     Raises:
         TypeError: One is not.
     """
-    wrong = next((value for value in values if not isinstance(value, str)), None)
-    if wrong is not None:
-        message = f"{wrong!r} stands where a text should"
+    wrong = [value for value in values if not isinstance(value, str)]
+    if wrong:
+        message = f"{wrong[0]!r} stands where a text should"
         raise TypeError(message)
 
 

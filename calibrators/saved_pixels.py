@@ -1,6 +1,7 @@
 """The tensors of an ImageSet file, read when they are asked for, so that memory does not grow with their number."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,9 +25,14 @@ class SavedPixels:
         try:
             with safe_open(path, "numpy") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
-                self._count = int(file.get_slice("pixels").get_shape()[0])
+                pixels = file.get_slice("pixels")
+                if len(pixels.get_shape()) != 4 or pixels.get_dtype() != "F32":
+                    raise _not_images("pixels", pixels)
+                self._count = int(pixels.get_shape()[0])
                 self.labels = file.get_tensor("labels") if "labels" in list(file.keys()) else None
-        except (OSError, SafetensorError) as cause:
+                if self.labels is not None and (self.labels.shape != (self._count,) or self.labels.dtype != np.int64):
+                    raise _not_images("labels", file.get_slice("labels"))
+        except (OSError, SafetensorError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` cannot be read as an ImageSet.",
                 why=str(cause),
@@ -46,3 +52,7 @@ class SavedPixels:
         start, stop, _ = index.indices(self._count)  # safetensors, unlike NumPy, refuses a slice past the end
         with safe_open(self._path, "numpy") as file:
             return np.asarray(file.get_slice("pixels")[start:stop])
+
+
+def _not_images(name: str, tensor: Any) -> ValueError:
+    return ValueError(f"its {name} are {tensor.get_dtype()} of shape {tuple(tensor.get_shape())}")

@@ -6,6 +6,7 @@ beside the bundle's folder (macOS puts `__MACOSX` there) stays packed.
 """
 
 import contextlib
+import errno
 import re
 import stat
 import tempfile
@@ -30,7 +31,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _PART = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff/\\:]+")  # of a path, on any system
 _LONGEST = 255  # bytes of such a part
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
-_CLASHES = (FileExistsError, NotADirectoryError, IsADirectoryError)  # what is a file here is a folder there
+_IMPOSSIBLE = {errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}  # places in the archive, names of members
 
 
 def is_archive(path: Path) -> bool:
@@ -68,7 +69,9 @@ def _unpack(path: Path, folder: Path) -> None:
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, archive, member, target)
-    except (*_DAMAGE, *_CLASHES) as cause:
+    except (*_DAMAGE, OSError) as cause:
+        if isinstance(cause, OSError) and cause.errno not in _IMPOSSIBLE:
+            raise  # a full disk
         raise BundleError(
             what=f"`{path}` is no bundle: it is a file, and not a whole zip archive.",
             why=f"{cause}.",

@@ -128,7 +128,7 @@ def test_what_is_not_signed_with_the_key_is_refused(bundle: Path, keys: Keys, ki
 
 
 def test_another_key_is_refused(bundle: Path, others: Keys) -> None:
-    with pytest.raises(BundleError, match="signature of .* is wrong") as caught:
+    with pytest.raises(BundleError, match=r"signature of .* is wrong") as caught:
         dfq.load(bundle, verify=others.public)
     assert "another key" in caught.value.why
 
@@ -196,7 +196,7 @@ def test_an_archive_is_signed_and_the_folder_stays_as_it_was(
     assert {file.name: file.read_bytes() for file in bundle.iterdir()} == before
     dfq.load(tmp_path / "kept.zip", verify=keys.public).close()
     dfq.load(tmp_path / "signed.zip", verify=others.public).close()
-    with pytest.raises(BundleError, match="signature of .* is wrong"):
+    with pytest.raises(BundleError, match=r"signature of .* is wrong"):
         dfq.load(tmp_path / "signed.zip", verify=keys.public)
 
 
@@ -205,7 +205,7 @@ def test_a_build_signs_anew_and_lets_no_signature_of_before_stand(
 ) -> None:
     folder = shutil.copytree(demo_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("work"))
     dfq.build(folder, sign=keys.private)
-    with pytest.raises(BundleError, match="signature of .* is wrong"):
+    with pytest.raises(BundleError, match=r"signature of .* is wrong"):
         dfq.build(folder, verify=others.public)
     dfq.build(folder, verify=keys.public, sign=others.private)
     open_bundle(folder, verify=others.public)
