@@ -249,7 +249,7 @@ class ImageSet:
             preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
             source, fingerprint, made_by = header["source"], header["fingerprint"], {**header["made_by"]}
             student = Student(pixels.student(), **header["student"]) if "student" in header else None
-            if not isinstance(source, str):
+            if not isinstance(source, str) or (student and not isinstance(student.scheme, str)):
                 raise TypeError(source)
         except (AttributeError, KeyError, TypeError, ValueError) as cause:
             raise ImagesError(

@@ -1,7 +1,6 @@
 """The tensors of an ImageSet file, read when they are asked for, so that memory does not grow with their number."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,12 +25,13 @@ class SavedPixels:
             with safe_open(path, "numpy") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
                 pixels = file.get_slice("pixels")
-                if len(pixels.get_shape()) != 4 or pixels.get_dtype() != "F32":
-                    raise _not_images("pixels", pixels)
-                self._count = int(pixels.get_shape()[0])
+                shape, kind = pixels.get_shape(), pixels.get_dtype()
+                self._count = int(shape[0]) if shape else 0
                 self.labels = file.get_tensor("labels") if "labels" in list(file.keys()) else None
-                if self.labels is not None and (self.labels.shape != (self._count,) or self.labels.dtype != np.int64):
-                    raise _not_images("labels", file.get_slice("labels"))
+            labelled = self.labels is None or (self.labels.shape == (self._count,) and self.labels.dtype == np.int64)
+            if len(shape) != 4 or kind != "F32" or not labelled:
+                message = f"its pixels are {kind} of shape {shape}, or its labels are not one int64 for each"
+                raise ValueError(message)
         except (OSError, SafetensorError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` cannot be read as an ImageSet.",
@@ -52,7 +52,3 @@ class SavedPixels:
         start, stop, _ = index.indices(self._count)  # safetensors, unlike NumPy, refuses a slice past the end
         with safe_open(self._path, "numpy") as file:
             return np.asarray(file.get_slice("pixels")[start:stop])
-
-
-def _not_images(name: str, tensor: Any) -> ValueError:
-    return ValueError(f"its {name} are {tensor.get_dtype()} of shape {tuple(tensor.get_shape())}")

@@ -153,7 +153,7 @@ _RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "
 
 
 def test_no_code_of_ours_reads_or_writes_a_pickle() -> None:
-    """Imports of what pickles, `torch.load`, and `np.load` without its guard; timm reads weights with `weights_only`."""
+    """Imports of what pickles, `torch.load`, `np.load` without its guard."""
     found = []
     for package in ("calibrators", "exporters", "dfq_deploy"):
         for file in (ROOT / package).rglob("*.py"):
