@@ -63,15 +63,11 @@ class Preprocess:
                 fix="use a variant of the model with one of those.",
             )
         edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
-        sound = all(1 <= edge <= _LARGEST for edge in (*self.size, *edges))
-        sound &= self.interpolation.upper() in Image.Resampling.__members__
-        sound &= len(self.mean) == len(self.std) and len(self.mean) in (1, 3)
-        if not sound or not np.isfinite([*self.mean, *self.std]).all() or not all(self.std):
-            raise ImagesError(
-                what="no image can be preprocessed like that.",
-                why=f"{self} has a size, a resampling, a mean or a deviation that is none.",
-                fix="use the numbers that the model was trained with.",
-            )
+        sound = len(self.mean) == len(self.std) in (1, 3) and self.interpolation.upper() in Image.Resampling.__members__
+        sound &= all(1 <= edge <= _LARGEST for edge in (*self.size, *edges)) and all(self.std)
+        if not sound or not np.isfinite([*self.mean, *self.std]).all():
+            why = f"{self} has a size, a resampling, a mean or a deviation that is none."
+            raise ImagesError(what="no image can be preprocessed so.", why=why, fix="use the numbers of the model.")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -241,12 +237,12 @@ class ImageSet:
         pixels = SavedPixels(path)
         try:
             header = header_of(pixels.metadata[_HEADER])
-            why = newer(header, reads=_FORMAT, known=_FIELDS)
-            if why := why or newer(header["preprocess"], reads=_FORMAT, known=Preprocess.__dataclass_fields__):
+            facts, known = header["preprocess"], Preprocess.__dataclass_fields__
+            if why := newer(header, reads=_FORMAT, known=_FIELDS) or newer(facts, reads=_FORMAT, known=known):
                 raise later(ImagesError, path, why)
             if header["format"] != _FORMAT:
                 raise ValueError(header["format"])
-            preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
+            preprocess = TypeAdapter(Preprocess).validate_python(facts)
             source, fingerprint, made_by = header["source"], header["fingerprint"], {**header["made_by"]}
             student = Student(pixels.student(), **header["student"]) if "student" in header else None
             if not isinstance(source, str) or (student and not isinstance(student.scheme, str)):
