@@ -43,7 +43,7 @@ def held(out: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if {*folder.iterdir()} == {path}:  # a bundle from elsewhere, which has no stages
+        if [*folder.glob("*")] == [path]:  # a bundle from elsewhere, which has no stages
             path.unlink()  # filelock sees that, should somebody else be about to lock it
             lock.release()
             with contextlib.suppress(OSError):
