@@ -24,7 +24,8 @@ class CalibrationWarning(UserWarning):
 class DeployError(Exception):
     """A failure that the reader can act on; `str()` gives the three lines that are shown.
 
-    Line breaks in a part, such as those of another library's message, become spaces.
+    Line breaks in a part, such as those of another library's message, become spaces; what else is no text, such as a
+    terminal's escape in the name of a file, is spelled out.
 
     Attributes:
         what: What could not be done, with the names and numbers involved.
@@ -33,11 +34,16 @@ class DeployError(Exception):
     """
 
     def __init__(self, *, what: str, why: str, fix: str) -> None:
-        self.what, self.why, self.fix = (" ".join(part.split("\n")) for part in (what, why, fix))
+        self.what, self.why, self.fix = (_one_line(part) for part in (what, why, fix))
         super().__init__(self.what)
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def _one_line(text: str) -> str:
+    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
+    return "".join(spelled)
 
 
 class RecipeError(DeployError):

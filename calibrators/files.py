@@ -9,11 +9,19 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["clear_unfinished", "fingerprint_of", "folder_written_whole", "sha256_of", "written_whole"]
+__all__ = [
+    "clear_unfinished",
+    "fingerprint_of",
+    "folder_written_whole",
+    "is_plain_file",
+    "sha256_of",
+    "written_whole",
+]
 
 _UNFINISHED = ".writing-"
 
@@ -52,6 +60,14 @@ def clear_unfinished(folder: Path) -> None:
     """Delete what a killed run left half-written in `folder`; nobody else may be writing there."""
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a file at `path` itself: no link, pipe, folder or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def sha256_of(path: Path) -> str:

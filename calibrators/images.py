@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from calibrators.decoding import MOST_PIXELS, Picture, decoded, name_of, refuse_huge
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
+from calibrators.headers import header_of, later, newer
 from calibrators.saved_pixels import STUDENT, SavedPixels
 from calibrators.student import Student
 
@@ -30,6 +31,8 @@ __all__ = ["ImageSet", "Pixels", "Preprocess", "is_image_set", "joined"]
 
 _HEADER = "dfq_imageset"
 _FORMAT = 1
+_FIELDS = {"format", "preprocess", "source", "fingerprint", "made_by", "student"}
+_LARGEST = 2**14  # pixels of an edge, before the crop
 _CHUNK = 16  # images read at once, so that memory does not grow with their number
 
 
@@ -60,6 +63,12 @@ class Preprocess:
                 why="only `center` with a square input and `squash` are built.",
                 fix="use a variant of the model with one of those.",
             )
+        edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
+        sound = len(self.mean) == len(self.std) in (1, 3) and self.interpolation.upper() in Image.Resampling.__members__
+        sound &= all(1 <= edge <= _LARGEST for edge in (*self.size, *edges)) and all(self.std)
+        if not sound or not np.isfinite([*self.mean, *self.std]).all():
+            why = f"{self} has a size, a resampling, a mean or a deviation that is none."
+            raise ImagesError(what="no image can be preprocessed so.", why=why, fix="use the numbers of the model.")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -242,13 +251,18 @@ class ImageSet:
         """
         pixels = SavedPixels(path)
         try:
-            header = json.loads(pixels.metadata[_HEADER])
+            header = header_of(pixels.metadata[_HEADER])
+            facts, known = header["preprocess"], Preprocess.__dataclass_fields__
+            if why := newer(header, reads=_FORMAT, known=_FIELDS) or newer(facts, reads=_FORMAT, known=known):
+                raise later(ImagesError, path, why)
             if header["format"] != _FORMAT:
                 raise ValueError(header["format"])
-            preprocess = TypeAdapter(Preprocess).validate_python(header["preprocess"])
-            source, fingerprint, made_by = header["source"], header["fingerprint"], header["made_by"]
+            preprocess = TypeAdapter(Preprocess).validate_python(facts)
+            source, fingerprint, made_by = header["source"], header["fingerprint"], {**header["made_by"]}
             student = Student(pixels.student(), **header["student"]) if "student" in header else None
-        except (KeyError, TypeError, ValueError) as cause:
+            if not isinstance(source, str) or (student and not isinstance(student.scheme, str)):
+                raise TypeError(source)
+        except (AttributeError, KeyError, TypeError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` is not an ImageSet of format {_FORMAT}.",
                 why=f"its header does not read as one ({type(cause).__name__}: {cause}).",

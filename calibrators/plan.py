@@ -4,24 +4,20 @@
 reason for each site that stays float). Both are kept as safetensors files; README specifies the plan's. No torch.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from calibrators.affine import CODES, Codes, choose_qparams
 from calibrators.errors import PlanError
-from calibrators.files import fingerprint_of, written_whole
+from calibrators.files import fingerprint_of
+from calibrators.plan_file import check_texts, is_placed, load_tensors, malformed, save_tensors
 from calibrators.scheme import QuantScheme
 
 __all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan", "shortened"]
-
-_FORMAT = 1
 
 
 def layer_of(site: str) -> str:
@@ -75,7 +71,7 @@ class Ranges:
             for n, r in self.sites.items()
         }
         facts = {"model": self.model, "images": self.images, "observer": self.observer}
-        _save(path, "dfq_ranges", tensors, {**facts, "sites": sites})
+        save_tensors(path, "dfq_ranges", tensors, {**facts, "sites": sites})
 
     @classmethod
     def load(cls, path: Path) -> "Ranges":
@@ -84,7 +80,7 @@ class Ranges:
         Raises:
             PlanError: The file is missing, damaged or of another format.
         """
-        tensors, header = _load(path, "dfq_ranges")
+        tensors, header = load_tensors(path, "dfq_ranges")
         try:
             sites = {
                 name: SiteRange(
@@ -97,9 +93,16 @@ class Ranges:
                 )
                 for name, s in header["sites"].items()
             }
-            return cls(sites, header["model"], header["images"], header["observer"])
+            ranges = cls(sites, header["model"], header["images"], header["observer"])
+            check_texts([ranges.model, ranges.images, ranges.observer, *(r.role for r in sites.values())])
+            for name, r in sites.items():
+                sized = all(isinstance(size, int) and size >= 0 for size in r.shape)
+                floats = {r.low.dtype, r.high.dtype} <= {np.dtype(np.float32), np.dtype(np.float64)}
+                if not (sized and floats and r.low.shape == r.high.shape and is_placed(r.low, r.axis, r.block)):
+                    raise TypeError(name)
         except (AttributeError, KeyError, TypeError) as cause:
-            raise _malformed(path, cause) from cause
+            raise malformed(path, cause) from cause
+        return ranges
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class QuantPlan:
             "images": self.images,
             "spared": dict(self.spared),
         }
-        _save(path, "dfq_plan", tensors, {**facts, "sites": sites})
+        save_tensors(path, "dfq_plan", tensors, {**facts, "sites": sites})
 
     @classmethod
     def load(cls, path: Path) -> "QuantPlan":
@@ -188,7 +191,7 @@ class QuantPlan:
         Raises:
             PlanError: The file is missing, damaged or of another format, or holds an unusable scale.
         """
-        tensors, header = _load(path, "dfq_plan")
+        tensors, header = load_tensors(path, "dfq_plan")
         try:
             sites = {
                 name: QParams(
@@ -202,11 +205,12 @@ class QuantPlan:
                 for name, s in header["sites"].items()
             }
             plan = cls(sites, header["spared"], header["scheme"], header["model"], header["images"])
+            check_texts([*plan.spared, *plan.spared.values(), plan.scheme, plan.model, plan.images])
         except (AttributeError, KeyError, TypeError) as cause:
-            raise _malformed(path, cause) from cause
+            raise malformed(path, cause) from cause
         for name, q in plan.sites.items():
             whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.zero_dtype
-            whole &= q.block is None or (isinstance(q.block, int) and q.block > 0 and q.scale.ndim == 2)
+            whole &= is_placed(q.scale, q.axis, q.block) and isinstance(q.dynamic, bool)
             if not whole or q.scale.shape != q.zero_point.shape or not (np.isfinite(q.scale) & (q.scale > 0)).all():
                 raise PlanError(
                     what=f"`{path}` has an unusable scale at `{name}`.",
@@ -312,28 +316,3 @@ def _facts(qparams: QParams) -> dict[str, Any]:
 def _block(size: int | None) -> dict[str, int]:
     """The entry `block` of a site that has blocks, and none of any other."""
     return {} if size is None else {"block": size}
-
-
-def _save(path: Path, kind: str, tensors: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
-    text = json.dumps({"format": _FORMAT, **header}, separators=(",", ":"))
-    with written_whole(path) as temporary:
-        save_file({name: np.array(t, order="C") for name, t in tensors.items()}, temporary, {kind: text})
-
-
-def _load(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            header = json.loads((file.metadata() or {})[kind])
-            if header["format"] != _FORMAT:
-                raise ValueError(header["format"])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as cause:
-        raise _malformed(path, cause) from cause
-
-
-def _malformed(path: Path, cause: Exception) -> PlanError:
-    return PlanError(
-        what=f"`{path}` is not a whole plan or ranges file of format {_FORMAT}.",
-        why=f"{type(cause).__name__}: {cause}.",
-        fix="make it again with `dfq-deploy calibrate`.",
-    )

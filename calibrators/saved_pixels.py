@@ -24,9 +24,15 @@ class SavedPixels:
         try:
             with safe_open(path, "numpy") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
-                self._count = int(file.get_slice("pixels").get_shape()[0])
+                pixels = file.get_slice("pixels")
+                shape, kind = pixels.get_shape(), pixels.get_dtype()
+                self._count = int(shape[0]) if shape else 0
                 self.labels = file.get_tensor("labels") if "labels" in list(file.keys()) else None
-        except (OSError, SafetensorError) as cause:
+            labelled = self.labels is None or (self.labels.shape == (self._count,) and self.labels.dtype == np.int64)
+            if len(shape) != 4 or kind != "F32" or not labelled:
+                message = f"its pixels are {kind} of shape {shape}, or its labels are not one int64 for each"
+                raise ValueError(message)
+        except (OSError, SafetensorError, ValueError) as cause:
             raise ImagesError(
                 what=f"`{path}` cannot be read as an ImageSet.",
                 why=str(cause),

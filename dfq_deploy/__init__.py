@@ -31,6 +31,7 @@ __all__ = [
     "generate",
     "infer",
     "load",
+    "pack",
     "plot_generators",
     "plot_sensitivity",
     "report",
@@ -50,7 +51,9 @@ if TYPE_CHECKING:
     from dfq_deploy.engine_bench import bench
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.inferring import infer
-    from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
+    from dfq_deploy.layer_costs import sensitivity
+    from dfq_deploy.packing import pack
+    from dfq_deploy.pipeline import calibrate, check, export, generate, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.reporting.page import report
     from dfq_deploy.runtime import Runner, load
@@ -80,10 +83,11 @@ _HOMES = {
     "generate": "pipeline",
     "infer": "inferring",
     "load": "runtime",
+    "pack": "packing",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
     "report": "reporting.page",
-    "sensitivity": "pipeline",
+    "sensitivity": "layer_costs",
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from calibrators.errors import ImagesError, RecipeError
+from calibrators.errors import BundleError, ImagesError, RecipeError
 from calibrators.files import written_whole
 from calibrators.images import ImageSet, Preprocess
 from dfq_deploy.audited import REAL, SEED, Audit, judged
@@ -37,6 +37,7 @@ from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe
 from dfq_deploy.refined import with_weights
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
+from exporters.archive import bundle_folder, is_archive
 from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["audit", "audit_against_noise"]
@@ -54,21 +55,42 @@ class _Subject:
     formats: CalibrateRecipe
 
 
-def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Watch = SILENT) -> Audit:
+def audit(
+    place: str | Path,
+    recipe: AuditRecipe,
+    out: str | Path,
+    *,
+    verify: str | Path | None = None,
+    watch: Watch = SILENT,
+) -> Audit:
     """Compare the ranges that calibration images give with those of noise, of another seed and of real images.
 
     Args:
-        place: The images, as `--calib` takes them (`folder:PATH`, `npz:PATH`, a file), or a bundle's folder.
+        place: The images, as `--calib` takes them (`folder:PATH`, `npz:PATH`, a file), or a bundle's folder or a zip
+            archive of it.
         recipe: The model and what to compare with.
         out: Folder of `audit.json` and the pictures; images of another seed are kept in its `work/`.
+        verify: PEM file with the public key that the bundle must be signed with.
         watch: Told how it goes.
 
     Raises:
         DeployError: Images or model cannot be had, the images are degenerate, or the scheme needs no ranges.
     """
-    out = Path(out)
     watch.stage("model", False)
-    subject = _opened(str(place), recipe)
+    path = Path(place)
+    if path.is_dir() or is_archive(path):
+        with bundle_folder(path) as folder:
+            return _audited(_of_bundle(folder, recipe, verify), recipe, Path(out), watch=watch)
+    if verify is not None:
+        raise RecipeError(
+            what=f"--verify means nothing to `{place}`.",
+            why="bundles are signed, images are not.",
+            fix="leave it out, or pass a bundle.",
+        )
+    return _audited(_of_images(str(place), recipe), recipe, Path(out), watch=watch)
+
+
+def _audited(subject: _Subject, recipe: AuditRecipe, out: Path, *, watch: Watch) -> Audit:
     images, model = subject.images, subject.model
     if parts_of(images) or images.source.startswith("synthetic:"):
         refuse_degenerate(images.source.replace("synthetic:", ""), images)
@@ -78,6 +100,7 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
         watch.stage("ranges", False)
         found = _compared(subject, others, absent, watch)
         watch.stage("pictures", False)
+        (out / "audit.json").unlink(missing_ok=True)  # of other pictures
         found = _drawn(found, model, images, {name: those for name, those in others.items() if name != SEED}, out)
         with written_whole(out / "audit.json") as temporary:
             temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
@@ -90,7 +113,7 @@ def audit_against_noise(folder: Path, *, checkpoint: Path | None = None, watch: 
     Raises:
         DeployError: Images or weights cannot be had, or the scheme needs no ranges.
     """
-    subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint))
+    subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint), verify=None)
     absent = {SEED: "another seed takes as long as the images took", REAL: "none were given"}
     return _compared(subject, {NOISE: _noise_like(subject.images, subject.model)}, absent, watch)
 
@@ -142,9 +165,7 @@ def _real(recipe: AuditRecipe, preprocess: Preprocess) -> ImageSet | None:
     return replace(opened.spread(recipe.limit), source=opened.source)
 
 
-def _opened(place: str, recipe: AuditRecipe) -> _Subject:
-    if Path(place).is_dir():
-        return _of_bundle(Path(place), recipe)
+def _of_images(place: str, recipe: AuditRecipe) -> _Subject:
     if not recipe.model:
         raise RecipeError(
             what="--model is missing.",
@@ -161,14 +182,14 @@ def _opened(place: str, recipe: AuditRecipe) -> _Subject:
     return _Subject(images, model, _with_student(model, scheme, images), formats)
 
 
-def _of_bundle(folder: Path, recipe: AuditRecipe) -> _Subject:
+def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None) -> _Subject:
     if recipe.model or recipe.random_weights:
         raise RecipeError(
             what=f"--model and --random-weights mean nothing to `{folder}`.",
             why="a bundle knows the model that it was made from.",
             fix="leave them out, or name a file of images.",
         )
-    manifest = open_bundle(folder)
+    manifest = open_bundle(folder, verify=verify)
     model = load_again(folder, manifest, recipe.checkpoint)
     images = calibration_images(folder, manifest, model)
     if images is None:
@@ -187,7 +208,12 @@ def _formats_of(manifest: Manifest, scheme: str) -> CalibrateRecipe:
     """What the bundle was calibrated by, with `scheme`."""
     known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint"}
     asked = {name: value for name, value in manifest.recipe.items() if name in known}
-    own = CalibrateRecipe(**asked)
+    try:
+        own = CalibrateRecipe(**asked)
+    except TypeError as cause:
+        raise BundleError(
+            what="the manifest's recipe cannot be read.", why=f"{cause}.", fix="export the model again."
+        ) from cause
     return own if scheme == own.scheme else replace(own, scheme=scheme, auto=False)
 
 

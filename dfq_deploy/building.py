@@ -23,9 +23,10 @@ from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Built
-from exporters.bundle import MANIFEST, EngineFacts, Manifest, ModelFacts, files_in, open_bundle, seal_bundle
+from exporters.bundle import EngineFacts, Manifest, ModelFacts, open_bundle, seal_bundle, unseal_bundle
 from exporters.cast import CastBody
 from exporters.qdq import InsertQDQ
+from exporters.signing import Signer
 from exporters.to_onnx import export_float, save_model, torch_parity
 
 __all__ = ["build_bundle", "float_onnx", "float_stage", "is_built", "layer_times", "made_with"]
@@ -85,6 +86,7 @@ def build_bundle(
     plan: QuantPlan,
     images: ImageSet,
     floats: Path,
+    sign: Signer | None = None,
 ) -> None:
     """Make the bundle in `out` from the float ONNX model `floats`.
 
@@ -97,14 +99,14 @@ def build_bundle(
         plan: The plan.
         images: The calibration images.
         floats: The float ONNX form of `refined`.
+        sign: Signs the manifest.
 
     Raises:
         ExportError: The float model differs from torch, the plan does not fit it, or the engine computes a planned
             layer in float.
         BackendError: The run-time cannot load the model.
     """
-    before = files_in(out)
-    (out / MANIFEST).unlink(missing_ok=True)  # from here until the manifest is written, this is no bundle
+    before = unseal_bundle(out)  # from here until the manifest is written, this is no bundle
     plan.save(out / "plan.safetensors")
     recipe.save(out / "recipe.toml")
     parity = _parity(refined, floats)
@@ -123,7 +125,7 @@ def build_bundle(
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
     for stale in before - set(files):  # of another backend, or another option
         (out / stale).unlink(missing_ok=True)
-    seal_bundle(out, _manifest(recipe, model, weights, images, built, parity), files)
+    seal_bundle(out, _manifest(recipe, model, weights, images, built, parity), files, sign=sign)
 
 
 def layer_times(

@@ -47,6 +47,7 @@ for _command in (
     looking.show,
     looking.convert,
     looking.doctor,
+    making.pack,
     bench,
 ):
     app.command(_command)

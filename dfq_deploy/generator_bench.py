@@ -86,8 +86,8 @@ def bench_generators(
             _make_all(desk, generator, watch)
         watch.stage("results", False)
         found = _measured(desk, watch)
-    found.save(out)
-    plot_generators(found, out / "generators.png")
+        found.save(out)
+        plot_generators(found, out / "generators.png")
     return found
 
 

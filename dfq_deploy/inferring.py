@@ -47,20 +47,28 @@ class Answer:
     error: ImagesError | None = None
 
 
-def infer(folder: str | Path, images: Sequence[Picture], *, top: int = 5, provider: str | None = None) -> list[Answer]:
+def infer(
+    folder: str | Path,
+    images: Sequence[Picture],
+    *,
+    top: int = 5,
+    provider: str | None = None,
+    verify: str | Path | None = None,
+) -> list[Answer]:
     """An answer for each picture, in their order.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a zip archive of one.
         images: Paths, bytes of files, PIL images or arrays.
         top: How many classes of each.
         provider: What runs the engine within ONNX Runtime, if not what it was exported for.
+        verify: PEM file with the public key that the bundle must be signed with.
 
     Raises:
-        BundleError: The bundle is incomplete or altered, or its engine is pending.
+        BundleError: The bundle is incomplete or altered, not signed with that key, or its engine is pending.
         BackendError: Its run-time is not installed or cannot load it.
     """
-    with load(folder, provider=provider) as runner:
+    with load(folder, provider=provider, verify=verify) as runner:
         size = runner.manifest.engine.options.batch[2]
         starts = range(0, len(images), size)
         return [answer for start in starts for answer in _answers(runner, images[start : start + size], start, top)]

@@ -8,44 +8,37 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from calibrators.errors import PlanError, RecipeError
+from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, written_whole
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
-from dfq_deploy.analysis import Sensitivity, analyse
 from dfq_deploy.building import build_bundle, float_stage, is_built
-from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
+from dfq_deploy.choices import check_calibration, check_recipe
 from dfq_deploy.disagreements import draw_disagreements
 from dfq_deploy.evaluate import Check, evaluate
-from dfq_deploy.formats import Job, formats_for_spared
-from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.formats import Job
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from dfq_deploy.opening import (
-    calibration_images,
-    engine_again,
-    folded_again,
-    images_to_check,
-    labelled_for,
-    load_again,
-    open_images,
-    refined_again,
-)
+from dfq_deploy.opening import engine_again, images_to_check, labelled_for, load_again, open_images, refined_again
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.synthetic import images_for, write_images
 from dfq_deploy.watch import SILENT, Watch
-from dfq_deploy.workspace import Workspace
+from dfq_deploy.workspace import Workspace, held
+from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
-from exporters.bundle import open_bundle
+from exporters.bundle import Manifest, open_bundle, sign_bundle
+from exporters.signing import signer
 
-__all__ = ["calibrate", "check", "export", "generate", "sensitivity", "simulate"]
+__all__ = ["calibrate", "check", "export", "generate", "simulate"]
 
 
 def export(
@@ -54,6 +47,7 @@ def export(
     *,
     images: str | None = None,
     limit: int | None = None,
+    sign: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
@@ -63,12 +57,14 @@ def export(
         out: The bundle's folder; finished stages of an earlier run in it are used again.
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
+        sign: PEM file with the private key that signs the manifest.
         watch: Told how it goes.
 
     Raises:
         DeployError: A stage could not be carried out; what was finished stays.
     """
     out = Path(out)
+    signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
     watch.stage("model", False)
     model = _load(recipe)
@@ -82,8 +78,10 @@ def export(
         floats = float_stage(refined, work)
         if not is_built(out, recipe, plan):
             watch.stage("engine", False)
-            build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats)
-    return check(out, images=images, limit=limit, watch=watch, model=model)
+            build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats, sign=signs)
+        elif signs is not None:
+            sign_bundle(out, signs)
+        return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
 
 
 def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
@@ -147,20 +145,20 @@ def simulate(
     with Workspace(out, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
+        (out / "report.json").unlink(missing_ok=True)  # of another plan
         plan.save(out / "plan.safetensors")
-    shown = (picked or calibration).spread(limit or len(picked or calibration))
-    reference = Reference(refined, plan, model)
+        shown = (picked or calibration).spread(limit or len(picked or calibration))
+        reference = Reference(refined, plan, model)
 
-    def tell(done: int, total: int) -> None:
-        watch.progress(done, total, {})
+        def tell(done: int, total: int) -> None:
+            watch.progress(done, total, {})
 
-    watch.stage("float", False)
-    floats = logits_of(reference.float, shown, progress=tell)
-    watch.stage("compare", False)
-    found = compare(reference, shown, floats, progress=tell)
-    found = replace(found, student=calibration.student is not None)
-    with written_whole(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+        watch.stage("float", False)
+        floats = logits_of(reference.float, shown, progress=tell)
+        watch.stage("compare", False)
+        found = compare(reference, shown, floats, progress=tell)
+        found = replace(found, student=calibration.student is not None)
+        _write_report(out, found.report())
     return found
 
 
@@ -170,27 +168,35 @@ def check(
     images: str | None = None,
     limit: int | None = None,
     checkpoint: Path | None = None,
+    verify: str | Path | None = None,
     watch: Watch = SILENT,
-    model: Model | None = None,
 ) -> Check:
     """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a zip archive of one, which stays as it is and gets no report.
         images: `folder:PATH`, `npz:PATH` or an ImageSet file. None: the labelled images that the model brings along
             (the demo does), else the images that the plan was calibrated on.
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
+        verify: PEM file with the public key that the bundle must be signed with.
         watch: Told how it goes.
-        model: The bundle's model, if it is loaded already.
 
     Raises:
-        BundleError: The bundle is incomplete or altered, or the weights are others than it was made from.
-        DeployError: The images cannot be had.
+        BundleError: The bundle is incomplete or altered, not signed with that key, or the weights are others than it
+            was made from.
+        DeployError: The images cannot be had, or another run is working in the folder.
     """
-    folder = Path(folder)
-    manifest = open_bundle(folder)
-    model = model or load_again(folder, manifest, checkpoint)
+    with bundle_folder(Path(folder)) as opened:
+        manifest = open_bundle(opened, verify=verify)
+        with held(opened):
+            model = load_again(opened, manifest, checkpoint)
+            return _check(opened, manifest, model, images=images, limit=limit, watch=watch)
+
+
+def _check(
+    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Watch
+) -> Check:
     picked = labelled_for(model, images_to_check(folder, manifest, model, images))
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
@@ -209,63 +215,13 @@ def check(
     found = replace(found, student=manifest.model.student)
     sheet = draw_disagreements(found.disagreements, picked, folder)
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
-    with written_whole(folder / "report.json") as temporary:
-        facts = {**found.report(), "of": of, "asked": {"images": images, "limit": limit}}
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    _write_report(folder, {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
 
 
-def sensitivity(
-    folder: str | Path,
-    *,
-    images: str | None = None,
-    limit: int = 16,
-    checkpoint: Path | None = None,
-    watch: Watch = SILENT,
-) -> Sensitivity:
-    """Measure what quantizing each layer of the bundle in `folder` costs, on its reference.
-
-    Args:
-        folder: A bundle; its engine is not run.
-        images: `folder:PATH`, `npz:PATH` or an ImageSet file, labelled or not. None: the images that the plan was
-            calibrated on, or noise where those were synthetic and are gone.
-        limit: Use this many of them, evenly spaced.
-        checkpoint: Where the weights lie now, if not where the export found them.
-        watch: Told how it goes.
-
-    Raises:
-        BundleError: The bundle is incomplete or altered, or the weights are others than it was made from.
-        PlanError: The plan quantizes nothing.
-        DeployError: The images cannot be had.
-    """
-    folder = Path(folder)
-    manifest = open_bundle(folder)
-    plan = QuantPlan.load(folder / "plan.safetensors")
-    if not plan.sites:
-        raise PlanError(
-            what=f"there is nothing to measure in `{folder}`.",
-            why=f"its scheme, {plan.scheme}, quantizes nothing.",
-            fix="export the model with another --scheme.",
-        )
-    watch.stage("model", False)
-    model = load_again(folder, manifest, checkpoint)
-    found = open_images(images, model.preprocess) if images else calibration_images(folder, manifest, model)
-    if found is None:
-        found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())
-    watch.stage("layers", False)
-    folded = folded_again(folder, manifest, model)
-    placement = pick("exporters.backends", manifest.backend).placement(manifest.engine.options)
-    return analyse(
-        folded,
-        plan,
-        found.spread(limit),
-        spared=formats_for_spared(
-            plan, folded, folder / "work", blocks=blocks_up_to(placement, manifest.recipe["block"])
-        ),
-        refined=refined_again(folder, manifest, model),
-        floats=model,
-        progress=lambda done, total: watch.progress(done, total, {}),
-    )
+def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
+    with written_whole(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def _writable(out: Path) -> Path:

@@ -1,13 +1,13 @@
 """Production: a bundle in, logits out, with no torch and no timm.
 
-`load` verifies the bundle and opens its engine. A `Runner` turns pictures into model input exactly as the model was
-trained, and model input into logits. Any number of threads may call one runner at once.
+`load` verifies the bundle, a folder or a zip archive of one, and opens its engine. A `Runner` turns pictures into model
+input exactly as the model was trained, and model input into logits. Any number of threads may call one runner at once.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from calibrators.errors import BackendError, BundleError, ImagesError
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from calibrators.scheme import scheme_named
+from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions, Engine
 from exporters.bundle import Manifest, open_bundle
 
@@ -139,7 +140,7 @@ class Runner:
     ) -> None:
         self.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _in_use(self) -> Iterator[Engine]:
         """The engine, which is not freed as long as the block lasts."""
         with self._changed:
@@ -206,30 +207,70 @@ def _options_for(folder: Path, manifest: Manifest, provider: str) -> BuildOption
     return options
 
 
-def load(folder: str | Path, *, provider: str | None = None, threads: int | None = None) -> Runner:
-    """The runner of the bundle in `folder`.
+def load(
+    path: str | Path, *, provider: str | None = None, threads: int | None = None, verify: str | Path | None = None
+) -> Runner:
+    """The runner of a bundle.
 
     Args:
-        folder: A bundle with a built engine.
+        path: The folder of a bundle with a built engine, or a zip archive of one, which is unpacked into a temporary
+            folder until the runner is closed.
         provider: For ONNX Runtime, what runs it, if not what it was exported for: `cpu`, `cuda`, `tensorrt` or `rtx`.
         threads: For ONNX Runtime, how many it computes a call with; as many as there are cores if None.
+        verify: PEM file with the public key that the bundle must be signed with.
 
     Raises:
-        BundleError: The bundle is incomplete or altered, or its engine is pending.
+        BundleError: The bundle is incomplete or altered, not signed with that key, or its engine is pending.
         BackendError: Its run-time is not installed or cannot load it, or the engine was made for something else.
     """
-    folder = Path(folder)
-    manifest = open_bundle(folder)
-    named = "classes.txt" in manifest.files
-    classes = (folder / "classes.txt").read_text(encoding="utf-8").splitlines() if named else None
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(bundle_folder(Path(path)))
+        manifest = open_bundle(folder, verify=verify)
+        classes = _classes(folder, manifest)
+        engine = _engine(folder, manifest, provider, threads)
+        stack.callback(engine.close)
+        return Runner(manifest, _Kept(engine, stack.pop_all()), classes)
+
+
+def _classes(folder: Path, manifest: Manifest) -> list[str] | None:
+    """What each logit stands for, where the bundle says so."""
+    if "classes.txt" not in manifest.files:
+        return None
+    try:
+        names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+        if len(names) != manifest.model.classes or not all(name.isprintable() for name in names):
+            message = f"it has {len(names)} names for {manifest.model.classes} classes, or one that is no text"
+            raise ValueError(message)
+    except ValueError as cause:
+        raise BundleError(
+            what=f"`{folder / 'classes.txt'}` does not name the classes.",
+            why=f"{cause}.",
+            fix="export the model again.",
+        ) from cause
+    return names
+
+
+def _engine(folder: Path, manifest: Manifest, provider: str | None, threads: int | None) -> Engine:
     facts, backend = manifest.engine, pick("exporters.backends", manifest.backend)
-    options = facts.options
-    if provider is not None:
-        options = _options_for(folder, manifest, provider)
+    options = facts.options if provider is None else _options_for(folder, manifest, provider)
     if facts.state == "pending" and options == facts.options:
         raise BundleError(
             what=f"the engine of `{folder}` is not built yet.",
             why=facts.note,
             fix=f"run this on the machine that will run the engine: dfq-deploy build {folder}",
         )
-    return Runner(manifest, backend.load(folder / "model.onnx", facts.made_for, options, threads=threads), classes)
+    engine: Engine = backend.load(folder / "model.onnx", facts.made_for, options, threads=threads)
+    return engine
+
+
+class _Kept:
+    """An engine with what must stay until it is closed, such as the folder that it was unpacked into."""
+
+    def __init__(self, engine: Engine, kept: contextlib.ExitStack) -> None:
+        self._engine, self._kept = engine, kept
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._engine(images)
+
+    def close(self) -> None:
+        self._kept.close()

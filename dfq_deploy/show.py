@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calibrators.errors import RecipeError
+from calibrators.files import is_plain_file, sha256_of
 from calibrators.images import ImageSet, is_image_set
 from calibrators.pictures import sheet_beside
 from calibrators.plan import QuantPlan
+from exporters.archive import bundle_folder, is_archive
 from exporters.bundle import EngineFacts, open_bundle
+from exporters.signing import SIGNATURE
 
 if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and a run of an engine wait for neither
     from dfq_deploy.analysis import Sensitivity
@@ -27,6 +31,7 @@ __all__ = [
     "print_engine",
     "print_findings",
     "print_images",
+    "print_packed",
     "print_path",
     "print_plan",
     "print_report",
@@ -73,7 +78,8 @@ def print_check(found: "Check", folder: Path) -> None:
     if found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
-    _console.print(f"report: {folder / 'report.json'}")
+    if folder.is_dir():
+        _console.print(f"report: {folder / 'report.json'}")
 
 
 def print_simulation(found: "Simulation", folder: Path) -> None:
@@ -215,10 +221,35 @@ def print_plan(plan: QuantPlan) -> None:
         _console.print(f"{len(sites)} sites {spared}: {reason}.")
 
 
-def print_path(path: Path) -> None:
-    """Whatever lies at `path`: a bundle, a plan or an ImageSet."""
-    if path.is_dir():
-        manifest = open_bundle(path)
+def print_packed(path: Path) -> None:
+    """The archive that a bundle was packed into."""
+    _console.print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {sha256_of(path)}")
+
+
+def print_path(path: Path, verify: Path | None = None) -> None:
+    """Whatever lies at `path`: a bundle, a plan or an ImageSet.
+
+    Raises:
+        BundleError: It is a bundle that is not whole, or not signed with the key `verify`.
+        RecipeError: It is none, and cannot be signed.
+    """
+    if path.is_dir() or is_archive(path):
+        _print_bundle(path, verify)
+    elif verify is not None:
+        raise RecipeError(
+            what=f"--verify means nothing to `{path}`.",
+            why="bundles are signed, plans and images are not.",
+            fix="leave it out, or pass a bundle.",
+        )
+    elif is_image_set(path):
+        print_images(ImageSet.load(path), path)
+    else:
+        print_plan(QuantPlan.load(path))
+
+
+def _print_bundle(path: Path, verify: Path | None) -> None:
+    with bundle_folder(path) as folder:
+        manifest = open_bundle(folder, verify=verify)
         _console.print(f"{path}: {manifest.model.name}, {manifest.scheme}, for {manifest.backend}", style="bold")
         print_engine(manifest.engine, path)
         _console.print(f"  calibrated on: {manifest.images['source']}")
@@ -226,12 +257,13 @@ def print_path(path: Path) -> None:
             _console.print(f"  {_STUDENT}")
         _console.print(f"  float ONNX against torch: {manifest.float_parity:.1e}")
         for name in manifest.files:
-            _console.print(f"  {name}: {(path / name).stat().st_size / 2**20:.1f} MiB")
-        _console.print("  repeat: dfq-deploy export --recipe", path / "recipe.toml", "--out DIR")
-    elif is_image_set(path):
-        print_images(ImageSet.load(path), path)
-    else:
-        print_plan(QuantPlan.load(path))
+            _console.print(f"  {name}: {(folder / name).stat().st_size / 2**20:.1f} MiB")
+        if verify is not None:
+            _console.print(f"  signed with the key of {verify}")
+        elif is_plain_file(folder / SIGNATURE):
+            _console.print("  signed; not verified, which takes --verify")
+        if (path / "recipe.toml").is_file():
+            _console.print("  repeat: dfq-deploy export --recipe", path / "recipe.toml", "--out DIR")
 
 
 def print_converted(file: Path, out: Path, to: str) -> None:

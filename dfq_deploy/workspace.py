@@ -5,8 +5,9 @@ the stage is done: files appear under their name only when they are whole. What 
 deleted when its successor has been made.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +16,40 @@ from filelock import FileLock, Timeout
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, fingerprint_of
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "held"]
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[Path]:
+    """The folder `work` of the run folder `out`, which nobody else writes to until the block ends.
+
+    Raises:
+        RecipeError: Somebody does, or the folder cannot be written to.
+    """
+    folder = out / "work"
+    path = folder / ".lock"
+    lock = FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as cause:
+        raise RecipeError(
+            what=f"another run is working in `{out}`.",
+            why="two runs in one folder would overwrite each other.",
+            fix="wait for it, or use another folder.",
+        ) from cause
+    except OSError as cause:
+        raise RecipeError(what=f"`{out}` cannot be written to.", why=str(cause), fix="use another folder.") from cause
+    try:
+        yield folder
+    finally:
+        if [*folder.glob("*")] == [path]:  # a bundle from elsewhere, which has no stages
+            path.unlink()  # filelock sees that, should somebody else be about to lock it
+            lock.release()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        else:
+            lock.release()
 
 
 class Workspace:
@@ -27,32 +61,19 @@ class Workspace:
     """
 
     def __init__(self, out: Path, announce: Callable[[str, bool], None]) -> None:
-        self._folder = out / "work"
+        self._out = out
         self._announce = announce
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as cause:
-            raise RecipeError(
-                what=f"`{out}` cannot be written to.", why=str(cause), fix="pass another folder with --out."
-            ) from cause
-        self._lock = FileLock(self._folder / ".lock")
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Workspace":
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as cause:
-            raise RecipeError(
-                what=f"another run is working in `{self._folder.parent}`.",
-                why="two runs in one folder would overwrite each other.",
-                fix="wait for it, or pass another folder with --out.",
-            ) from cause
+        self._folder = self._held.enter_context(held(self._out))
         clear_unfinished(self._folder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self._held.close()
 
     def stage(self, name: str, suffix: str, facts: object, make: Callable[[Path], None]) -> Path:
         """The file with the result of stage `name`, made by `make` unless it is there.

@@ -2,25 +2,42 @@
 
 A bundle holds `model.onnx` (with `model.onnx.data` beside it past 2 GB), `plan.safetensors`, `manifest.json`, the
 engine where the run-time has one of its own and it is built, and `float.onnx` where it was asked for; `report.json`
-lies beside them and is rewritten by every check. The manifest is written last, so a folder with a manifest is whole. It
-holds no pickle, and reading it needs no torch.
+lies beside them and is rewritten by every check. The manifest is written last, so a folder with a manifest is whole; a
+signature of it, `manifest.sig`, comes after it. A bundle holds no pickle, and reading one needs no torch.
+
+Nothing in it is trusted before it is checked: first the signature, if one is asked for, then the manifest, then each
+file against its hash. The folder itself may be a link; what lies in it may not.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator, model_validator
 
 from calibrators.errors import BundleError, ImagesError
-from calibrators.files import sha256_of, written_whole
+from calibrators.files import is_plain_file, sha256_of, written_whole
+from calibrators.headers import header_of, later, newer
 from calibrators.images import Preprocess
 from exporters.backends import BuildOptions, Built
 from exporters.census import Census, Precision
+from exporters.external_data import refuse_outside
+from exporters.signing import SIGNATURE, Signer, verifier
 
-__all__ = ["MANIFEST", "EngineFacts", "Manifest", "ModelFacts", "files_in", "open_bundle", "seal_bundle"]
+__all__ = [
+    "MANIFEST",
+    "EngineFacts",
+    "Manifest",
+    "ModelFacts",
+    "open_bundle",
+    "seal_bundle",
+    "sign_bundle",
+    "unseal_bundle",
+]
 
 MANIFEST = "manifest.json"
 _ALWAYS = ("model.onnx", "plan.safetensors")
+_FORMAT = 1
+_LARGEST = 2**26  # bytes of a manifest
 _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # a name, never a path
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -80,6 +97,15 @@ class EngineFacts(_Facts):
     reasons: dict[str, str]
     kernels: dict[str, int]
     note: str
+
+    @field_validator("options")
+    @classmethod
+    def _batch_sizes_ascend(cls, options: BuildOptions) -> BuildOptions:
+        smallest, usual, largest = options.batch
+        if not 1 <= smallest <= usual <= largest < 2**31:
+            message = f"{options.batch} are no sizes of batches"
+            raise ValueError(message)
+        return options
 
     @classmethod
     def of(cls, built: Built, options: BuildOptions) -> "EngineFacts":
@@ -142,69 +168,124 @@ class Manifest(_Facts):
     versions: dict[str, str]
     files: dict[_FileName, _Sha256]
 
+    @model_validator(mode="after")
+    def _says_what_is_read(self) -> "Manifest":
+        calib, block = self.recipe.get("calib"), self.recipe.get("block")
+        if not (isinstance(calib, str) and isinstance(block, int) and {"source", "fingerprint"} <= self.images.keys()):
+            message = "`recipe` lacks `calib` or `block`, or `images` lacks `source` or `fingerprint`"
+            raise ValueError(message)
+        return self
 
-def seal_bundle(folder: Path, manifest: Manifest, files: list[str]) -> None:
-    """Write the manifest, last of all, with the hashes of `files`, which lie in `folder`."""
+
+def seal_bundle(folder: Path, manifest: Manifest, files: list[str], *, sign: Signer | None = None) -> None:
+    """Write the manifest, last of all but its signature, with the hashes of `files`, which lie in `folder`."""
     sealed = manifest.model_copy(update={"files": {name: sha256_of(folder / name) for name in files}})
+    (folder / SIGNATURE).unlink(missing_ok=True)  # of another manifest
     with written_whole(folder / MANIFEST) as temporary:
         temporary.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
+    if sign is not None:
+        sign_bundle(folder, sign)
 
 
-def files_in(folder: Path) -> set[str]:
-    """Names of the files of the bundle in `folder`, unverified; none where there is none."""
+def sign_bundle(folder: Path, sign: Signer) -> None:
+    """Write the signature of the manifest that lies in `folder`."""
+    with written_whole(folder / SIGNATURE) as temporary:
+        temporary.write_bytes(sign((folder / MANIFEST).read_bytes()))
+
+
+def unseal_bundle(folder: Path) -> set[str]:
+    """Make `folder` no bundle, before its files change; returns the names of those that it had as one.
+
+    What was signed, and what was found out about the engine, goes with the manifest.
+    """
     try:
-        return set(Manifest.model_validate_json((folder / MANIFEST).read_bytes()).files)
+        files = set(Manifest.model_validate_json((folder / MANIFEST).read_bytes()).files)
     except (OSError, ValidationError, ImagesError):
-        return set()
+        files = set()
+    for name in (MANIFEST, SIGNATURE, "report.json"):
+        (folder / name).unlink(missing_ok=True)
+    return files
 
 
-def open_bundle(folder: Path, *, engine: bool = True) -> Manifest:
+def open_bundle(folder: Path, *, engine: bool = True, verify: str | Path | None = None) -> Manifest:
     """The manifest of the bundle in `folder`, every file held against its hash.
 
     Args:
         folder: A bundle.
         engine: Look at the engine's files too; a build, which makes them anew, does not.
+        verify: PEM file with the public key that the manifest must be signed with; None: signed or not.
 
     Raises:
-        BundleError: There is no bundle, a file is missing or altered, or the manifest is of another format.
+        BundleError: There is no bundle, it is not signed, a file is missing, altered or no plain file, or the manifest
+            is of another format.
+        RecipeError: `verify` cannot be read as a key.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not is_plain_file(path):
         raise BundleError(
             what=f"`{folder}` is not a bundle.",
             why=f"it holds no {MANIFEST}, which an export writes last.",
             fix="run `dfq-deploy export … --out` on that folder; a run that was cut off goes on where it was.",
         )
+    content = path.read_bytes() if path.stat().st_size <= _LARGEST else b""
+    if verify is not None:
+        signature = folder / SIGNATURE
+        verifier(verify)(content, signature.read_bytes() if is_plain_file(signature) else None, str(folder))
+    manifest = _manifest_in(content, path)
+    for name, recorded in manifest.files.items():
+        if engine or name not in manifest.engine.files:
+            _hold_to_hash(folder, name, recorded, of_engine=name in manifest.engine.files)
+    for name in manifest.files:
+        if name.endswith(".onnx"):
+            refuse_outside(folder / name, manifest.files)
+    return manifest
+
+
+def _manifest_in(content: bytes, path: Path) -> Manifest:
+    """The manifest that the file `path` holds as `content`."""
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (ValidationError, ImagesError) as cause:
-        reason = f"{e['msg']} at `{'.'.join(map(str, e['loc']))}`" if (e := _first(cause)) else str(cause)
+        header = header_of(content)
+        if why := newer(header, reads=_FORMAT, known=Manifest.model_fields):
+            raise later(BundleError, path, why)
+        manifest = Manifest.model_validate_json(content)
+    except (ValueError, ImagesError) as cause:
+        first = cause.errors()[0] if isinstance(cause, ValidationError) else None
+        place = ".".join(map(str, first["loc"])) if first else ""
+        if first and first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise later(
+                BundleError, path, f"it has a field `{place}`, which format {_FORMAT} does not have."
+            ) from cause
         raise BundleError(
-            what=f"`{path}` cannot be read as a manifest of format 1.",
-            why=reason,
+            what=f"`{path}` cannot be read as a manifest of format {_FORMAT}.",
+            why=f"{first['msg']} at `{place}`." if first else f"{cause}.",
             fix="export the model again; a manifest is not edited by hand.",
         ) from cause
     unnamed = [name for name in _ALWAYS if name not in manifest.files or name in manifest.engine.files]
+    unnamed += [name for name in manifest.engine.files if name not in manifest.files]
     if unnamed:
         raise BundleError(
             what=f"`{path}` does not name {unnamed[0]}.",
             why="every bundle holds it, and what the manifest does not name is not verified.",
             fix="export the model again; a manifest is not edited by hand.",
         )
-    for name, recorded in manifest.files.items():
-        file, of_engine = folder / name, name in manifest.engine.files
-        if of_engine and not engine:
-            continue
-        if not file.is_file() or sha256_of(file) != recorded:
-            raise BundleError(
-                what=f"`{file}` is {'altered' if file.is_file() else 'missing'}.",
-                why="the manifest records it with another content." if file.is_file() else "the manifest names it.",
-                fix=f"build the engine again: dfq-deploy build {folder}"
-                if of_engine
-                else "copy the bundle again, whole, or export the model again.",
-            )
     return manifest
 
 
-def _first(cause: Exception) -> Any:
-    return cause.errors()[0] if isinstance(cause, ValidationError) else None
+def _hold_to_hash(folder: Path, name: str, recorded: str, *, of_engine: bool) -> None:
+    """Return if the file `name` is what the manifest records."""
+    file = folder / name
+    if is_plain_file(file) and sha256_of(file) == recorded:
+        return
+    there = file.is_symlink() or file.exists()
+    state, why = "missing", "the manifest names it."
+    if there:
+        state, why = "altered", "the manifest records it with another content."
+    if there and not is_plain_file(file):
+        state, why = "no plain file", "a link, a pipe or a folder may lead out of the bundle."
+    raise BundleError(
+        what=f"`{file}` is {state}.",
+        why=why,
+        fix=f"build the engine again: dfq-deploy build {folder}"
+        if of_engine
+        else "copy the bundle again, whole, or export the model again.",
+    )

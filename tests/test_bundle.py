@@ -74,11 +74,18 @@ def test_a_missing_file_is_refused_by_its_name(bundle: Path, name: str) -> None:
         dfq.load(bundle)
 
 
+_FUTURE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a format": (lambda facts: facts.update(format=2), "format 2"),
+    "a format and fields": (lambda facts: facts.update(format=3, files=["model.onnx"]), "format 3"),
+    "a field": (lambda facts: facts.update(licence="MIT"), "`licence`"),
+    "a nested field": (lambda facts: facts["model"].update(author="me"), "`model.author`"),
+    "an option": (lambda facts: facts["engine"]["options"].update(streams=2), "`engine.options.streams`"),
+    "a step before the model": (lambda facts: facts["preprocess"].update(gamma=2.2), "`preprocess.gamma`"),
+}
 _DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a future format": lambda facts: facts.update(format=2),
-    "a field too many": lambda facts: facts.update(licence="MIT"),
+    "a format of the past": lambda facts: facts.update(format=0),
+    "a format in words": lambda facts: facts.update(format="1"),
     "a field too few": lambda facts: facts.pop("scheme"),
-    "a nested field too many": lambda facts: facts["model"].update(author="me"),
     "a wrong type": lambda facts: facts["model"].update(classes="ten"),
     "an unknown precision": lambda facts: facts["engine"]["precision"].update({"blocks.0.attn.qkv": "int3"}),
     "an unknown state": lambda facts: facts["engine"].update(state="half built"),
@@ -90,7 +97,27 @@ _DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a hidden file": lambda facts: facts["files"].update({".x": "0" * 64}),
     "no hash": lambda facts: facts["files"].update({"model.onnx": ""}),
     "a crop that is not built": lambda facts: facts["preprocess"].update(crop_mode="border"),
+    "an edge without pixels": lambda facts: facts["preprocess"].update(size=[0, 0]),
+    "an edge of too many": lambda facts: facts["preprocess"].update(crop_pct=1e-9),
+    "a deviation of zero": lambda facts: facts["preprocess"].update(std=[0, 1, 1]),
+    "two channels": lambda facts: facts["preprocess"].update(mean=[0, 0], std=[1, 1]),
+    "an unknown resampling": lambda facts: facts["preprocess"].update(interpolation="magic"),
+    "a batch of none": lambda facts: facts["engine"]["options"].update(batch=[0, 8, 32]),
+    "batches in no order": lambda facts: facts["engine"]["options"].update(batch=[8, 1, 32]),
+    "no images": lambda facts: facts.update(images={}),
+    "a recipe without images": lambda facts: facts["recipe"].pop("calib"),
+    "a terminal's escape": lambda facts: facts["model"].update(name="demo\x1b[2J"),
 }
+
+
+@pytest.mark.parametrize("kind", _FUTURE)
+def test_a_manifest_from_the_future_is_told_with_the_remedy(bundle: Path, kind: str) -> None:
+    change, named = _FUTURE[kind]
+    _rewrite(bundle, change)
+    with pytest.raises(BundleError, match="seems to be of a later version") as caught:
+        open_bundle(bundle)
+    assert named in caught.value.why
+    assert "upgrade dfq-deploy" in caught.value.fix
 
 
 @pytest.mark.parametrize("damage", _DAMAGE)

@@ -198,7 +198,7 @@ def test_the_exit_code_is_the_verdict(
 ) -> None:
     folder, found = demo_run
     changed = dataclasses.replace(found, verdict=verdict)  # type: ignore[arg-type]
-    monkeypatch.setattr(pipeline, "check", lambda *_, **__: changed)
+    monkeypatch.setattr(pipeline, "_check", lambda *_, **__: changed)
     assert cli.run(["check", str(folder)]) == code
     assert cli.run(["export", *_NOISE, "--count", "8", "--refine", "none", "--out", str(folder)]) == code
 

@@ -151,6 +151,25 @@ def test_the_commands_for_serving_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [text.count(":") for text in output["data"]] == [2, 2, 2]
 
 
+def test_the_commands_for_a_signed_bundle_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    Image.new("RGB", (40, 50)).save("cat.jpg")
+    lines = "\n".join(blocks("sh"))
+    keys = re.findall(r"^(openssl .*)$", lines, re.MULTILINE)
+    commands = re.findall(r"^dfq-deploy ((?:pack|infer) .*)$", lines, re.MULTILINE)
+    assert (len(keys), len(commands)) == (2, 2)
+    for line in keys:
+        subprocess.run(line.split(), check=True, capture_output=True)
+    for line in commands:
+        assert run(line.split()) == 0
+    assert "cat.jpg" in capsys.readouterr().out
+    assert not (demo_bundle / "manifest.sig").exists()
+
+
 def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"`dfq-deploy ([\w-]+)", README))
     assert {name for name in app if not name.startswith("-")} <= commands

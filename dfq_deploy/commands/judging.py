@@ -18,35 +18,49 @@ _AUDIT_OF_A_BUNDLE = AuditRecipe()
 
 
 def audit(
-    images: str, /, recipe: Annotated[AuditRecipe, Parameter(name="*")] = _AUDIT_OF_A_BUNDLE, *, out: Path
+    images: str,
+    /,
+    recipe: Annotated[AuditRecipe, Parameter(name="*")] = _AUDIT_OF_A_BUNDLE,
+    *,
+    out: Path,
+    verify: Path | None = None,
 ) -> int:
     """Compare the ranges that calibration images give with those of noise, another seed and real images.
 
     Args:
-        images: folder:PATH, npz:PATH, an ImageSet file, or a bundle: the images that it was calibrated on.
+        images: folder:PATH, npz:PATH, an ImageSet file, or a bundle (or a .zip of one): the images that it was
+            calibrated on.
         recipe: The model and what to compare with.
         out: Folder to write: audit.json and pictures.
+        verify: Public key (PEM) that the bundle must be signed with.
     """
     with shown_progress() as watch:
-        found = dfq.audit(images, recipe, out, watch=watch)
+        found = dfq.audit(images, recipe, out, verify=verify, watch=watch)
     print_audit(found, out)
     return EXIT[found.level]
 
 
 def check(
-    folder: Path, /, *, images: str | None = None, limit: int | None = None, checkpoint: Path | None = None
+    folder: Path,
+    /,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    checkpoint: Path | None = None,
+    verify: Path | None = None,
 ) -> int:
     """Compare an engine with its PyTorch reference and with the float model.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a .zip of one, which gets no report.json.
         images: folder:PATH, npz:PATH or an ImageSet file. Without it: the labelled images that come with the model,
             else the images that it was calibrated on.
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now.
+        verify: Public key (PEM) that the bundle must be signed with.
     """
     with shown_progress() as watch:
-        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
     shown.print_check(found, folder)
     return EXIT[found.verdict]
 
@@ -60,21 +74,23 @@ def sensitivity(
     checkpoint: Path | None = None,
     json: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
     plot: Annotated[Path | None, Parameter(validator=validators.Path(ext=("pdf", "png", "svg")))] = None,
+    verify: Path | None = None,
 ) -> int:
     """Show which layers of a bundle quantization hurts most, and what sparing each would gain.
 
     Args:
-        folder: A bundle; its engine is not run.
+        folder: A bundle, or a .zip of one; its engine is not run.
         images: folder:PATH, npz:PATH or an ImageSet file; labels are not needed. Without it: the images that it was
             calibrated on, or noise where those are gone.
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now.
         json: File for all the numbers.
         plot: File for a bar chart, .png, .svg or .pdf.
+        verify: Public key (PEM) that the bundle must be signed with.
     """
     draw = None if plot is None else dfq.plot_sensitivity  # told now if matplotlib is missing, not at the end
     with shown_progress() as watch:
-        found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, watch=watch)
+        found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
     shown.print_sensitivity(found)
     if json is not None:
         found.save(json)

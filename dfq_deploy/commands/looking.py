@@ -66,11 +66,12 @@ def report(
     return 0
 
 
-def show(path: Path, /) -> int:
+def show(path: Path, /, *, verify: Path | None = None) -> int:
     """Show what a bundle, a plan or an ImageSet file holds.
 
     Args:
-        path: A bundle's folder, or a .safetensors file.
+        path: A bundle's folder or a .zip of it, or a .safetensors file.
+        verify: Public key (PEM) that the bundle must be signed with.
     """
-    shown.print_path(path)
+    shown.print_path(path, verify)
     return 0

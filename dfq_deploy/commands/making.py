@@ -11,7 +11,7 @@ from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, Recipe, SimulateRecipe
 
-__all__ = ["build", "calibrate", "export", "generate", "simulate"]
+__all__ = ["build", "calibrate", "export", "generate", "pack", "simulate"]
 
 
 def export(
@@ -20,6 +20,7 @@ def export(
     out: Path,
     images: str | None = None,
     limit: int | None = None,
+    sign: Path | None = None,
 ) -> int:
     """Make a checked engine: model, images, plan, ONNX, engine, check.
 
@@ -28,9 +29,10 @@ def export(
         out: Folder of the bundle; a run that was cut off goes on where it was.
         images: Check on these: folder:PATH, npz:PATH or an ImageSet file.
         limit: Check on this many of them, evenly spaced.
+        sign: Private key (PEM) to sign the bundle with.
     """
     with shown_progress() as watch:
-        found = dfq.export(recipe, out, images=images, limit=limit, watch=watch)
+        found = dfq.export(recipe, out, images=images, limit=limit, sign=sign, watch=watch)
     shown.print_check(found, out)
     return EXIT[found.verdict]
 
@@ -61,16 +63,39 @@ def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: P
     return 0
 
 
-def build(folder: Path, /, *, backend: BackendName | None = None) -> int:
+def build(
+    folder: Path,
+    /,
+    *,
+    backend: BackendName | None = None,
+    sign: Path | None = None,
+    verify: Path | None = None,
+) -> int:
     """Build the engine of a bundle on the machine that will run it; needs no torch.
 
     Args:
         folder: A bundle whose engine is pending, or was made for another GPU or version.
         backend: Build for this run-time instead of the one that it was exported for.
+        sign: Private key (PEM) to sign the built bundle with; without it a signature that it had goes.
+        verify: Public key (PEM) that the bundle must be signed with.
     """
-    manifest = dfq.build(folder, backend=backend)
+    manifest = dfq.build(folder, backend=backend, sign=sign, verify=verify)
     shown.print_engine(manifest.engine, folder)
     return 0 if manifest.engine.state == "built" else EXIT["undecided"]
+
+
+def pack(folder: Path, /, *, out: Path, sign: Path | None = None, verify: Path | None = None) -> int:
+    """Pack a bundle into one .zip, the same bytes each time; load and the other commands take it as it is.
+
+    Args:
+        folder: A bundle.
+        out: File to write, .zip.
+        sign: Private key (PEM) to sign what is packed with; the folder stays as it is.
+        verify: Public key (PEM) that the bundle must be signed with.
+    """
+    dfq.pack(folder, out, sign=sign, verify=verify)
+    shown.print_packed(out)
+    return 0
 
 
 def simulate(

@@ -18,7 +18,7 @@ def serve(folder: Path, /, options: Annotated[ServeOptions, Parameter(name="*")]
     """Answer over HTTP, by the KServe v2 inference protocol, until stopped; needs the extra `serve`.
 
     Args:
-        folder: A bundle with a built engine.
+        folder: A bundle with a built engine, or a .zip of one.
         options: How to serve.
     """
     shown.print_tally(dfq.serve(folder, options, listening=shown.print_listening))
@@ -29,7 +29,7 @@ def serve_repo(folder: Path, /, options: Annotated[RepoOptions, Parameter(name="
     """Write a model repository for NVIDIA Triton Inference Server.
 
     Args:
-        folder: A bundle with a built engine.
+        folder: A bundle with a built engine, or a .zip of one.
         options: What its configuration says.
         out: Folder to write, where nothing is yet.
     """

@@ -18,7 +18,7 @@ from calibrators.errors import BundleError, RecipeError
 from calibrators.files import written_whole
 from dfq_deploy.auditing import audit_against_noise
 from dfq_deploy.building import made_with
-from dfq_deploy.pipeline import sensitivity
+from dfq_deploy.layer_costs import sensitivity
 from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, read_sensitivity
 from dfq_deploy.runtime import load
 from dfq_deploy.watch import Watch

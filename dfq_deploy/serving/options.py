@@ -7,6 +7,7 @@ logits.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from calibrators.errors import RecipeError
 from calibrators.scheme import scheme_named
@@ -32,6 +33,8 @@ class ServingOptions:
     """Most requests that wait at a time; further ones are refused."""
     max_pixels: int = 2**25
     """Most pixels that an encoded image may have, as it is and resized for the model."""
+    verify: Path | None = None
+    """Public key (PEM) that the bundle must be signed with."""
 
     def __post_init__(self) -> None:
         named = self.name is None or _NAME.fullmatch(self.name)
@@ -58,6 +61,8 @@ class ServeOptions(ServingOptions):
     """Most seconds that answers may take once the server was told to stop."""
     provider: str | None = None
     """What runs the engine within ONNX Runtime, if not what it was exported for: cpu, cuda, tensorrt or rtx."""
+    threads: int | None = None
+    """What ONNX Runtime computes a call with; without it, as many as there are cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,17 +42,17 @@ def serve(
     """Serve the bundle in `folder` until the process is told to stop; to be called in its main thread.
 
     Args:
-        folder: A bundle with a built engine.
+        folder: A bundle with a built engine, or a zip archive of one.
         options: How.
         listening: Called with the address and the names of the models, before the first request.
 
     Raises:
-        BundleError: The bundle is incomplete or altered, or its engine is pending.
+        BundleError: The bundle is incomplete or altered, not signed as asked, or its engine is pending.
         BackendError: Its run-time is not installed or cannot load it.
         RecipeError: The address cannot be had, or the options do not suit the bundle.
     """
     options = options or ServeOptions()
-    with load(folder, provider=options.provider) as runner:
+    with load(folder, provider=options.provider, threads=options.threads, verify=options.verify) as runner:
         app, service = make_app(runner, options)
         service.warm_up()
         config = uvicorn.Config(

@@ -16,6 +16,7 @@ from calibrators.errors import BackendError, BundleError
 from calibrators.files import folder_written_whole
 from dfq_deploy.serving import triton_configs as configs
 from dfq_deploy.serving.options import RepoOptions, gathers, name_for
+from exporters.archive import bundle_folder
 from exporters.bundle import Manifest, open_bundle
 from exporters.unpack import unpack_weights
 
@@ -44,7 +45,7 @@ def serve_repo(folder: str | Path, out: str | Path, options: RepoOptions | None 
     """Write the model repository `out` for the bundle in `folder`, whole or not at all.
 
     Args:
-        folder: A bundle with a built engine; it need not be one that runs here.
+        folder: A bundle with a built engine, or a zip archive of one; it need not be one that runs here.
         out: Folder to write, where nothing is yet.
         options: What its configuration says.
 
@@ -53,9 +54,14 @@ def serve_repo(folder: str | Path, out: str | Path, options: RepoOptions | None 
         BackendError: Triton has no backend for the engine.
         RecipeError: The options do not suit the bundle.
     """
-    folder, out, options = Path(folder), Path(out), options or RepoOptions()
-    manifest = open_bundle(folder)
-    _refuse_unservable(folder, manifest)
+    options = options or RepoOptions()
+    with bundle_folder(Path(folder)) as opened:
+        manifest = open_bundle(opened, verify=options.verify)
+        _refuse_unservable(opened, manifest)
+        return _written(opened, manifest, Path(out), options)
+
+
+def _written(folder: Path, manifest: Manifest, out: Path, options: RepoOptions) -> Repository:
     if out.exists():
         raise BundleError(
             what=f"something lies at `{out}` already.",
