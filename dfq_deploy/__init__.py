@@ -12,6 +12,7 @@ from calibrators.errors import RecipeError
 __version__ = "0.1.0"
 __all__ = [
     "AuditRecipe",
+    "GateLimits",
     "GeneratorsRecipe",
     "ImageSet",
     "ImageSetReader",
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "diagnose",
     "export",
+    "gate",
     "generate",
     "load",
     "plot_generators",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
+    from dfq_deploy.gating.limits import GateLimits
+    from dfq_deploy.gating.running import gate
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AuditRecipe": "recipe",
+    "GateLimits": "gating.limits",
     "GeneratorsRecipe": "bench_recipe",
     "ImageSet": "converting",
     "ImageSetReader": "converting",
@@ -61,6 +66,7 @@ _HOMES = {
     "convert": "converting",
     "diagnose": "doctor",
     "export": "pipeline",
+    "gate": "gating.running",
     "generate": "pipeline",
     "load": "runtime",
     "plot_generators": "charts.generators",

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
-from dfq_deploy.commands import judging, looking, making, running
+from dfq_deploy.commands import gating, judging, looking, making, running
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.recipe import fields_in
@@ -39,6 +39,7 @@ for _command in (
     making.build,
     judging.audit,
     judging.check,
+    gating.gate,
     judging.sensitivity,
     running.infer,
     looking.show,

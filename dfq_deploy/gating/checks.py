@@ -32,21 +32,21 @@ def exact_check(name: str, wrong: Sequence[str], said: str) -> GateCheck:
     )
 
 
-def drop_check(name: str, pair: Paired, limit: float, *, against: str, two_sided: bool = True) -> GateCheck:
-    """Points that the engine loses against something, paired per image.
+def drop_check(name: str, pair: Paired, limit: float, *, said: str, two_sided: bool = True) -> GateCheck:
+    """Points that the engine loses against something else, paired per image.
 
     Args:
         name: The check.
         pair: The counts.
         limit: Points that may be lost.
-        against: What the engine is compared with, in words.
+        said: What the points are, in words.
         two_sided: A gain beyond the limit is no pass either: it needs an explanation as much as a loss does.
     """
     low, high = -limit if two_sided else -100.0, limit
     interval, value = pair.interval, pair.points
     verdict = verdict_between(interval, low, high)
     measured = (
-        f"{value:+.2f} points lost against {against} (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, exact "
+        f"{value:+.2f} points {said} (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, exact "
         f"McNemar p = {pair.p_value:.2g}); {limit:g} allowed"
     )
     if verdict == "undecided":
@@ -63,9 +63,7 @@ def share_check(name: str, share: Share, limit: float, *, said: str) -> GateChec
     measured = f"{said}: {share.percent:.2f} % (95 % interval {share.low:.2f} to {share.high:.2f}); {limit:g} needed"
     if verdict == "undecided":
         measured += _more(
-            images_for_share(
-                share.percent, share.n, lambda ends: verdict_between(ends, limit, 100.0) != "undecided"
-            )
+            images_for_share(share.percent, share.n, lambda ends: verdict_between(ends, limit, 100.0) != "undecided")
         )
     return GateCheck(name, share.percent, limit, interval, verdict, measured)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from calibrators.files import written_whole
 from dfq_deploy.gating.statistics import Interval
+from dfq_deploy.gating.writers import write_junit, write_markdown
 from dfq_deploy.measures import without_nan
 
 __all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
@@ -52,6 +53,7 @@ class GateResult:
         left_out: Checks that could not be made, with the reason.
         smallest_detectable_drop_pt: Points of top-1, of agreement with float where there are no labels, that would have
             to be lost for these images to show it with 80 % power.
+        changes: What an update changed in the baseline, a line each.
     """
 
     verdict: Verdict
@@ -61,6 +63,7 @@ class GateResult:
     checks: tuple[GateCheck, ...]
     left_out: dict[str, str]
     smallest_detectable_drop_pt: float
+    changes: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:
@@ -107,11 +110,19 @@ class GateResult:
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
 
+    def save_junit(self, path: Path) -> None:
+        """Write the checks as JUnit XML."""
+        write_junit(self, path)
+
+    def save_markdown(self, path: Path) -> None:
+        """Write the checks as a Markdown table."""
+        write_markdown(self, path)
+
 
 def worst_of(checks: Sequence[GateCheck]) -> Verdict:
     """`fail` if one check failed, else `undecided` if one is, else `pass`."""
     verdicts = {check.verdict for check in checks}
-    return next((verdict for verdict in ("fail", "undecided") if verdict in verdicts), "pass")  # type: ignore[return-value]
+    return next((verdict for verdict in ("fail", "undecided") if verdict in verdicts), "pass")
 
 
 def _rounded(value: float) -> float:

@@ -129,5 +129,5 @@ def _fewest(enough: Callable[[int], bool], n: int) -> int | None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    digit = 10 ** max(0, len(str(high)) - 2)
+    digit = int(10 ** max(0, len(str(high)) - 2))
     return -(-high // digit) * digit
