@@ -1,5 +1,6 @@
 """The engine against its baseline: accuracy, decisions, size and time, paired per image where images are in both."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from dfq_deploy.gating.statistics import Paired
 __all__ = ["baseline_checks", "new_baseline"]
 
 _MIB = 2.0**20
+_SQNR_DB = 1.0  # what another machine's rounding changes over a whole set of images is a tenth of that
 
 
 def new_baseline(bundle: OpenBundle, seen: Seen) -> Baseline:
@@ -31,6 +33,7 @@ def new_baseline(bundle: OpenBundle, seen: Seen) -> Baseline:
         n=found.n,
         top1=found.top1["engine"].percent if found.top1 else None,
         agreement=found.agreement["engine_float"].percent,
+        sqnr_db=_sqnr(seen),
         size_bytes=engine_bytes(bundle.folder, manifest),
         latency_ratio=round(seen.time[0], 3) if seen.time else None,
         decisions=dict(zip(seen.hashes, seen.decisions["engine"].tolist(), strict=True)),
@@ -47,6 +50,10 @@ def baseline_checks(
         return checks, dict.fromkeys(("baseline_drop", "baseline_decisions", "size", "latency"), checks[0].reason)
     checks += [*_paired(seen, before, limits), _size(baseline, bundle, limits)]
     left_out = {} if seen.labels is not None else {"baseline_drop": "no labels"}
+    if baseline.decisions.keys() == set(seen.hashes):
+        checks.append(_sqnr_check(baseline.sqnr_db, _sqnr(seen)))
+    else:
+        left_out["baseline_sqnr"] = "it is that of other images"
     if seen.time is None or baseline.latency_ratio is None:
         left_out["latency"] = seen.untimed or "the baseline was written without it"
     else:
@@ -97,6 +104,22 @@ def _paired(seen: Seen, before: np.ndarray, limits: GateLimits) -> Iterator[Gate
         f"matter changes ({moved.sum()})",
         two_sided=False,
     )
+
+
+def _sqnr(seen: Seen) -> float | None:
+    """Of the engine's logits against float's, in dB; None where it is not a number."""
+    value = seen.found.sqnr_db["engine_float"]
+    return value if math.isfinite(value) else None
+
+
+def _sqnr_check(before: float | None, now: float | None) -> GateCheck:
+    """How far the logits are from float's: sees a plan that became worse long before a decision does."""
+    change = 0.0 if before == now else math.inf if before is None or now is None else now - before
+    said = f"{now} dB to float, {before} in the baseline; {_SQNR_DB:g} dB either way allowed"
+    if change > _SQNR_DB:
+        said += ": an improvement that nothing explains"
+    within = abs(change) <= _SQNR_DB
+    return GateCheck("baseline_sqnr", change, _SQNR_DB, (change, change), "pass" if within else "fail", said)
 
 
 def _size(baseline: Baseline, bundle: OpenBundle, limits: GateLimits) -> GateCheck:

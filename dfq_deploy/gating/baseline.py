@@ -37,6 +37,7 @@ class Baseline(BaseModel):
         n: Number of images.
         top1: Label accuracy of the engine in percent, None without labels.
         agreement: Percentage of images on which the engine decides as float does.
+        sqnr_db: Signal to quantization noise ratio of its logits against float's; None where it is not a number.
         size_bytes: Size of the engine.
         latency_ratio: Its time for one image over that of the float model, None where that could not be measured.
         decisions: The engine's class by image.
@@ -54,6 +55,7 @@ class Baseline(BaseModel):
     n: Annotated[int, Field(ge=1)]
     top1: float | None
     agreement: float
+    sqnr_db: float | None
     size_bytes: Annotated[int, Field(ge=1)]
     latency_ratio: Annotated[float, Field(gt=0)] | None
     decisions: Annotated[dict[_Hash, int], Field(min_length=1)]
