@@ -76,8 +76,8 @@ def ratio_check(
     verdict, reason = found
     if verdict == "undecided":
         end = low if value > limit else high
-        shrunk = ((end - value) / (limit - value)) ** 2 if math.isfinite(end) and value != limit else math.inf
-        reason += _more(math.ceil(n * shrunk) if math.isfinite(shrunk) else None)
+        shrunk = ((end - value) / (limit - value)) ** 2 if math.isfinite(end) and value != limit else 0.0
+        reason += _more(math.ceil(n * shrunk)) if shrunk else ": undecided, use more images"
     return GateCheck(name, value, limit, (low, high), verdict, reason)
 
 
@@ -118,4 +118,4 @@ def layers_check(errors: Mapping[str, float], tolerance: Mapping[str, float]) ->
 
 
 def _more(images: int | None) -> str:
-    return f": undecided, use at least {images} images" if images else ": undecided, and no number of images decides"
+    return f": undecided, use at least {images} images" if images else ": undecided, a million images would not decide"

@@ -22,7 +22,7 @@ _POWER = 0.8
 _Z = float(stats.norm.ppf(0.5 + _CONFIDENCE / 2))
 _Z_POWER = float(stats.norm.ppf(_POWER))
 _EDGE = 1e-12
-_MOST = 10_000_000  # images; past that a rate is at its limit and no number decides
+_MOST = 1_000_000  # images; past that a rate is at its limit
 
 Interval = tuple[float, float]
 
@@ -86,7 +86,7 @@ class Paired:
         return 100.0 * float(optimize.brentq(beyond, 0.0, 1.0)) if beyond(1.0) > 0 else 100.0
 
     def images_for(self, decided: Callable[[Interval], bool]) -> int | None:
-        """The fewest images whose interval would decide, were they like these; None where no number would."""
+        """The fewest images whose interval would decide, were they like these; None where a million would not."""
 
         def enough(n: int) -> bool:
             lost, gained = ((count + 0.5) / (self.n + 1) for count in (self.lost, self.gained))
@@ -113,7 +113,7 @@ def share_interval(share: float, n: int) -> Interval:
 
 
 def images_for_share(percent: float, n: int, decided: Callable[[Interval], bool]) -> int | None:
-    """The fewest images on which a share would be decided, found to be `percent` on `n`; None where no number would."""
+    """The fewest images that would decide on a share, found to be `percent` on `n`; None where a million would not."""
     share = (percent / 100.0 * n + 0.5) / (n + 1)
     return _fewest(lambda more: decided(share_interval(share, more)), n)
 
