@@ -85,7 +85,7 @@ class Baseline(BaseModel):
             raise RecipeError(
                 what=f"`{path}` is not a baseline of format 1.",
                 why=f"{error['msg']} at `{'.'.join(map(str, error['loc']))}`.",
-                fix="write it again with --update.",
+                fix="delete it, if it was one, and write it again with --update.",
             ) from cause
 
     def of(self, images: list[str]) -> np.ndarray:
@@ -105,7 +105,7 @@ def changes_between(before: Baseline | None, after: Baseline) -> Iterator[str]:
         common = before.decisions.keys() & after.decisions.keys()
         changed = [image for image in after.decisions if image in common and _differ(image, before, after)]
         yield f"decisions: {len(changed)} of {len(common)} changed" + (
-            f", {len(after.decisions) - len(common)} images new, {len(before.decisions) - len(common)} gone"
+            f", {len(after.decisions) - len(common)} new, {len(before.decisions) - len(common)} gone"
             if len(common) < max(len(before.decisions), len(after.decisions))
             else ""
         )
