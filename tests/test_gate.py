@@ -160,6 +160,17 @@ def test_other_weights_fail_and_nothing_is_run(bundle: Path) -> None:
     assert _said(dfq.gate(bundle)) == {"bundle": "pass", "weights": "fail"}
 
 
+def test_constants_of_another_format_and_body_are_found_right(tmp_path: Path) -> None:
+    recipe = dfq.Recipe(
+        model="demo", generator="noise", count=4, refine="none", scheme="w4a16", backend="rtx", float="bf16"
+    )
+    dfq.export(recipe, tmp_path, limit=1)
+    found = dfq.gate(tmp_path)
+    assert _said(found)["constants"] == "pass"
+    assert found.verdict == "undecided"
+    assert _said(found)["engine"] == "undecided"
+
+
 def test_no_bundle_is_a_wrong_call(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         dfq.gate(tmp_path)
