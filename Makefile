@@ -4,7 +4,8 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers accuracy simulated spdfq generators float-body int4 latency clean
+.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency docs \
+  clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -28,6 +29,9 @@ bench: .venv/test.stamp
 bench-peers: .venv/test.stamp
 	$(BIN)/python -m benchmarks.peers.run --out $(OUT)/peers
 
+bench-serving: .venv/test.stamp
+	$(BIN)/python benchmarks/serving.py --out $(OUT)/serving.json
+
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
 
@@ -48,6 +52,9 @@ int4: .venv/test.stamp
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
+
+docs: .venv/docs.stamp
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(OUT)/site
 
 clean:
 	rm -rf .venv .venv-peers $(OUT)

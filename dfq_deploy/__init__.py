@@ -17,7 +17,9 @@ __all__ = [
     "ImageSet",
     "ImageSetReader",
     "Recipe",
+    "RepoOptions",
     "Runner",
+    "ServeOptions",
     "audit",
     "bench_generators",
     "build",
@@ -32,6 +34,8 @@ __all__ = [
     "plot_generators",
     "plot_sensitivity",
     "sensitivity",
+    "serve",
+    "serve_repo",
     "simulate",
 ]
 
@@ -48,6 +52,9 @@ if TYPE_CHECKING:
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.runtime import Runner, load
+    from dfq_deploy.serving.options import RepoOptions, ServeOptions
+    from dfq_deploy.serving.server import serve
+    from dfq_deploy.serving.triton import serve_repo
     from dfq_deploy.target import build
 
 _HOMES = {
@@ -57,7 +64,9 @@ _HOMES = {
     "ImageSet": "converting",
     "ImageSetReader": "converting",
     "Recipe": "recipe",
+    "RepoOptions": "serving.options",
     "Runner": "runtime",
+    "ServeOptions": "serving.options",
     "audit": "auditing",
     "bench_generators": "generator_bench",
     "build": "target",
@@ -72,6 +81,8 @@ _HOMES = {
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
     "sensitivity": "pipeline",
+    "serve": "serving.server",
+    "serve_repo": "serving.triton",
     "simulate": "pipeline",
 }
 
@@ -83,9 +94,10 @@ def __getattr__(name: str) -> Any:
     try:
         home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     except ModuleNotFoundError as cause:
+        serving = _HOMES[name].startswith("serving.")
         raise RecipeError(
             what=f"`{name}` needs the package `{cause.name}`, which is not installed.",
-            why="making an engine takes more than running one.",
-            fix="pip install 'dfq-deploy[export]'.",
+            why=f"{'serving' if serving else 'making'} an engine takes more than running one.",
+            fix=f"pip install 'dfq-deploy[{'serve' if serving else 'export'}]'.",
         ) from cause
     return getattr(home, name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from calibrators.errors import RecipeError
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
-from dfq_deploy.recipe import CalibrateRecipe, ModelRecipe
+from dfq_deploy.recipe import CalibrateRecipe, DeviceName, ModelRecipe
 
 __all__ = ["NOISE", "REAL", "GeneratorsRecipe", "form_of"]
 
@@ -37,6 +37,8 @@ class GeneratorsRecipe(ModelRecipe):
     """Seeds of the images, with commas between them. Real images are drawn by them."""
     count: int = 32
     """Number of images per set."""
+    device: DeviceName = "auto"
+    """What makes the images: cpu, cuda, or auto (a GPU where PyTorch finds one); the rest is computed on the CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +62,7 @@ class GeneratorsRecipe(ModelRecipe):
                 )
         _check_twice("seeds", self.seed_numbers)
         for chain in self.refine:  # the rest is what a single run would be told
-            CalibrateRecipe(model=self.model, count=self.count, refine=chain)
+            CalibrateRecipe(model=self.model, count=self.count, refine=chain, device=self.device)
 
     @property
     def generator_names(self) -> tuple[str, ...]:

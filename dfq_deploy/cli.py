@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
-from dfq_deploy.commands import gating, judging, looking, making, running
+from dfq_deploy.commands import gating, judging, looking, making, running, serving
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.recipe import fields_in
@@ -35,13 +35,15 @@ for _command in (
     making.export,
     making.generate,
     making.calibrate,
-    making.simulate,
-    making.build,
     judging.audit,
+    making.build,
     judging.check,
     gating.gate,
     judging.sensitivity,
+    making.simulate,
     running.infer,
+    serving.serve,
+    serving.serve_repo,
     looking.show,
     looking.convert,
     looking.doctor,

@@ -20,6 +20,7 @@ _NEEDED = {
     "torch": "making bundles: pip install 'dfq-deploy[export]'",
     "timm": "making bundles: pip install 'dfq-deploy[export]'",
     "onnxsim": "making bundles: pip install 'dfq-deploy[export]'",
+    "fastapi": "dfq-deploy serve: pip install 'dfq-deploy[serve]'",
     "tensorrt": "--backend trt, on the machine that builds: pip install tensorrt; without it engines stay pending",
     "tensorrt-rtx-cu13": "--backend rtx, and to foresee what TensorRT does: pip install 'dfq-deploy[rtx]'",
     "cuda-bindings": "running TensorRT engines: pip install cuda-bindings",

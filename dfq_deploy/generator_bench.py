@@ -26,6 +26,7 @@ from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
 from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_on
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
@@ -121,7 +122,13 @@ class _Desk:
         kind, exact = form_of(generator)
         name = f"set-{_in_names(generator)}"  # not images-…, by which an export knows its own
         facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
-        options = GenerateOptions(self.recipe.count, seed, exact, formats=partial(formats_on, quantizer))
+        options = GenerateOptions(
+            self.recipe.count,
+            seed,
+            exact,
+            formats=partial(formats_on, quantizer),
+            device=device_named(self.recipe.device),
+        )
         make = partial(self._make, kind, options, progress)
         if kind in STUDENTS:
             name += f"-{scheme}"

@@ -22,6 +22,7 @@ __all__ = [
     "AuditRecipe",
     "BackendName",
     "CalibrateRecipe",
+    "DeviceName",
     "GenerateRecipe",
     "ModelRecipe",
     "ProviderName",
@@ -33,6 +34,7 @@ __all__ = [
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _FLOATS = ("fp32", "fp16", "bf16")
+_DEVICES = ("auto", "cpu", "cuda")
 _LEAST = ("latency", "size")
 _BLOCKS = (16, 32, 64, 128)
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
     from builtins import int as BlockSize
     from builtins import str as BackendName
     from builtins import str as CollectorName
+    from builtins import str as DeviceName
     from builtins import str as FloatName
     from builtins import str as LeastName
     from builtins import str as ObserverName
@@ -49,6 +52,7 @@ else:
     BackendName = Literal[names("exporters.backends")]
     CollectorName = Literal[names("calibrators.collectors")]
     BlockSize = Literal[_BLOCKS]
+    DeviceName = Literal[_DEVICES]
     FloatName = Literal[_FLOATS]
     LeastName = Literal[_LEAST]
     ObserverName = Literal[_OBSERVERS]
@@ -95,6 +99,8 @@ class GenerateRecipe(ModelRecipe):
     exact: bool = False
     """Compute in float32 and, as far as a generator's paper says them, with its estimator and its number of steps: many
     times slower for psaq_v1, a little for dfq."""
+    device: DeviceName = "auto"
+    """What makes the images: cpu, cuda, or auto (a GPU where PyTorch finds one); all else is computed on the CPU."""
     count: int = BATCH
     """Number of synthetic images."""
     first: int = 0
@@ -106,6 +112,7 @@ class GenerateRecipe(ModelRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("scheme", self.scheme, tuple(SCHEMES))
+        _check_name("device", self.device, _DEVICES)
         asked = self.generator.split(",")
         for name in asked:
             _check_name("generator", name, names("dfq_deploy.generation.generators"))

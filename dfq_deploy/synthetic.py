@@ -14,6 +14,7 @@ from calibrators.pictures import write_contact_sheet
 from dfq_deploy.building import made_with
 from dfq_deploy.formats import FORMAT_FIELDS, formats_on
 from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
@@ -33,7 +34,16 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
     """
     if recipe.calib != "synthetic":
         return open_images(recipe.calib, model.preprocess)
-    facts = [recipe.generator, recipe.count, recipe.first, recipe.seed, recipe.exact, model.fingerprint, made_with()]
+    facts = [
+        recipe.generator,
+        recipe.count,
+        recipe.first,
+        recipe.seed,
+        recipe.exact,
+        recipe.device,
+        model.fingerprint,
+        made_with(),
+    ]
     if set(STUDENTS) & set(recipe.generator.split(",")):
         facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
     path = work.stage("images", ".safetensors", facts, lambda path: write_images(recipe, model, path, watch))
@@ -55,6 +65,7 @@ def write_images(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch)
         exact=recipe.exact,
         formats=functools.partial(formats_on, whole),
         keep_in=batches,
+        device=device_named(recipe.device),
     )
     images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
     write_contact_sheet(images, path)

@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, Preprocess
 from calibrators.registry import names, pick
-from dfq_deploy.generation import GenerateOptions, batching, quiet, similarity
-from dfq_deploy.generation.engine import Schedule, Stage, Term, View, _Moves, optimise
+from dfq_deploy.generation import GenerateOptions, batching, checkpoint, quiet, similarity
+from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, View, optimise
 from dfq_deploy.generation.generators import dfq, psaq_v1, psaq_v2, spdfq, zeroq
 from dfq_deploy.generation.losses import (
     _entropy_v1,
@@ -26,6 +27,7 @@ from dfq_deploy.generation.losses import (
     total_variation_scale,
 )
 from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.moves import Moves
 from dfq_deploy.generation.priors import rectangles
 from dfq_deploy.generation.taps import attention_taps, captured
 from dfq_deploy.models import Model
@@ -258,12 +260,11 @@ def run_loop(model: Model, term: Term, *, steps: int, plateau: float | None = No
     return optimise(
         model,
         torch.zeros(2, *model.preprocess.shape),
+        Batch(2, torch.Generator().manual_seed(0), progress),
         layers={},
         terms=[term],
         schedule=Schedule((Stage(steps, 3),), 0.1, 0.2, plateau),
         dtype=None,
-        generator=torch.Generator().manual_seed(0),
-        progress=progress,
     )
 
 
@@ -277,8 +278,7 @@ def test_rate_warms_up_and_cools_down_as_v1s():
 
 
 def test_moves_are_rolls_and_flips_and_come_back():
-    schedule = Schedule((Stage(20, 0), Stage(20, 3)), 0.1, 0.2, None)
-    moves = _Moves.drawn(schedule, (6, 8), torch.Generator().manual_seed(1), torch.device("cpu"))
+    moves = Moves.drawn([(20, 0), (20, 3)], (6, 8), torch.Generator().manual_seed(1), torch.device("cpu"))
     image = draws(1, 2, 6, 8)
     rolls = {
         (offset, flip): image.roll((offset, offset), (2, 3)).flip(3) if flip else image.roll((offset, offset), (2, 3))
@@ -298,18 +298,17 @@ def test_moves_are_rolls_and_flips_and_come_back():
 def test_gradient_goes_back_to_the_pixel_that_was_shown(demo: Model):
     target = draws(3, 32, 32).float().clamp(-1, 1)
     schedule = Schedule((Stage(30, 0),), 0.1, 0.2, None)
-    moves = _Moves.drawn(schedule, (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
+    moves = Moves.drawn([(30, 0)], (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
     # The term un-does the move itself: only if the loop maps the gradient back do the pixels reach the target.
     term = Term("distance", 1.0, lambda view: (moves.moved_back(view.pixels, view.step) - target).square().mean())
     made = optimise(
         demo,
         torch.zeros(1, 3, 32, 32),
+        Batch(2, torch.Generator().manual_seed(0), quiet),
         layers={},
         terms=[term],
         schedule=schedule,
         dtype=None,
-        generator=torch.Generator().manual_seed(0),
-        progress=quiet,
     )
     assert made.last["distance"] < 0.01 * made.first["distance"]
 
@@ -317,7 +316,7 @@ def test_gradient_goes_back_to_the_pixel_that_was_shown(demo: Model):
 def test_gradient_goes_back_through_the_augmentation(demo: Model):
     target = draws(3, 16, 16).float().clamp(-1, 1)
     schedule = Schedule((Stage(40, 0),), 0.1, 0.2, None)
-    moves = _Moves.drawn(schedule, (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
+    moves = Moves.drawn([(40, 0)], (32, 32), torch.Generator().manual_seed(0), torch.device("cpu"))
 
     def with_corner(images: torch.Tensor) -> torch.Tensor:
         corner = images[:, :, :16, :16].flip(2)
@@ -330,17 +329,55 @@ def test_gradient_goes_back_through_the_augmentation(demo: Model):
     made = optimise(
         demo,
         torch.zeros(1, 3, 32, 32),
+        Batch(2, torch.Generator().manual_seed(0), quiet),
         layers={},
         terms=[Term("corner", 1.0, distance)],
         schedule=schedule,
         dtype=None,
-        generator=torch.Generator().manual_seed(0),
-        progress=quiet,
         augment=with_corner,
     )
     assert made.last["corner"] < 0.01 * made.first["corner"]
     np.testing.assert_allclose(made.pixels[0, :, :16, :16], target, atol=0.2)
     assert not made.pixels[:, :, 16:].any() and not made.pixels[:, :, :, 16:].any()
+
+
+@pytest.mark.parametrize("plateau", [None, 0.5])
+@pytest.mark.parametrize("killed_in", [3, 25, 75])
+def test_a_loop_that_was_killed_goes_on_where_it_was(
+    demo: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int, plateau: float | None
+):
+    """Whether before the first file, in the first stage or in the second, and where a stage ended early."""
+    monkeypatch.setattr(checkpoint, "_SECONDS", 0.0)
+    ran: list[int] = []
+
+    def run(unfinished: Path | None, killed_in: int | None = None) -> Optimised:
+        def distance(view: View) -> torch.Tensor:
+            if view.step == killed_in:
+                raise KeyboardInterrupt
+            ran.append(view.step)
+            return (view.pixels - 0.5).square().mean() + view.outputs.square().mean()
+
+        batch = Batch(2, torch.Generator().manual_seed(0), quiet, unfinished)
+        schedule = Schedule((Stage(50, 3), Stage(40, 1)), 0.1, 0.2, plateau)
+        start, terms = torch.zeros(2, *demo.preprocess.shape), [Term("distance", 1.0, distance)]
+        return optimise(demo, start, batch, layers={}, terms=terms, schedule=schedule, dtype=None)
+
+    whole = run(None)
+    kept = tmp_path / "batch.unfinished"
+    with pytest.raises(KeyboardInterrupt):
+        run(kept, killed_in)
+    ran.clear()
+    resumed = run(kept)
+    np.testing.assert_array_equal(resumed.pixels, whole.pixels)
+    assert replace(resumed, pixels=whole.pixels) == whole  # terms, steps and passes as well
+    assert min(ran) == killed_in // 10 * 10
+
+
+def test_no_state_is_written_of_what_takes_under_a_minute(demo: Model, tmp_path: Path):
+    batch = Batch(2, torch.Generator().manual_seed(0), quiet, tmp_path / "batch.unfinished")
+    term, schedule = Term("logits", 1.0, lambda view: view.outputs.sum()), Schedule((Stage(20, 0),), 0.1, 0.2, None)
+    optimise(demo, torch.zeros(2, 3, 32, 32), batch, layers={}, terms=[term], schedule=schedule, dtype=None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -360,12 +397,11 @@ def test_after_each_step_one_is_told_what_was_seen(demo: Model):
     made = optimise(
         demo,
         torch.zeros(2, *demo.preprocess.shape),
+        Batch(2, torch.Generator().manual_seed(0), quiet),
         layers={},
         terms=[Term("logits", 1.0, lambda view: view.outputs.sum())],
         schedule=Schedule((Stage(2, 0), Stage(1, 0)), 0.1, 0.2, None),
         dtype=None,
-        generator=torch.Generator().manual_seed(0),
-        progress=quiet,
         after_step=seen.append,
     )
     assert [view.step for view in seen] == [0, 1, 2]

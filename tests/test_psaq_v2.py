@@ -23,7 +23,7 @@ from calibrators.sites import attach_sites
 from dfq_deploy.cli import run
 from dfq_deploy.formats import formats_on
 from dfq_deploy.generation import GenerateOptions, batching, quiet
-from dfq_deploy.generation.engine import Schedule, Stage, Term, View, optimise
+from dfq_deploy.generation.engine import Batch, Schedule, Stage, Term, View, optimise
 from dfq_deploy.generation.generators import psaq_v2
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
@@ -126,12 +126,11 @@ def test_generation_steps_raise_the_discrepancy(demo: Model) -> None:
     made = optimise(
         demo,
         _view(demo).pixels[:4],
+        Batch(2, torch.Generator().manual_seed(0), quiet),
         layers={},
         terms=[Term("discrepancy", -1.0, learner.against)],
         schedule=Schedule((Stage(30, 0),), 0.2, 0.2, None),
         dtype=None,
-        generator=torch.Generator().manual_seed(0),
-        progress=quiet,
     )
     assert made.last["discrepancy"] > 1.3 * made.first["discrepancy"]
     assert learner.student() is None, "it was only looked at"

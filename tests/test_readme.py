@@ -8,11 +8,13 @@ import re
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 from PIL import Image
 
 import dfq_deploy
+from benchmarks.serving import start
 from dfq_deploy.cli import app, run
 from exporters.bundle import open_bundle
 
@@ -114,8 +116,33 @@ def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["agreement"]["percent"] > 80
 
 
+def test_the_commands_for_serving_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    (repository,) = re.findall(r"^dfq-deploy (serve-repo .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run(repository.split()) == 0
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [
+        "deit_t",
+        "deit_t_encoded",
+        "deit_t_preprocess",
+    ]
+    if which("curl") is None:
+        pytest.skip("curl is not installed")
+    (block,) = (block for block in blocks("sh") if block.startswith("dfq-deploy serve "))
+    command, _, client = block.partition("\n")
+    server = start(tmp_path / "runs" / "deit_t", name=command.split()[-1])
+    try:
+        Image.new("RGB", (40, 50)).save(tmp_path / "photo.jpg")
+        asked = ["bash", "-c", client.replace(":8000/", f":{server.port}/")]
+        (output,) = json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)["outputs"]
+    finally:
+        server.stop()
+    assert [text.count(":") for text in output["data"]] == [2, 2, 2]
+
+
 def test_every_command_and_flag_that_readme_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = set(re.findall(r"`dfq-deploy (\w+)", README))
+    commands = set(re.findall(r"`dfq-deploy ([\w-]+)", README))
     assert {name for name in app if not name.startswith("-")} <= commands
     for command in commands:
         assert app[command] is not None

@@ -12,11 +12,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from calibrators.errors import CalibrationWarning, ImagesError
+from calibrators.errors import CalibrationWarning, ImagesError, RecipeError
 from calibrators.images import Preprocess
 from calibrators.registry import pick
 from dfq_deploy import pipeline
 from dfq_deploy.generation import GenerateOptions, batching
+from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import dfq, noise, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.generators.spdfq import Spdfq
@@ -220,6 +221,27 @@ def test_batches_are_not_kept_once_the_set_is_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(batching, "BATCH", 2)
     pipeline.generate(GenerateRecipe(model="demo", generator="dfq", count=3), tmp_path / "images.safetensors")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.png", "images.safetensors"]
+
+
+# The device.
+
+
+def test_a_generator_finds_the_model_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch):
+    moves: list[object] = []
+    demo = load_model("demo")
+    monkeypatch.setattr(demo.module, "to", moves.append)
+    images = make_images(["noise"], demo, GenerateOptions(2, device="cuda"))
+    assert moves == ["cuda", torch.device("cpu")]
+    assert images.made_by["device"] == "cuda"
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    for found, wanted in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert device_named("auto") == wanted
+        assert device_named("cpu") == "cpu"
+    with pytest.raises(RecipeError, match="no GPU"):
+        device_named("cuda")
 
 
 # Sets that are of no use.

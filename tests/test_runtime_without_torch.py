@@ -96,6 +96,8 @@ def test_what_needs_torch_says_so_without_a_traceback(tmp_path: Path) -> None:
         "import sys; from dfq_deploy.cli import run; run(['--help'])",
         "import sys; from dfq_deploy.cli import run; run(['export', '--help'])",
         "import sys; from dfq_deploy.cli import run; run(['exprot'])",
+        "import sys; from dfq_deploy.cli import run; run(['serve', '--help'])",
+        "import sys, dfq_deploy; dfq_deploy.serve, dfq_deploy.serve_repo, dfq_deploy.ServeOptions()",
         "import sys; from dfq_deploy.cli import run; run(['doctor'])",
         "import sys, dfq_deploy; dfq_deploy.ImageSetReader; dfq_deploy.convert",
     ],

@@ -46,6 +46,7 @@ class GenerateOptions:
             they are not kept.
         first: Number of the first of them among all that the seed gives, a multiple of `BATCH`; they are those that
             stand there in a set that begins at 0.
+        device: What computes them, `cpu` or `cuda`; it is there. The model is moved to it and back.
     """
 
     count: int = BATCH
@@ -54,3 +55,4 @@ class GenerateOptions:
     formats: Formats | None = None
     keep_in: Path | None = None
     first: int = 0
+    device: str = "cpu"

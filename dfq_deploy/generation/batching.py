@@ -8,7 +8,7 @@ knows what is made.
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from dfq_deploy.generation import BATCH, GenerateOptions, Progress
-from dfq_deploy.generation.engine import Optimised, fast_dtype
+from dfq_deploy.generation.engine import Batch, Optimised, fast_dtype
 from dfq_deploy.models import Model
 
 __all__ = ["batches", "in_batches", "optimised_set", "provenance"]
@@ -37,7 +37,7 @@ def batches(options: GenerateOptions, most: int | None = None) -> Iterator[tuple
 
 
 def in_batches(
-    options: GenerateOptions, one_batch: Callable[[int, torch.Generator, Progress], _Made], progress: Progress
+    options: GenerateOptions, one_batch: Callable[[Batch], _Made], progress: Progress
 ) -> tuple[list[_Made], int]:
     """What `one_batch` makes of each batch, and the size of whole ones; `progress` is told of all of them as one.
 
@@ -64,12 +64,12 @@ def in_batches(
 def _made(
     options: GenerateOptions,
     most: int,
-    one_batch: Callable[[int, torch.Generator, Progress], _Made],
+    one_batch: Callable[[Batch], _Made],
     progress: Progress,
 ) -> list[_Made]:
     shares = list(batches(options, most))
     return [
-        one_batch(size, generator, functools.partial(_tell_share, progress, number, len(shares)))
+        one_batch(Batch(size, generator, functools.partial(_tell_share, progress, number, len(shares))))
         for number, (size, generator) in enumerate(shares)
     ]
 
@@ -106,6 +106,7 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
         "model_fingerprint": model.fingerprint,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": options.device,
     }
 
 
@@ -113,13 +114,13 @@ def optimised_set(
     generator: str,
     model: Model,
     options: GenerateOptions,
-    one_batch: Callable[[int, torch.Generator, Progress], Optimised],
+    one_batch: Callable[[Batch], Optimised],
     progress: Progress,
     settings: dict[str, Any] | None = None,
 ) -> ImageSet:
     """What the optimisation loop makes, batch after batch, as one set, with the facts that repeat it.
 
-    Finished batches are kept where `options.keep_in` says, as long as there are several.
+    Finished batches, and what an unfinished one has come to, are kept where `options.keep_in` says.
 
     Args:
         generator: The recipe's name.
@@ -133,7 +134,7 @@ def optimised_set(
         ImagesError: The device's memory does not hold half a batch either.
     """
     origin = provenance(generator, model, options) | (settings or {})
-    if options.keep_in and options.count > BATCH:
+    if options.keep_in:
         one_batch = functools.partial(_kept, options.keep_in, origin, model, one_batch)
     made, whole = in_batches(options, one_batch, progress)
     facts = {
@@ -154,21 +155,21 @@ def _kept(
     folder: Path,
     origin: Mapping[str, Any],
     model: Model,
-    one_batch: Callable[[int, torch.Generator, Progress], Optimised],
-    size: int,
-    generator: torch.Generator,
-    progress: Progress,
+    one_batch: Callable[[Batch], Optimised],
+    batch: Batch,
 ) -> Optimised:
-    """The batch from its file; made, and put there, if it is not."""
+    """The batch from its file; made, and put there, if it is not; taken up where a run left it, if one has."""
     device = next(model.module.parameters()).device
-    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed(), device.type, str(fast_dtype(device))]
-    facts += [version(name) for name in ("dfq-deploy", "timm")]
+    facts = [{**origin, "count": batch.size, "first": 0}, batch.generator.initial_seed()]
+    facts += [device.type, str(fast_dtype(device)), *(version(name) for name in ("dfq-deploy", "timm"))]
     path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
+    unfinished = path.with_suffix(".unfinished")
     if path.exists():
         kept = ImageSet.load(path)
-        progress(1, 1, {})
+        batch.progress(1, 1, {})
         return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
-    made = one_batch(size, generator, progress)
+    made = one_batch(replace(batch, unfinished=unfinished))
     of_loop = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "pixels"}
     ImageSet.of(made.pixels, model.preprocess, source="batch", made_by=of_loop).save(path)
+    unfinished.unlink(missing_ok=True)
     return made

@@ -6,28 +6,49 @@ the layers whose inputs they look at and the schedule; the loop knows none of th
 before the first step, and values come to the host every `_LOOK_EVERY` steps only, so that a GPU is not waited for in
 between.
 
-One seed gives the same bytes on one CPU with one number of threads. On a GPU, fused attention may add up its gradient
-in another order on each run.
+A run that was killed goes on from the last `Checkpoint`. One seed gives the same bytes on one CPU with one number of
+threads. On a GPU, fused attention may add up its gradient in another order on each run.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dfq_deploy.generation import Progress
+from dfq_deploy.generation.checkpoint import Checkpoint
+from dfq_deploy.generation.moves import Moves
 from dfq_deploy.generation.taps import captured
 from dfq_deploy.generation.trace import Trace
 from dfq_deploy.generation.written_out import attention_written_out
 from dfq_deploy.models import Model
 
-__all__ = ["Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
+__all__ = ["Batch", "Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
 
 _LOOK_EVERY = 10  # steps between two looks at the loss: for progress, NaN and the plateau
 _BETAS = (0.5, 0.9)  # Adam's, as in PSAQ-ViT
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are made together.
+
+    Attributes:
+        size: How many.
+        generator: Draws all that is random about them, on the CPU.
+        progress: Told every few steps.
+        unfinished: File in which a run that takes long keeps its state, and finds it again. None: it is not kept.
+    """
+
+    size: int
+    generator: torch.Generator
+    progress: Progress
+    unfinished: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -128,13 +149,12 @@ def fast_dtype(device: torch.device) -> torch.dtype | None:
 def optimise(
     model: Model,
     start: Tensor,
+    batch: Batch,
     *,
     layers: Mapping[str, nn.Module],
     terms: Sequence[Term],
     schedule: Schedule,
     dtype: torch.dtype | None,
-    generator: torch.Generator,
-    progress: Progress,
     augment: Callable[[Tensor], Tensor] = lambda images: images,
     after_step: Callable[[View], None] = lambda _: None,
 ) -> Optimised:
@@ -143,34 +163,38 @@ def optimise(
     Args:
         model: The network that the images are shown to; its weights stay as they are.
         start: Images (B, C, H, W) float32 to begin with, in normalised units.
+        batch: What draws shifts and flips, who is told, and where the state is kept.
         layers: Layers of the model whose inputs the terms look at, by any name.
         terms: What is minimised.
         schedule: How long and how fast.
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
-        generator: Draws the shifts and flips, on the CPU.
-        progress: Told every few steps.
         augment: Makes of the images (B, C, H, W) what is shown to the model, (B', C, H, W), such as the images and
             parts of them; differentiable.
-        after_step: Called after each step with what was seen in it, detached, but for the layers' inputs.
+        after_step: Called after each step with what was seen in it, detached, but for the layers' inputs; what it
+            learns is not kept in `batch.unfinished`.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
     """
-    loop = _Loop(model, start, terms, schedule, dtype, generator, augment)
+    loop = _Loop(model, start, terms, schedule, dtype=dtype, generator=batch.generator, augment=augment)
+    checkpoint = Checkpoint(batch.unfinished)
+    at_stage, at_step = loop.take_up(checkpoint.load())
     begin = 0
     with attention_written_out(loop.device), captured(layers) as inputs:
-        for stage in schedule.stages:
-            for done in range(1, stage.steps + 1):
+        for number, stage in enumerate(schedule.stages):
+            behind = at_step if number == at_stage else stage.steps if number < at_stage else 0
+            for done in range(behind + 1, stage.steps + 1):
                 after_step(loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs))
                 if done % _LOOK_EVERY == 0 or done == stage.steps:
-                    progress(begin + done, schedule.steps, loop.trace.look())
+                    batch.progress(begin + done, schedule.steps, loop.trace.look())
                     cooling = done - round(stage.steps * schedule.warmup)
                     if schedule.plateau is not None and loop.trace.flat(cooling, schedule.plateau):
                         break
+                    checkpoint.keep(functools.partial(loop.state, number, done))
             begin += stage.steps
     trace = loop.trace
     if trace.steps < schedule.steps:
-        progress(schedule.steps, schedule.steps, trace.terms(-1))
+        batch.progress(schedule.steps, schedule.steps, trace.terms(-1))
     precision = str(dtype or torch.float32).removeprefix("torch.")
     return Optimised(
         pixels=loop.pixels.cpu().numpy(),
@@ -192,6 +216,7 @@ class _Loop:
         start: Tensor,
         terms: Sequence[Term],
         schedule: Schedule,
+        *,
         dtype: torch.dtype | None,
         generator: torch.Generator,
         augment: Callable[[Tensor], Tensor],
@@ -200,7 +225,8 @@ class _Loop:
         self.device = next(model.module.parameters()).device
         self.pixels = start.to(self.device, torch.float32, copy=True)
         self._low, self._high = (torch.from_numpy(bound).to(self.device) for bound in model.preprocess.bounds)
-        self._moves = _Moves.drawn(schedule, model.preprocess.size, generator, self.device)
+        moves = [(stage.steps, stage.jitter) for stage in schedule.stages]
+        self._moves = Moves.drawn(moves, model.preprocess.size, generator, self.device)
         self._weights = torch.tensor([term.weight for term in terms], device=self.device)
         self._adam = torch.optim.Adam([self.pixels], betas=_BETAS)
         self.trace = Trace([term.name for term in terms], self._weights, schedule.steps)
@@ -224,40 +250,21 @@ class _Loop:
         self.shown += len(shown)
         return View(step, shown.detach(), outputs.detach().float(), {})
 
+    def state(self, stage: int, done: int) -> dict[str, Tensor]:
+        """All that the next steps depend on, after `done` steps of stage number `stage`."""
+        adam = {f"adam.{name}": value for name, value in self._adam.state[self.pixels].items()}
+        counts = torch.tensor([stage, done, self.shown])
+        return {"pixels": self.pixels, "trace": self.trace.rows, "counts": counts, **adam}
 
-@dataclass(frozen=True)
-class _Moves:
-    """Shift and flip of every step, as the order in which rows and columns are taken: each (steps, H or W) int64.
-
-    A move is a permutation, so its gradient is the way back; indexed both ways, nothing is ever added up in an order
-    that may change.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    rows_back: Tensor
-    columns_back: Tensor
-
-    @classmethod
-    def drawn(
-        cls, schedule: Schedule, size: tuple[int, int], generator: torch.Generator, device: torch.device
-    ) -> "_Moves":
-        """Per step, one offset for both axes and a flip of the whole batch in half of the cases."""
-        offsets = [
-            torch.randint(-stage.jitter, stage.jitter + 1, (stage.steps, 1), generator=generator)
-            for stage in schedule.stages
-        ]
-        offset = torch.cat(offsets)
-        flip = torch.rand((schedule.steps, 1), generator=generator) < 0.5
-        rows = (torch.arange(size[0]) - offset) % size[0]
-        columns = (torch.arange(size[1]) - offset) % size[1]
-        columns = torch.where(flip, columns.flip(1), columns)
-        return cls(*(order.to(device) for order in (rows, columns, rows.argsort(1), columns.argsort(1))))
-
-    def moved(self, pixels: Tensor, step: int) -> Tensor:
-        """The images (B, C, H, W) as step number `step` shows them."""
-        return pixels.index_select(2, self.rows[step]).index_select(3, self.columns[step])
-
-    def moved_back(self, gradient: Tensor, step: int) -> Tensor:
-        """The gradient of the images from the gradient of what was shown."""
-        return gradient.index_select(2, self.rows_back[step]).index_select(3, self.columns_back[step])
+    def take_up(self, state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Go on from `state`, if it is not empty; returns the stage that it was in, and its steps done."""
+        if not state:
+            return 0, 0
+        self.pixels.copy_(state["pixels"])
+        self.trace.rows = state["trace"]
+        adam = {name.removeprefix("adam."): value for name, value in state.items() if name.startswith("adam.")}
+        self._adam.state[self.pixels] = {  # it counts its steps on the host
+            name: value if name == "step" else value.to(self.device) for name, value in adam.items()
+        }
+        stage, done, self.shown = state["counts"].tolist()
+        return stage, done

@@ -15,6 +15,7 @@ from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, joined
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
+from dfq_deploy.generation.device import device_named, moved_to
 from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.models import Model
 
@@ -38,9 +39,10 @@ def make_images(
     parts: list[ImageSet] = []
     for number, name in enumerate(generators):
         count = (options.count + number) // len(generators)
-        part = pick("dfq_deploy.generation.generators", name).generate(
-            model, replace(options, count=count), progress=progress
-        )
+        with moved_to(options.device, model):
+            part = pick("dfq_deploy.generation.generators", name).generate(
+                model, replace(options, count=count), progress=progress
+            )
         refuse_degenerate(name, part)
         parts.append(part)
     if len(parts) == 1:
@@ -94,9 +96,11 @@ def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = 
     made: list[ImageSet] = []
     for facts in parts:
         name, seed = facts["generator"], (facts["seed"] + further) % _SEEDS
-        options = GenerateOptions(facts["count"], seed, facts["exact"], first=facts.get("first", 0))
+        device = device_named("auto" if facts.get("device") == "cuda" else "cpu")
+        options = GenerateOptions(facts["count"], seed, facts["exact"], first=facts.get("first", 0), device=device)
         generator = Spdfq.of(facts) if name == "spdfq" else pick("dfq_deploy.generation.generators", name)
-        made.append(generator.generate(model, options, progress=progress))
+        with moved_to(device, model):
+            made.append(generator.generate(model, options, progress=progress))
         refuse_degenerate(name, made[-1])
     return made[0] if len(made) == 1 else joined(made)
 

@@ -33,6 +33,16 @@ class Trace:
         """Steps that were looked at."""
         return len(self._rows)
 
+    @property
+    def rows(self) -> Tensor:
+        """Each term (steps, T) in the steps that were looked at."""
+        return torch.tensor(self._rows, dtype=self._waiting.dtype)
+
+    @rows.setter
+    def rows(self, rows: Tensor) -> None:
+        self._rows = rows.tolist()
+        self._kept = len(rows)
+
     def keep(self, values: Tensor) -> None:
         """Note the terms (T,) of the next step."""
         self._waiting[self._kept] = values

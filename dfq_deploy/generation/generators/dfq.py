@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, fast_dtype, optimise
+from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
 from dfq_deploy.generation.similarity import Similarity
@@ -41,14 +41,13 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     Raises:
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
-    one_batch = functools.partial(_one_batch, model, attention_taps(model), options.exact)
+    one_batch = functools.partial(_one_batch, model, attention_taps(model), exact=options.exact)
     return optimised_set("dfq", model, options, one_batch, progress)
 
 
-def _one_batch(
-    model: Model, taps: Sequence[AttentionTap], exact: bool, size: int, generator: torch.Generator, progress: Progress
-) -> Optimised:
-    """One batch of `size` images."""
+def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
+    """One batch of images."""
+    size, generator = batch.size, batch.generator
     device = next(model.module.parameters()).device
     scale = min(model.preprocess.size) / 224
     schedule = Schedule((Stage(_STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
@@ -59,6 +58,7 @@ def _one_batch(
     return optimise(
         model,
         start,
+        batch,
         layers={tap.name: tap.layer for tap in taps},
         terms=(
             Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
@@ -67,6 +67,4 @@ def _one_batch(
         ),
         schedule=schedule,
         dtype=None if exact else fast_dtype(device),
-        generator=generator,
-        progress=progress,
     )

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Stage, Term, fast_dtype, optimise
+from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.similarity import roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
@@ -42,14 +42,13 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
     taps = attention_taps(model)
-    one_batch = functools.partial(_one_batch, model, taps, options.exact)
+    one_batch = functools.partial(_one_batch, model, taps, exact=options.exact)
     return optimised_set("psaq_v1", model, options, one_batch, progress)
 
 
-def _one_batch(
-    model: Model, taps: Sequence[AttentionTap], exact: bool, size: int, generator: torch.Generator, progress: Progress
-) -> Optimised:
-    """One batch of `size` images."""
+def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
+    """One batch of images."""
+    size, generator = batch.size, batch.generator
     device = next(model.module.parameters()).device
     steps = schedule(model, taps, _V1_STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU)
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
@@ -63,10 +62,9 @@ def _one_batch(
     return optimise(
         model,
         start,
+        batch,
         layers={tap.name: tap.layer for tap in taps},
         terms=terms,
         schedule=steps,
         dtype=None if exact else fast_dtype(device),
-        generator=generator,
-        progress=progress,
     )

@@ -32,7 +32,8 @@ from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.device import moved_to
+from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
 from dfq_deploy.generation.similarity import roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
@@ -59,7 +60,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """
     taps = attention_taps(model)
     learner = None if options.formats is None else _Learner(model, options.formats, options.exact)
-    one_batch = functools.partial(_one_batch, model, taps, learner, options.exact)
+    one_batch = functools.partial(_one_batch, model, taps, learner, exact=options.exact)
     anew = replace(options, keep_in=None)  # a student has to learn from each batch
     images = optimised_set("psaq_v2", model, anew, one_batch, progress)
     student = learner.student() if learner else None
@@ -74,12 +75,12 @@ def _one_batch(
     model: Model,
     taps: Sequence[AttentionTap],
     learner: "_Learner | None",
+    batch: Batch,
+    *,
     exact: bool,
-    size: int,
-    generator: torch.Generator,
-    progress: Progress,
 ) -> Optimised:
-    """One batch of `size` images."""
+    """One batch of images."""
+    size, generator = batch.size, batch.generator
     device = next(model.module.parameters()).device
     steps = schedule(model, taps, _stages(exact) if learner else _stages(exact)[:1])
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
@@ -93,12 +94,11 @@ def _one_batch(
         made = optimise(
             model,
             start,
+            batch,
             layers={tap.name: tap.layer for tap in taps},
             terms=terms,
             schedule=steps,
             dtype=None if exact else fast_dtype(device),
-            generator=generator,
-            progress=progress,
             after_step=learner.learn if learner else lambda _: None,
         )
     except torch.OutOfMemoryError:  # all batches are made again, half as large
@@ -177,7 +177,8 @@ class _Learner:
     def _calibrate(self, pixels: Tensor) -> None:
         """Round by the plan that these images give the student as it is."""
         images = ImageSet.of(pixels.numpy(force=True), self._teacher.preprocess, source="the images so far")
-        plan = self._formats(self._student, images)
+        with moved_to("cpu", self._student):  # as all calibration is computed
+            plan = self._formats(self._student, images)
         self._scheme = plan.scheme
         learned = Learned(self._student.module, plan.sites)
         for part in (*learned.scales.values(), *learned.zeros.values()):

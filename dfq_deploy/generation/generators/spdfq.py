@@ -26,7 +26,7 @@ from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.attention import AttentionRows, rows_of, taps_with_rows
 from dfq_deploy.generation.batching import batches, optimised_set
-from dfq_deploy.generation.engine import Optimised, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import attention_alignment
 from dfq_deploy.generation.priors import attention_prior, rectangles, soft_labels
 from dfq_deploy.generation.similarity import roughness, schedule
@@ -92,7 +92,7 @@ class Spdfq:
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, with these parts."""
         taps = taps_with_rows(model, attention_taps(model))
-        one_batch = functools.partial(self._one_batch, model, taps, options.exact)
+        one_batch = functools.partial(self._one_batch, model, taps, exact=options.exact)
         return optimised_set("spdfq", model, options, one_batch, progress, asdict(self))
 
     def priors(self, model: Model, options: GenerateOptions, batch: int) -> Iterator[dict[str, Tensor]]:
@@ -114,12 +114,12 @@ class Spdfq:
         self,
         model: Model,
         taps: Sequence[AttentionTap],
+        batch: Batch,
+        *,
         exact: bool,
-        size: int,
-        generator: torch.Generator,
-        progress: Progress,
     ) -> Optimised:
-        """One batch of `size` images."""
+        """One batch of images."""
+        size, generator = batch.size, batch.generator
         device = next(model.module.parameters()).device
         drawn = self._drawn(model, taps, size, generator)
         labels = drawn.labels.to(device)
@@ -135,12 +135,11 @@ class Spdfq:
             return optimise(
                 model,
                 drawn.start,
+                batch,
                 layers={},
                 terms=terms,
                 schedule=schedule(model, taps, _STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU),
                 dtype=None if exact else fast_dtype(device),
-                generator=generator,
-                progress=progress,
                 augment=functools.partial(_with_parts, drawn.parts.tolist()),
             )
 

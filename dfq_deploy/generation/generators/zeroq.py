@@ -21,7 +21,7 @@ from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
-from dfq_deploy.generation.engine import Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import statistics_distance
 from dfq_deploy.models import Model
 
@@ -50,24 +50,24 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
             why="LayerNorm, as in vision transformers, computes its statistics anew for each image and stores none.",
             fix="use the generator `dfq` for a vision transformer, or `dead_leaves` for any model.",
         )
-    one_batch = functools.partial(_one_batch, model, norms, options.exact)
+    one_batch = functools.partial(_one_batch, model, norms, exact=options.exact)
     return optimised_set("zeroq", model, options, one_batch, progress)
 
 
 def _one_batch(
     model: Model,
     norms: Mapping[str, nn.Module],
+    batch: Batch,
+    *,
     exact: bool,
-    size: int,
-    generator: torch.Generator,
-    progress: Progress,
 ) -> Optimised:
-    """One batch of `size` images."""
+    """One batch of images."""
     device = next(model.module.parameters()).device
     zero, one = torch.tensor(0.0, device=device), torch.tensor(1.0, device=device)
     return optimise(
         model,
-        torch.randn((size, *model.preprocess.shape), generator=generator),
+        torch.randn((batch.size, *model.preprocess.shape), generator=batch.generator),
+        batch,
         layers=norms,
         terms=(
             Term("batch_norm", 1.0, functools.partial(_distance, norms)),
@@ -75,8 +75,6 @@ def _one_batch(
         ),
         schedule=Schedule(_STAGES, _LEARNING_RATE, 0.0, None if exact else _PLATEAU),
         dtype=None if exact else fast_dtype(device),
-        generator=generator,
-        progress=progress,
     )
 
 

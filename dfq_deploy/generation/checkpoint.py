@@ -1,0 +1,42 @@
+"""A file with the state of a loop of image synthesis, so that a run that was killed goes on where it was.
+
+Tensors come in by name, and the same tensors come out of a later run: the images at the end are the same to the bit. It
+is written once a minute, whole or not at all; what is short is not worth a file.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calibrators.files import written_whole
+
+__all__ = ["Checkpoint"]
+
+_SECONDS = 60.0  # between two writes
+
+
+class Checkpoint:
+    """The state of one loop.
+
+    Args:
+        path: The file, which need not be there yet. None: nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._written = time.monotonic()
+
+    def load(self) -> Mapping[str, Tensor]:
+        """What an earlier run left, on the host; empty if there is nothing."""
+        return load_file(self._path) if self._path is not None and self._path.exists() else {}
+
+    def keep(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Write `state`, if the last write is long ago."""
+        if self._path is None or time.monotonic() - self._written < _SECONDS:
+            return
+        with written_whole(self._path) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}, temporary)
+        self._written = time.monotonic()

@@ -1,0 +1,48 @@
+"""The documentation site builds, strictly, and its commands run, page by page and in order, as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfq_deploy.cli import run
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+_NOT_HERE = ("--checkpoint weights.safetensors",)  # the user's own weights
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [line for line in "".join(blocks).splitlines() if not any(part in line for part in _NOT_HERE)]
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {page.stem for page in PAGES} - {"index"} <= pages
+    for page in (tmp_path / "site").rglob("*.html"):
+        fetched = re.findall(
+            r'(?:<script[^>]*src|<link[^>]*rel="stylesheet"[^>]*href|<img[^>]*src)="(https?:[^"]*)', page.read_text()
+        )
+        assert not fetched, page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    digit = np.kron(np.eye(8), np.ones((4, 4)))
+    Image.fromarray((255 * digit).astype(np.uint8)).save("digit.png")
+    for line in commands(page):
+        program, *arguments = shlex.split(line)
+        if program == "dfq-deploy":
+            quick = ["--generator", "noise"] if arguments[0] == "export" else []
+            assert run([*arguments, *quick]) in (0, 2), line  # 2: an engine that does not run here is undecided
+        else:
+            assert program == "pip", line
