@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import dfq_deploy as dfq
 from calibrators.errors import BackendError
 from exporters.tensorrt import cuda
+from exporters.turns import seconds_in_turn
 
 BATCHES = (1, 8, 32)
 CALLS = 200
@@ -51,13 +52,8 @@ def versions() -> dict[str, str]:
 
 def milliseconds(runners: list[dfq.Runner], images: np.ndarray) -> np.ndarray:
     """Time of each call of each runner, (calls, runners), after a warm-up."""
-    times = np.zeros((WARM_UP + CALLS, len(runners)))
-    for call in range(len(times)):
-        for which, runner in enumerate(runners):
-            start = time.perf_counter()
-            runner(images)
-            times[call, which] = 1000 * (time.perf_counter() - start)
-    return times[WARM_UP:]
+    calls = [partial(runner, images) for runner in runners]
+    return 1000 * seconds_in_turn(calls, rounds=CALLS, warm_up=WARM_UP)
 
 
 def measure(folders: dict[str, Path]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import platform
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import dfq_deploy as dfq
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.models.loading import load_model
+from exporters.turns import seconds_in_turn
 
 IMAGES = 32
 CALLS = 30
@@ -63,13 +65,8 @@ def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]
         for name in ("float", "model")
     ]
     images = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)
-    times = np.zeros((CALLS + WARM_UP, 2))
-    for call in range(CALLS + WARM_UP):
-        for which, session in enumerate(sessions):
-            start = time.perf_counter()
-            session.run(None, {"images": images})
-            times[call, which] = time.perf_counter() - start
-    times = times[WARM_UP:]
+    calls = [partial(session.run, None, {"images": images}) for session in sessions]
+    times = seconds_in_turn(calls, rounds=CALLS, warm_up=WARM_UP)
     medians = 1000 * np.median(times, axis=0)
     ratio = float(np.median(times[:, 0] / times[:, 1]))
     print(f"{model} batch {batch}: float {medians[0]:.1f} ms, int8 {medians[1]:.1f} ms, {ratio:.2f}x", flush=True)

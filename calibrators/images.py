@@ -1,6 +1,6 @@
 """Images as a model takes them, with the facts of where they come from.
 
-`Preprocess` turns a PIL image into the array that a model was trained on; its facts come from the model and
+`Preprocess` turns a picture into the array that a model was trained on; its facts come from the model and
 travel with every artefact. An `ImageSet` is a sequence of such arrays, in memory, in a file or decoded when
 asked for, together with its source and a fingerprint; a student that came about with them is part of it. No torch
 here: production uses this file too.
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibrators.decoding import MOST_PIXELS, Picture, decoded, name_of, refuse_huge
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, written_whole
 from calibrators.saved_pixels import STUDENT, SavedPixels
@@ -71,24 +72,35 @@ class Preprocess:
         mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """A model-ready (C, H, W) float32 array, as timm's evaluation transform makes it."""
-        image = image.convert("RGB" if len(self.mean) == 3 else "L")
-        image = _centre_crop(self._resized(image), self.size)
-        pixels = np.asarray(image, np.float32) / np.float32(255)
+    def __call__(self, picture: Picture, *, name: str = "", most_pixels: int = MOST_PIXELS) -> np.ndarray:
+        """A model-ready (C, H, W) float32 array, as timm's evaluation transform makes it.
+
+        Args:
+            picture: A PIL image, a path, the bytes of a file, or an array (H, W, C) or (H, W) uint8.
+            name: What an error calls it; if empty, its path, or what it is.
+            most_pixels: Beyond so many it is refused, as it is and resized: one row of pixels can grow to gigabytes.
+
+        Raises:
+            ImagesError: It is no picture, is truncated or damaged, or is too large.
+        """
+        name = name or name_of(picture)
+        image = decoded(picture, "RGB" if len(self.mean) == 3 else "L", name=name, most_pixels=most_pixels)
+        width, height = self._resized(*image.size)
+        refuse_huge(width, height, name=f"{name}, resized for the model,", most_pixels=most_pixels)
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        pixels = np.asarray(_centre_crop(image, self.size), np.float32) / np.float32(255)
         pixels = np.atleast_3d(pixels).transpose(2, 0, 1)
         mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return np.ascontiguousarray((pixels - mean) / std)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
         target_h, target_w = (math.floor(edge / self.crop_pct) for edge in self.size)
-        width, height = image.size
         if self.crop_mode == "center":  # the shorter edge meets the target, the other follows
             if width <= height:
                 target_h = int(target_w * height / width)
             else:
                 target_w = int(target_h * width / height)
-        return image.resize((target_w, target_h), Image.Resampling[self.interpolation.upper()])
+        return target_w, target_h
 
 
 def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -21,6 +21,7 @@ __all__ = [
     "Runner",
     "ServeOptions",
     "audit",
+    "bench",
     "bench_generators",
     "build",
     "calibrate",
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "gate",
     "generate",
+    "infer",
     "load",
     "plot_generators",
     "plot_sensitivity",
@@ -46,9 +48,11 @@ if TYPE_CHECKING:
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
+    from dfq_deploy.engine_bench import bench
     from dfq_deploy.gating.limits import GateLimits
     from dfq_deploy.gating.running import gate
     from dfq_deploy.generator_bench import bench_generators
+    from dfq_deploy.inferring import infer
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.runtime import Runner, load
@@ -68,6 +72,7 @@ _HOMES = {
     "Runner": "runtime",
     "ServeOptions": "serving.options",
     "audit": "auditing",
+    "bench": "engine_bench",
     "bench_generators": "generator_bench",
     "build": "target",
     "calibrate": "pipeline",
@@ -77,6 +82,7 @@ _HOMES = {
     "export": "pipeline",
     "gate": "gating.running",
     "generate": "pipeline",
+    "infer": "inferring",
     "load": "runtime",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",

@@ -15,7 +15,10 @@ __all__ = ["notes_in_one_line", "print_error"]
 
 @contextmanager
 def notes_in_one_line() -> Iterator[None]:
-    """Our own warnings come out without the place in the code that gave them."""
+    """Our own warnings come out without the place in the code that gave them; Pillow's are left out.
+
+    Pillow warns of pictures that are read as timm reads them, or are refused by an error that says more.
+    """
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
@@ -27,6 +30,7 @@ def notes_in_one_line() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 

@@ -4,17 +4,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, is_image_set
 from calibrators.pictures import sheet_beside
 from calibrators.plan import QuantPlan
-from dfq_deploy.runtime import Runner
 from exporters.bundle import EngineFacts, open_bundle
 
 if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and a run of an engine wait for neither
@@ -26,7 +22,6 @@ if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and 
 
 __all__ = [
     "print_check",
-    "print_classes",
     "print_converted",
     "print_engine",
     "print_findings",
@@ -209,26 +204,6 @@ def print_plan(plan: QuantPlan) -> None:
         sites = [name for name, why in plan.spared.items() if why == reason]
         spared = "stay float" if sites[0] not in plan.sites else "differ"
         _console.print(f"{len(sites)} sites {spared}: {reason}.")
-
-
-def print_classes(runner: Runner, path: Path, top: int) -> None:
-    """The most likely classes of one image.
-
-    Raises:
-        ImagesError: The file is not a whole image.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = runner.preprocess(image)
-    except (UnidentifiedImageError, OSError) as cause:
-        raise ImagesError(what=f"`{path}` is not a whole image.", why=str(cause), fix="pass another file.") from cause
-    logits = runner(pixels)[0].astype(np.float64)
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    _console.print(str(path), style="bold")
-    for index in np.argsort(-shares)[:top].tolist():
-        name = runner.classes[index] if runner.classes else ""
-        _console.print(f"  {100 * shares[index]:6.2f} %  {index:>5}  {name}")
 
 
 def print_path(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: each command runs, each mistake is told in three lines, and nobody waits for `--help`."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,12 @@ _MISTAKES = {
     "a chart of no format": ["sensitivity", "bundle", "--plot", "chart.bmp"],
     "a folder for numbers": ["sensitivity", "bundle", "--json", "bundle"],
     "no image": ["infer", "bundle", "file"],
+    "a benchmark of nothing": ["bench", "nothing"],
+    "a benchmark against itself": ["bench", "bundle", "--vs", "bundle"],
+    "a benchmark of no batch": ["bench", "bundle", "--batch", "1,x"],
+    "a benchmark of no call": ["bench", "bundle", "--calls", "0"],
+    "a benchmark of no time": ["bench", "bundle", "--seconds", "0"],
+    "a benchmark into a folder": ["bench", "bundle", "--json", "bundle"],
     "no bundle to serve": ["serve", "nothing"],
     "a port out of range": ["serve", "bundle", "--port", "65536"],
     "a name that no address has": ["serve", "bundle", "--name", "a/b"],
@@ -238,6 +245,19 @@ def test_check_says_what_it_found(desk: Path, capsys: pytest.CaptureFixture[str]
     assert "engine: built\nlayers: 16 in int8, 10 in fp32\n" in said
     assert "the engine agrees with the reference" in said
     assert "pass: every layer agrees" in said
+
+
+def test_bench_shows_each_batch_and_writes_the_figures(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("bundle", "other")
+    command = ["bench", "bundle", "--vs", "other", "--batch", "2,1", "--calls", "3", "--json", "o/bench.json"]
+    assert cli.run(command) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith(("bundle ", "other "))]
+    assert [row[:3] for row in rows] == [[name, batch, "3"] for batch in "21" for name in ("bundle", "other")]
+    assert "batch 2: bundle is " in said
+    assert "x (" in said
+    report = json.loads(Path("o/bench.json").read_text())
+    assert [ratio["batch"] for ratio in report["ratios"]] == [2, 1]
 
 
 def test_infer_shows_the_asked_number_of_classes(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:

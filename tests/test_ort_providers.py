@@ -135,9 +135,9 @@ def test_weights_alone_are_unpacked_when_they_are_loaded(
     asked: list[bool] = []
     plain = ort.session_options
 
-    def options(*, exact: bool = False) -> onnxruntime.SessionOptions:
+    def options(*, exact: bool = False, threads: int | None = None) -> onnxruntime.SessionOptions:
         asked.append(exact)
-        return plain(exact=exact)
+        return plain(exact=exact, threads=threads)
 
     monkeypatch.setattr(ort, "session_options", options)
     for folder in (int4[1], demo_bundle):

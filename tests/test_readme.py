@@ -5,6 +5,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_the_commands_of_the_gate_run(tmp_path: Path, monkeypatch: pytest.Monkey
         assert run(few.split()) == 2, "24 digits decide nothing"
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"runs", "engine.json", "gate.md", "gate.xml"}
+
+
+def test_the_command_for_how_fast_it_is_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    shutil.copytree(demo_bundle, tmp_path / "runs" / "deit_t-float")
+    (command,) = re.findall(r"^dfq-deploy (bench .*--vs.*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run([*command.split(), "--calls", "2"]) == 0
+    assert len(json.loads((tmp_path / "bench.json").read_text())["ratios"]) == 2
 
 
 def test_the_commands_for_an_audit_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

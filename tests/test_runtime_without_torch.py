@@ -72,6 +72,13 @@ def test_infer_runs_without_torch(demo_bundle: Path, digit: Path) -> None:
     assert done.stdout.count(" % ") == 3
 
 
+def test_bench_runs_without_torch(demo_bundle: Path) -> None:
+    script = "from dfq_deploy.cli import run; sys.exit(run(['bench', sys.argv[1], '--calls', '2', '--batch', '1']))"
+    done = _python(_BLOCK + script, demo_bundle)
+    assert done.returncode == 0, done.stderr
+    assert "demo, w8a8, ort cpu" in done.stdout
+
+
 @pytest.mark.parametrize("path", [".", "plan.safetensors"])
 def test_show_runs_without_torch(demo_bundle: Path, path: str) -> None:
     done = _python(_BLOCK + "from dfq_deploy.cli import run; sys.exit(run(['show', sys.argv[1]]))", demo_bundle / path)

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, sha256_of
@@ -95,16 +94,4 @@ class _FolderPixels:
         return len(self._files)
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        return np.stack([self._decoded(file) for file in self._files[index]])
-
-    def _decoded(self, file: Path) -> np.ndarray:
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except Exception as cause:  # broken bytes raise whatever they lead Pillow's decoders to
-            raise ImagesError(
-                what=f"`{file}` is not a whole image.",
-                why=str(cause),
-                fix="take it out of the folder, or put a whole copy in its place.",
-            ) from cause
-        return self._preprocess(image)
+        return np.stack([self._preprocess(file) for file in self._files[index]])

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, sha256_of
@@ -53,4 +52,4 @@ class _ArchivePixels:
         return len(self._images)
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        return np.stack([self._preprocess(Image.fromarray(image)) for image in self._images[index]])
+        return np.stack([self._preprocess(image) for image in self._images[index]])

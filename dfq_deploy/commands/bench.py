@@ -1,5 +1,6 @@
 """Commands that measure, `dfq-deploy bench …`."""
 
+import json as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -7,17 +8,57 @@ import cyclopts
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
+from calibrators.files import written_whole
 from dfq_deploy.bench_recipe import GeneratorsRecipe
 from dfq_deploy.progress import shown_progress
+from dfq_deploy.recipe import ProviderName
+from dfq_deploy.show_engine import print_engine_bench
 from dfq_deploy.show_sets import print_generators
 
 __all__ = ["bench"]
 
 bench = cyclopts.App(
     name="bench",
-    help="Measure: which generator's images calibrate best.",
+    help="Measure: how fast an engine is, and which generator's images calibrate best.",
     default_parameter=Parameter(negative_iterable=()),
 )
+
+
+@bench.default
+def engine(
+    folder: Path,
+    /,
+    *,
+    vs: Path | None = None,
+    batch: str = "1,8",
+    calls: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    seconds: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 10.0,
+    threads: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
+    provider: ProviderName | None = None,
+    json: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
+) -> int:
+    """Measure how fast a bundle's engine is and how much memory it takes; needs no torch.
+
+    Args:
+        folder: A bundle.
+        vs: Another bundle, called in turn with it.
+        batch: Images per call; several with commas.
+        calls: Calls of each engine at each batch size, in place of --seconds.
+        seconds: How long each batch size is measured.
+        threads: What ONNX Runtime computes a call with; as many as there are cores if left out.
+        provider: What runs the engines within ONNX Runtime, if not what they were exported for.
+        json: File to write the figures to.
+    """
+    sizes = [int(size) if size.isdecimal() else 0 for size in batch.split(",")]
+    with shown_progress() as watch:
+        found = dfq.bench(
+            folder, vs=vs, batches=sizes, calls=calls, seconds=seconds, threads=threads, provider=provider, watch=watch
+        )
+    if json is not None:
+        with written_whole(json) as temporary:
+            temporary.write_text(to_json.dumps(found.report(), indent=1), encoding="utf-8")
+    print_engine_bench(found, json)
+    return 0
 
 
 @bench.command

@@ -5,7 +5,6 @@ counts is the ratio of each pair of calls.
 """
 
 import contextlib
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from calibrators.registry import pick
 from dfq_deploy.gating.statistics import Interval
 from exporters.backends import Engine
 from exporters.bundle import Manifest
+from exporters.turns import seconds_in_turn
 
 __all__ = ["engine_bytes", "float_model_in", "time_ratio"]
 
@@ -39,17 +39,11 @@ def time_ratio(engine: Engine, floats: Path, manifest: Manifest) -> tuple[float,
     """Median of the engine's time over the float model's, call by call with one image, with its 95 % interval."""
     image = np.random.default_rng(_SEED).normal(size=(1, *manifest.preprocess.shape)).astype(np.float32)
     facts = manifest.engine
-    times = np.zeros((_PAIRS + _WARM_UP, 2))
     with contextlib.closing(
         pick("exporters.backends", manifest.backend).load(floats, facts.made_for, facts.options)
     ) as other:
-        pair = (engine, other)
-        for call, row in enumerate(times):
-            for which in (call % 2, 1 - call % 2):  # who comes first finds the caches as the other left them
-                start = time.perf_counter()
-                pair[which](image)
-                row[which] = time.perf_counter() - start
-    ratios = times[_WARM_UP:, 0] / times[_WARM_UP:, 1]
+        times = seconds_in_turn((lambda: engine(image), lambda: other(image)), rounds=_PAIRS, warm_up=_WARM_UP)
+    ratios = times[:, 0] / times[:, 1]
     found = stats.bootstrap((ratios,), np.median, method="percentile", rng=np.random.default_rng(_SEED))
     ends = found.confidence_interval
     return float(np.median(ratios)), (float(ends.low), float(ends.high))

@@ -28,7 +28,7 @@ def model_input(files: list[bytes], runner: Runner, *, max_pixels: int) -> np.nd
     short = facts.size[0] / facts.crop_pct if facts.crop_mode == "center" else 0.0  # squashed ones get the same size
     images = [_decoded(data, which, max_pixels=max_pixels, short=short) for which, data in enumerate(files)]
     try:
-        return runner.preprocess(images)
+        return runner.preprocess(images, most_pixels=max_pixels)
     except ImagesError as cause:
         raise RequestError(what=cause.what, why=cause.why, fix=cause.fix) from cause
 

@@ -82,7 +82,7 @@ class Built:
 
 
 class Engine(Protocol):
-    """A loaded model."""
+    """A loaded model, which several threads may call at once."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
@@ -112,8 +112,13 @@ class Backend(Protocol):
         """Make the file `model` runnable, beside it, and say what each layer is computed in."""
         ...
 
-    def load(self, model: Path, made_for: Mapping[str, str], options: BuildOptions) -> Engine:
-        """The engine of the file `model`, which was built with `options` and is `made_for` something."""
+    def load(
+        self, model: Path, made_for: Mapping[str, str], options: BuildOptions, *, threads: int | None = None
+    ) -> Engine:
+        """The engine of the file `model`, which was built with `options` and is `made_for` something.
+
+        It computes a call with so many `threads` of the CPU, or as many as it wants; BackendError if it has no choice.
+        """
         ...
 
     def time_layers(

@@ -27,7 +27,7 @@ from exporters.backends import BuildOptions, Built, Placement
 from exporters.census import Census, is_weight_only, precision_of
 from exporters.scales import shorten_scales
 from exporters.tensorrt.fence import put_fences
-from exporters.tensorrt.refusals import cannot_time_layers, refuse_plan
+from exporters.tensorrt.refusals import cannot_time_layers, refuse_plan, refuse_threads
 from exporters.timing import SERIAL_SUFFIX, profile_layers
 
 __all__ = ["OrtEngine", "build", "check", "load", "placement", "prepare", "time_layers"]
@@ -56,7 +56,15 @@ class OrtEngine:
         provider: What really runs it: `cpu`, `cuda`, `tensorrt` or `rtx`.
     """
 
-    def __init__(self, model: Path, provider: str, options: BuildOptions | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        provider: str,
+        options: BuildOptions | None = None,
+        *,
+        exact: bool = False,
+        threads: int | None = None,
+    ) -> None:
         if provider not in _PROVIDERS:
             raise BackendError(
                 what=f"there is no provider named `{provider}`.",
@@ -73,7 +81,7 @@ class OrtEngine:
                 warnings.simplefilter("ignore")  # of a missing provider, which is an error below
                 self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
                     str(model),
-                    session_options(exact=exact),
+                    session_options(exact=exact, threads=threads),
                     providers=chosen if provider == "cpu" else [*chosen, _PROVIDERS["cpu"]],
                 )
         except Exception as cause:  # ONNX Runtime's own errors have no common base class
@@ -83,9 +91,10 @@ class OrtEngine:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Logits (N, classes) float32 of images (N, C, H, W) float32."""
-        if self._session is None:
+        session = self._session  # close() in another thread does not free it under this call
+        if session is None:
             raise BackendError(what="the engine is closed.", why="close() was called.", fix="load it again.")
-        logits: np.ndarray = self._session.run(None, {"images": images})[0]
+        logits: np.ndarray = session.run(None, {"images": images})[0]
         return logits
 
     def close(self) -> None:
@@ -195,15 +204,18 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     return Built("built", Census.of(plan, found, body=options.body), made_for=made_for)
 
 
-def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> OrtEngine:
+def load(model: Path, made_for: Mapping[str, str], options: BuildOptions, *, threads: int | None = None) -> OrtEngine:
     """The engine of `model` on the provider that `options` names; any version of ONNX Runtime may load it.
 
     Raises:
-        BackendError: The file cannot be loaded.
+        BackendError: The file cannot be loaded, or threads are named for a GPU.
         NotHereError: The provider is not really there.
     """
     provider = options.provider or "cpu"
-    return OrtEngine(model, provider, options, exact=provider == "cpu" and not _rounds_activations(model))
+    if provider != "cpu":
+        refuse_threads(threads)
+    exact = provider == "cpu" and not _rounds_activations(model)
+    return OrtEngine(model, provider, options, exact=exact, threads=threads)
 
 
 def time_layers(models: Sequence[Path], layers: Iterable[str], options: BuildOptions) -> list[dict[str, float]]:
@@ -217,16 +229,19 @@ def time_layers(models: Sequence[Path], layers: Iterable[str], options: BuildOpt
     return profile_layers(models, layers, [session_options() for _ in models], [_PROVIDERS[options.provider or "cpu"]])
 
 
-def session_options(*, exact: bool = False) -> onnxruntime.SessionOptions:
+def session_options(*, exact: bool = False, threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options of a session that computes what the file says.
 
     Args:
         exact: Compute Q/DQ operator by operator, in float, instead of fusing it into integer kernels.
+        threads: How many compute a call; as many as there are cores if None.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about graphs that it rewrites anyway
     # 4, the default, would round activations to INT8 inside an INT4 weight-only matmul
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

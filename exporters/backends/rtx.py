@@ -23,7 +23,7 @@ from exporters.census import Census
 from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
-from exporters.tensorrt.refusals import refuse_plan
+from exporters.tensorrt.refusals import refuse_plan, refuse_threads
 from exporters.tensorrt.verbs import prepare, time_layers, wanted
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
@@ -74,13 +74,16 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     return Built("built", census, (_ENGINE,), made_for)
 
 
-def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
+def load(
+    model: Path, made_for: Mapping[str, str], options: BuildOptions, *, threads: int | None = None
+) -> TensorRTEngine:
     """The engine beside `model`.
 
     Raises:
         NotHereError: There is no GPU, or TensorRT for RTX is not installed.
-        BackendError: The engine was made for another version or another GPU.
+        BackendError: The engine was made for another version or another GPU, or threads are named.
     """
+    refuse_threads(threads)
     if trt is None:
         raise NotHereError(
             what="TensorRT for RTX is not installed here.",

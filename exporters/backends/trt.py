@@ -27,7 +27,7 @@ from exporters.tensorrt import cuda
 from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
-from exporters.tensorrt.refusals import refuse_plan
+from exporters.tensorrt.refusals import refuse_plan, refuse_threads
 from exporters.tensorrt.verbs import prepare, time_layers, wanted
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
@@ -73,13 +73,16 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     return Built("built", census, (_ENGINE, timings.name), made_for)
 
 
-def load(model: Path, made_for: Mapping[str, str], options: BuildOptions) -> TensorRTEngine:
+def load(
+    model: Path, made_for: Mapping[str, str], options: BuildOptions, *, threads: int | None = None
+) -> TensorRTEngine:
     """The engine beside `model`.
 
     Raises:
         NotHereError: There is no GPU, or TensorRT is not installed.
-        BackendError: The engine was made for another version or another GPU.
+        BackendError: The engine was made for another version or another GPU, or threads are named.
     """
+    refuse_threads(threads)
     if trt is None:
         raise NotHereError(
             what="TensorRT is not installed here.", why="it runs this engine.", fix="pip install tensorrt."

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from calibrators.errors import BackendError
 from calibrators.plan import QuantPlan
 
-__all__ = ["cannot_time_layers", "refuse_model", "refuse_plan"]
+__all__ = ["cannot_time_layers", "refuse_model", "refuse_plan", "refuse_threads"]
 
 _FIRST_FP8 = 89  # the first compute capability, times ten, that has FP8
 _INTEGER_OPS = {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
@@ -48,6 +48,20 @@ def cannot_time_layers() -> BackendError:
         why="it merges layers with one another and with what lies between them.",
         fix="pass --least size, or --backend ort with --provider cpu.",
     )
+
+
+def refuse_threads(threads: int | None) -> None:
+    """Return if no number of threads is asked for.
+
+    Raises:
+        BackendError: One is.
+    """
+    if threads is not None:
+        raise BackendError(
+            what="a number of threads means nothing to this engine.",
+            why="a GPU computes its calls.",
+            fix="leave it out; it is for ONNX Runtime on a CPU.",
+        )
 
 
 def refuse_model(model: ir.Model, *, targets: Iterable[str] = ()) -> None:
