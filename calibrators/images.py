@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -130,6 +130,7 @@ class ImageSet:
         labels: Class indices (N,) int64, or None.
         made_by: Facts that repeat a synthetic set: generator, seed, settings, model.
         student: What the calibrated model gets for weights, or None if it keeps its own.
+        names: The images' files, where they have some; for people, and no part of the fingerprint.
     """
 
     pixels: Pixels
@@ -139,6 +140,7 @@ class ImageSet:
     labels: np.ndarray | None = None
     made_by: Mapping[str, Any] = field(default_factory=dict)
     student: Student | None = None
+    names: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -207,9 +209,10 @@ class ImageSet:
         pixels = np.concatenate([self.pixels[i : i + 1] for i in index.tolist()])
         labels = None if self.labels is None else self.labels[index]
         source = f"{count} of {self.source}"
-        return ImageSet.of(
+        found = ImageSet.of(
             pixels, self.preprocess, source=source, labels=labels, made_by=self.made_by, student=self.student
         )
+        return found if self.names is None else replace(found, names=tuple(self.names[i] for i in index.tolist()))
 
     def save(self, path: Path) -> None:
         """Write the set as one safetensors file: `pixels`, `labels` and `student.…` if there are any, a JSON header."""

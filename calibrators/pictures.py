@@ -12,7 +12,7 @@ from PIL import Image
 from calibrators.files import written_whole
 from calibrators.images import ImageSet, Preprocess
 
-__all__ = ["contact_sheet", "picture", "sheet_beside", "write_contact_sheet"]
+__all__ = ["contact_sheet", "picture", "pictures_on", "sheet_beside", "write_contact_sheet"]
 
 _MOST = 64  # images on a sheet
 _GAP = 2  # pixels between two of them, white
@@ -38,6 +38,18 @@ def contact_sheet(images: ImageSet) -> Image.Image:
         place = (column * (width + _GAP), row * (height + _GAP))
         sheet.paste(picture(shown.pixels[index : index + 1][0], images.preprocess), place)
     return sheet
+
+
+def pictures_on(sheet: Image.Image, count: int, size: tuple[int, int]) -> list[Image.Image]:
+    """The `count` pictures on a contact sheet, each of that height and width; fewer where the sheet has not as many."""
+    (height, width), columns = size, math.ceil(math.sqrt(count))
+    found = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        left, top = column * (width + _GAP), row * (height + _GAP)
+        if left + width <= sheet.width and top + height <= sheet.height:
+            found.append(sheet.crop((left, top, left + width, top + height)))
+    return found
 
 
 def sheet_beside(path: Path) -> Path:

@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "plot_generators",
     "plot_sensitivity",
+    "report",
     "sensitivity",
     "serve",
     "serve_repo",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from dfq_deploy.inferring import infer
     from dfq_deploy.pipeline import calibrate, check, export, generate, sensitivity, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
+    from dfq_deploy.reporting.page import report
     from dfq_deploy.runtime import Runner, load
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
@@ -86,6 +88,7 @@ _HOMES = {
     "load": "runtime",
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
+    "report": "reporting.page",
     "sensitivity": "pipeline",
     "serve": "serving.server",
     "serve_repo": "serving.triton",

@@ -5,7 +5,7 @@ business, the verdict `audited`'s, and what is drawn that of `charts`.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workspace import Workspace
 from exporters.bundle import Manifest, open_bundle
 
-__all__ = ["audit"]
+__all__ = ["audit", "audit_against_noise"]
 
 _NOISE_SEED = 2**32 - 1  # hardly that of an audited set of noise
 
@@ -76,26 +76,7 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     with Workspace(out, watch.stage) as work:
         others, absent = _others(images, real, model, work, watch)
         watch.stage("ranges", False)
-
-        def tell(done: int, total: int) -> None:
-            watch.progress(done, total, {})
-
-        sites = tuple(coverage(subject.calibrated, subject.formats, images, others, progress=tell))
-        against, level, verdict = judged(sites)
-        found = Audit(
-            model=model.name,
-            scheme=subject.formats.scheme,
-            backend=subject.formats.backend,
-            observer=observer_used(subject.formats),
-            n=len(images),
-            images=images.source,
-            others={name: f"{len(those)} of {those.source}" for name, those in others.items()},
-            absent=absent,
-            sites=sites,
-            held_against=against,
-            level=level,
-            verdict=verdict,
-        )
+        found = _compared(subject, others, absent, watch)
         watch.stage("pictures", False)
         found = _drawn(found, model, images, {name: those for name, those in others.items() if name != SEED}, out)
         with written_whole(out / "audit.json") as temporary:
@@ -103,11 +84,48 @@ def audit(place: str | Path, recipe: AuditRecipe, out: str | Path, *, watch: Wat
     return found
 
 
+def audit_against_noise(folder: Path, *, checkpoint: Path | None = None, watch: Watch = SILENT) -> Audit:
+    """Compare the images that the bundle in `folder` was calibrated on with noise alone; nothing is written or drawn.
+
+    Raises:
+        DeployError: Images or weights cannot be had, or the scheme needs no ranges.
+    """
+    subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint))
+    absent = {SEED: "another seed takes as long as the images took", REAL: "none were given"}
+    return _compared(subject, {NOISE: _noise_like(subject.images, subject.model)}, absent, watch)
+
+
+def _compared(subject: _Subject, others: Mapping[str, ImageSet], absent: Mapping[str, str], watch: Watch) -> Audit:
+    def tell(done: int, total: int) -> None:
+        watch.progress(done, total, {})
+
+    sites = tuple(coverage(subject.calibrated, subject.formats, subject.images, others, progress=tell))
+    against, level, verdict = judged(sites)
+    return Audit(
+        model=subject.model.name,
+        scheme=subject.formats.scheme,
+        backend=subject.formats.backend,
+        observer=observer_used(subject.formats),
+        n=len(subject.images),
+        images=subject.images.source,
+        others={name: f"{len(those)} of {those.source}" for name, those in others.items()},
+        absent=absent,
+        sites=sites,
+        held_against=against,
+        level=level,
+        verdict=verdict,
+    )
+
+
+def _noise_like(images: ImageSet, model: Model) -> ImageSet:
+    return make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))
+
+
 def _others(
     images: ImageSet, real: ImageSet | None, model: Model, work: Workspace, watch: Watch
 ) -> tuple[dict[str, ImageSet], dict[str, str]]:
     """What `images` are compared with, and why something is missing, each by name."""
-    others = {NOISE: make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))}
+    others = {NOISE: _noise_like(images, model)}
     absent = {} if real else {REAL: "none were given (--real)"}
     if why := why_no_next_seed(images, model):
         absent[SEED] = why

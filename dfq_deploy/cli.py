@@ -42,6 +42,7 @@ for _command in (
     judging.sensitivity,
     making.simulate,
     running.infer,
+    looking.report,
     serving.serve,
     serving.serve_repo,
     looking.show,

@@ -20,6 +20,7 @@ from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
+from dfq_deploy.disagreements import Disagreement, disagreements
 from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 from exporters.backends import Engine
@@ -63,6 +64,8 @@ class Check:
         reason: The verdict in words.
         student: Engine and reference have the weights of a student that came with the images, float the model's own.
         negligible: Whether the engine's distance is so small a share of what quantization changes that it is none.
+        disagreed: On how many images the engine decides otherwise than float or the reference.
+        disagreements: Up to 24 of them.
     """
 
     n: int
@@ -81,6 +84,8 @@ class Check:
     reason: str
     student: bool = False
     negligible: bool = False
+    disagreed: int = 0
+    disagreements: tuple[Disagreement, ...] = ()
 
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
@@ -167,6 +172,7 @@ def _judged(
     verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
     if not np.isfinite(logits["engine"]).all():
         verdict, reason = "fail", f"{ran} puts out NaN or Inf"
+    disagreed, shown = disagreements(logits, images)
     return Check(
         n=len(images),
         images=images.source,
@@ -183,6 +189,8 @@ def _judged(
         verdict=verdict,
         reason=reason,
         negligible=none,
+        disagreed=disagreed,
+        disagreements=shown,
     )
 
 

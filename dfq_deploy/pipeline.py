@@ -19,6 +19,7 @@ from calibrators.registry import pick
 from dfq_deploy.analysis import Sensitivity, analyse
 from dfq_deploy.building import build_bundle, float_stage, is_built
 from dfq_deploy.choices import blocks_up_to, check_calibration, check_recipe
+from dfq_deploy.disagreements import draw_disagreements
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.formats import Job, formats_for_spared
 from dfq_deploy.generation import GenerateOptions
@@ -206,8 +207,11 @@ def check(
             progress=lambda done, total: watch.progress(done, total, {}),
         )
     found = replace(found, student=manifest.model.student)
+    sheet = draw_disagreements(found.disagreements, picked, folder)
+    of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     with written_whole(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+        facts = {**found.report(), "of": of, "asked": {"images": images, "limit": limit}}
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return found
 
 

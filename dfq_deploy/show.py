@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # doctor.py asks for CUDA, the others need torch: --help and 
     from dfq_deploy.analysis import Sensitivity
     from dfq_deploy.doctor import Finding
     from dfq_deploy.evaluate import Check
+    from dfq_deploy.reporting.page import Written
     from dfq_deploy.simulation import Simulation
     from dfq_deploy.sparing import Massive
 
@@ -28,6 +29,7 @@ __all__ = [
     "print_images",
     "print_path",
     "print_plan",
+    "print_report",
     "print_sensitivity",
     "print_simulation",
 ]
@@ -107,6 +109,13 @@ def print_engine(facts: EngineFacts, folder: Path) -> None:
         _console.print(f"  {named[0] if len(named) == 1 else f'{len(named)} like {named[0]}'}: {reason}")
     if facts.kernels:
         _console.print(f"kernels: {', '.join(f'{count} {kind}' for kind, count in facts.kernels.items())}")
+
+
+def print_report(found: "Written") -> None:
+    """A report that was written, and what it does not have."""
+    for one in found.missing:
+        _console.print(f"left out, {one.section}: {one.why}")
+    _console.print(f"report: {found.path}")
 
 
 def print_sensitivity(found: "Sensitivity") -> None:

@@ -1,6 +1,7 @@
 """What several tests need: a finished demo bundle, and where the real weights and images lie."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin starve child processes
@@ -83,3 +84,12 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Check]:
 def demo_bundle(demo_run: tuple[Path, Check]) -> Path:
     """The folder of `demo_run`."""
     return demo_run[0]
+
+
+@pytest.fixture(scope="session")
+def demo_report(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `demo_bundle`, called `run`, of which a report was made that has all it can have."""
+    folder = tmp_path_factory.mktemp("reports") / "run"
+    shutil.copytree(demo_bundle, folder)
+    assert not dfq.report(folder).missing
+    return folder

@@ -95,6 +95,16 @@ def test_the_commands_of_the_gate_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert written == {"runs", "engine.json", "gate.md", "gate.xml"}
 
 
+def test_the_commands_for_a_report_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_report: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("deit_t", "small"):
+        shutil.copytree(demo_report, tmp_path / "runs" / name)
+    report, compare = re.findall(r"^dfq-deploy (report .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    assert run(report.split()) == run(compare.split()) == 0
+    assert "Report on the bundle" in (tmp_path / "runs" / "deit_t" / "report.html").read_text()
+    assert "Two bundles side by side" in (tmp_path / "compare.html").read_text()
+
+
 def test_the_command_for_how_fast_it_is_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path
 ) -> None:

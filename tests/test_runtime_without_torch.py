@@ -16,7 +16,7 @@ _BLOCK = """
 import sys
 from importlib.abc import MetaPathFinder
 
-BLOCKED = {"torch", "timm", "torchvision", "scipy", "onnxscript", "onnxsim", "huggingface_hub", "matplotlib"}
+BLOCKED = {"torch", "timm", "torchvision", "scipy", "onnxscript", "onnxsim", "huggingface_hub", "matplotlib", "jinja2"}
 
 class Blocker(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):

@@ -48,13 +48,15 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
             why=f"no file ends in {', '.join(sorted(_SUFFIXES))}.",
             fix="check the path.",
         )
-    facts = [asdict(preprocess), labels, [[str(f.relative_to(path)), sha256_of(f)] for f in files]]
+    named = tuple(str(f.relative_to(path)) for f in files)
+    facts = [asdict(preprocess), labels, [[name, sha256_of(f)] for name, f in zip(named, files, strict=True)]]
     return ImageSet(
         pixels=_FolderPixels(files, preprocess),
         preprocess=preprocess,
         source=f"folder:{path.name}",
         fingerprint=fingerprint_of(facts),
         labels=None if labels is None else np.asarray(labels, np.int64),
+        names=named,
     )
 
 

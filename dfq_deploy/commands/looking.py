@@ -1,12 +1,15 @@
 """Commands that show what lies here, or write it in the format of another tool."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
 from dfq_deploy import show as shown
+from dfq_deploy.progress import shown_progress
 
-__all__ = ["convert", "doctor", "show"]
+__all__ = ["convert", "doctor", "report", "show"]
 
 
 def convert(
@@ -36,6 +39,31 @@ def convert(
 def doctor() -> int:
     """Say what is installed, what that enables, and what would go wrong."""
     return shown.print_findings(dfq.diagnose())
+
+
+def report(
+    folder: Path,
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
+    compare: Path | None = None,
+    quick: bool = False,
+    checkpoint: Path | None = None,
+) -> int:
+    """Write what is known of a bundle as one HTML file that loads nothing.
+
+    Args:
+        folder: A bundle.
+        out: File to write. Without it report.html in the bundle, or compare.html.
+        compare: Another bundle, to put beside it.
+        quick: Measure nothing but time. Without it the first report of a bundle also measures which layers hurt, and
+            its calibration images against noise.
+        checkpoint: Where the weights lie now.
+    """
+    with shown_progress() as watch:
+        found = dfq.report(folder, out=out, compare=compare, quick=quick, checkpoint=checkpoint, watch=watch)
+    shown.print_report(found)
+    return 0
 
 
 def show(path: Path, /) -> int:

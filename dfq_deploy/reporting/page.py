@@ -1,0 +1,155 @@
+"""The page: facts in, one HTML file out.
+
+Everything that comes from a manifest or a file's name is escaped by the template engine; what is not, the charts, comes
+from matplotlib, which escapes it itself. The page's own policy forbids scripts and any load, whatever slips through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import dfq_deploy
+from calibrators.files import written_whole
+from dfq_deploy.reporting.checked import Interval
+from dfq_deploy.reporting.comparing import compared, differences
+from dfq_deploy.reporting.drawing import draw_ranges, draw_sensitivity
+from dfq_deploy.reporting.facts import Missing, Options, Run, gather, timed
+from dfq_deploy.reporting.layers import precision_map
+from dfq_deploy.reporting.repeating import check_command, export_command
+from dfq_deploy.reporting.tables import (
+    agreement_rows,
+    around_zero,
+    backend_of,
+    calibrated_on,
+    decibels,
+    fingerprints,
+    is_tiny,
+    layer_rows,
+    legend,
+    place,
+    plain,
+    sizes_of,
+    span,
+    tiles_of,
+    top1_rows,
+)
+from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, size, verdict_on
+from dfq_deploy.watch import SILENT, Watch
+from exporters.bundle import open_bundle
+
+__all__ = ["Written", "report"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report that was written.
+
+    Attributes:
+        path: The file.
+        missing: What it does not have.
+    """
+
+    path: Path
+    missing: tuple[Missing, ...]
+
+
+def report(
+    folder: str | Path,
+    *,
+    out: str | Path | None = None,
+    compare: str | Path | None = None,
+    quick: bool = False,
+    checkpoint: Path | None = None,
+    watch: Watch = SILENT,
+) -> Written:
+    """Write what is known of the bundle in `folder` as one HTML file.
+
+    Args:
+        folder: A bundle.
+        out: The file; without it `folder/report.html`, or `folder/compare.html`.
+        compare: Another bundle: the page puts the two side by side.
+        quick: Measure nothing but time; what an earlier report measured is shown all the same.
+        checkpoint: Where the weights lie now.
+        watch: Told how it goes.
+
+    Raises:
+        BundleError: There is no bundle, or it is altered.
+    """
+    folder, options = Path(folder), Options(checkpoint, quick)
+    if compare is not None:
+        open_bundle(Path(compare))  # told now if it is none, not after the measurements
+    run = gather(folder, options, watch)
+    if compare is None:
+        run = timed(run, watch)
+        page, missing = _page("report.html.j2", _facts(run)), run.missing
+    else:
+        pair = compared(run, gather(Path(compare), options, watch), watch)
+        page, missing = _page("compare.html.j2", differences(pair)), pair.missing
+    path = Path(out) if out else folder / ("report.html" if compare is None else "compare.html")
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Written(path, missing)
+
+
+def _page(template: str, facts: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("dfq_deploy.reporting"),
+        autoescape=True,  # every template: none but the style sheet is anything else than HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        breakable=breakable,
+        calibrated_on=calibrated_on,
+        decibels=decibels,
+        interval=_exactly,
+        legend=legend,
+        milliseconds=milliseconds,
+        pieces=pieces,
+        place=place,
+        plain=plain,
+        signed=signed,
+        size=size,
+    )
+    return environment.get_template(template).render(version=dfq_deploy.__version__, **facts)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    body = run.manifest.engine.options.body
+    manifest, checked, precision = run.manifest, run.checked, run.manifest.engine.precision
+    top1, agreement = (top1_rows(checked), agreement_rows(checked, body)) if checked else ([], [])
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in manifest.engine.reasons.items():
+        reasons.setdefault(reason, []).append(layer)
+    return {
+        "run": run,
+        "verdict": verdict_on(run),
+        "backend": backend_of(manifest),
+        "body": body,
+        "tiles": tiles_of(run),
+        "top1": top1,
+        "top1_ends": span(row.share for row in top1),
+        "agreement": agreement,
+        "agreement_ends": span(row.share for row in agreement),
+        "drop_ends": around_zero(checked.drop if checked else None),
+        "sizes": sizes_of(run),
+        "map": precision_map(precision, manifest.engine.reasons),
+        "reasons": reasons,
+        "layers": layer_rows(run),
+        "sensitivity_chart": Markup(draw_sensitivity(run.sensed, precision)) if run.sensed else "",
+        "ranges_chart": Markup(draw_ranges(run.audit)) if run.audit else "",
+        "tiny": is_tiny(run),
+        "counted": checked is not None and bool(checked.of),
+        "export_command": export_command(manifest.recipe, run.name),
+        "check_command": check_command(checked, run.name) if checked else "",
+        "fingerprints": fingerprints(run),
+    }
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value, value, value)

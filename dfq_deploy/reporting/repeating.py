@@ -1,0 +1,53 @@
+"""The commands that repeat a run, spelt out, with nothing in them that only the machine of that run has."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import PurePath
+from typing import Any
+
+from dfq_deploy.recipe import Recipe
+from dfq_deploy.reporting.checked import Checked
+
+__all__ = ["check_command", "export_command", "neutral"]
+
+
+def export_command(recipe: Mapping[str, Any], name: str) -> str:
+    """The export that made a bundle, into a folder called `name`: the model, and each field that is not as by default.
+
+    Args:
+        recipe: The manifest's recipe.
+        name: The bundle's folder.
+    """
+    words = ["dfq-deploy", "export"]
+    for field in fields(Recipe):
+        value = recipe.get(field.name)
+        if value is None or (field.default is not MISSING and value == field.default):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            text = PurePath(str(value)).name if field.name == "checkpoint" else str(value)
+            words += [flag, neutral(text) if field.name == "calib" else text]
+    return shlex.join([*words, "--out", name])
+
+
+def check_command(checked: Checked, name: str) -> str:
+    """The check of the bundle in the folder `name`; empty where that was not recorded."""
+    if checked.asked is None:
+        return ""
+    words = ["dfq-deploy", "check", name]
+    if checked.asked.images is not None:
+        words += ["--images", neutral(checked.asked.images)]
+    if checked.asked.limit is not None:
+        words += ["--limit", str(checked.asked.limit)]
+    return shlex.join(words)
+
+
+def neutral(place: str) -> str:
+    """`place`, as --calib and --images take it, without the folders that lead there."""
+    kind, colon, path = place.partition(":")
+    if colon:
+        return f"{kind}:{PurePath(path).name}"
+    return ",".join(PurePath(part).name for part in place.split(","))
