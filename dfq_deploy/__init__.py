@@ -12,6 +12,7 @@ from calibrators.errors import RecipeError
 __version__ = "0.1.0"
 __all__ = [
     "AuditRecipe",
+    "GateLimits",
     "GeneratorsRecipe",
     "ImageSet",
     "ImageSetReader",
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "diagnose",
     "export",
+    "gate",
     "generate",
     "infer",
     "load",
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
     from dfq_deploy.doctor import diagnose
     from dfq_deploy.engine_bench import bench
+    from dfq_deploy.gating.limits import GateLimits
+    from dfq_deploy.gating.running import gate
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.inferring import infer
     from dfq_deploy.layer_costs import sensitivity
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AuditRecipe": "recipe",
+    "GateLimits": "gating.limits",
     "GeneratorsRecipe": "bench_recipe",
     "ImageSet": "converting",
     "ImageSetReader": "converting",
@@ -80,6 +85,7 @@ _HOMES = {
     "convert": "converting",
     "diagnose": "doctor",
     "export": "pipeline",
+    "gate": "gating.running",
     "generate": "pipeline",
     "infer": "inferring",
     "load": "runtime",

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
-from dfq_deploy.commands import judging, looking, making, running, serving
+from dfq_deploy.commands import gating, judging, looking, making, running, serving
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.recipe import fields_in
@@ -38,6 +38,7 @@ for _command in (
     judging.audit,
     making.build,
     judging.check,
+    gating.gate,
     judging.sensitivity,
     making.simulate,
     running.infer,

@@ -28,9 +28,9 @@ from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
 from exporters.cut import LayerCutter
 
-__all__ = ["Check", "evaluate"]
+__all__ = ["FLOOR_FACTOR", "Check", "Verdict", "evaluate", "floor_verdict", "layer_tolerance"]
 
-_FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
+FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
 _MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
 # Relative to a layer's largest output. float32 sums of some thousand terms differ by 1e-6; fp16 and bf16 keep 11 and 8
@@ -63,6 +63,7 @@ class Check:
         verdict: `pass`, `fail` or `undecided`.
         reason: The verdict in words.
         student: Engine and reference have the weights of a student that came with the images, float the model's own.
+        negligible: Whether the engine's distance is so small a share of what quantization changes that it is none.
         disagreed: On how many images the engine decides otherwise than float or the reference.
         disagreements: Up to 24 of them.
     """
@@ -82,6 +83,7 @@ class Check:
     verdict: Verdict
     reason: str
     student: bool = False
+    negligible: bool = False
     disagreed: int = 0
     disagreements: tuple[Disagreement, ...] = ()
 
@@ -107,6 +109,7 @@ def evaluate(
     absent: str | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
+    see: Callable[[Mapping[str, np.ndarray]], object] = lambda _: None,
 ) -> Check:
     """Compare an engine with its reference and with the float model.
 
@@ -120,6 +123,7 @@ def evaluate(
             it is the engine.
         batch_size: Images per forward pass.
         progress: Called with images done and in all.
+        see: Called with the logits (n, classes) of `float`, `reference` and `engine`, and (k, n, classes) of `moved`.
     """
     generator = torch.Generator().manual_seed(_SEED)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("float", "reference", "engine", "moved")}
@@ -134,8 +138,9 @@ def evaluate(
         done += len(batch)
         progress(done, len(images))
     logits = {name: np.concatenate(part, axis=-2).astype(np.float64) for name, part in parts.items()}
+    see(logits)
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
-    tolerance = {layer: _tolerance(reference.plan, layer, body) for layer in layer_error}
+    tolerance = {layer: layer_tolerance(reference.plan, layer, body) for layer in layer_error}
     ran = "the engine" if absent is None else "model.onnx in ONNX Runtime"
     found = _judged(logits, images, facts, layer_error, tolerance, ran)
     return found if absent is None else _not_run(found, absent)
@@ -163,9 +168,8 @@ def _judged(
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
-    verdict, reason = _verdict(
-        layer_error, tolerance, ratio, float(distances["engine_reference"].mean()) <= negligible, ran
-    )
+    none = float(distances["engine_reference"].mean()) <= negligible
+    verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
     if not np.isfinite(logits["engine"]).all():
         verdict, reason = "fail", f"{ran} puts out NaN or Inf"
     disagreed, shown = disagreements(logits, images)
@@ -184,6 +188,7 @@ def _judged(
         layer_error=layer_error,
         verdict=verdict,
         reason=reason,
+        negligible=none,
         disagreed=disagreed,
         disagreements=shown,
     )
@@ -195,8 +200,11 @@ def _not_run(found: Check, why: str) -> Check:
     return replace(found, verdict=verdict, reason=f"the engine has not run: {why} But {found.reason}")
 
 
-def _tolerance(plan: QuantPlan, layer: str, body: Body) -> float:
-    """A weight-only layer computes in the body's type, any other one in integers and float32."""
+def layer_tolerance(plan: QuantPlan, layer: str, body: Body) -> float:
+    """What a layer may be off by, relative to its largest output.
+
+    A weight-only layer computes in the body's type, any other one in integers and float32.
+    """
     return _LAYER_TOLERANCE[body if precision_of(plan, layer) == "int4" else "fp32"]
 
 
@@ -207,22 +215,24 @@ def _verdict(
     negligible: bool,
     ran: str,
 ) -> tuple[Verdict, str]:
-    value, low, high = ratio
     wrong = {layer: error for layer, error in layer_error.items() if error > tolerance[layer]}
     if wrong:
         worst = max(wrong, key=lambda layer: wrong[layer])
         return "fail", f"layer {worst} is off by {wrong[worst]:.1e} of its largest output on the same input"
+    verdict, reason = floor_verdict(ratio, negligible, ran)
+    joint = {"pass": "every layer agrees and", "fail": "every layer agrees, but", "undecided": "every layer agrees;"}
+    return verdict, f"{joint[verdict]} {reason}{': use more images' if verdict == 'undecided' else ''}"
+
+
+def floor_verdict(ratio: tuple[float, float, float], negligible: bool, ran: str) -> tuple[Verdict, str]:
+    """Whether the engine is within the noise floor, by its distance in floors, and why."""
+    value, low, high = ratio
     if negligible:
-        return (
-            "pass",
-            f"every layer agrees and {ran} differs by under {_NEGLIGIBLE:.0%} of what quantization changes",
-        )
-    measured = f"{value:.2f} noise floors from the reference (95 % interval {low:.2f} to {high:.2f})"
-    if low > _FLOOR_FACTOR:
-        return "fail", f"every layer agrees, but {ran} is {measured}"
-    if high > _FLOOR_FACTOR:
-        return "undecided", f"every layer agrees; {ran} is {measured}: use more images"
-    return "pass", f"every layer agrees and {ran} is {measured}"
+        return "pass", f"{ran} differs by under {_NEGLIGIBLE:.0%} of what quantization changes"
+    measured = f"{ran} is {value:.2f} noise floors from the reference (95 % interval {low:.2f} to {high:.2f})"
+    if low > FLOOR_FACTOR:
+        return "fail", measured
+    return ("undecided" if high > FLOOR_FACTOR else "pass"), measured
 
 
 def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray) -> dict[str, float]:

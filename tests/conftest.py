@@ -29,6 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=lack))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the bundles that drifted the gate caught."""
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.getreports(key)]
+    seen = [value for report in reports for name, value in report.user_properties if name == "gate mutation"]
+    for mode in sorted({mode for _, mode, _, _ in seen}):
+        of = [(what, caught, ran) for what, mode_of, caught, ran in seen if mode_of == mode]
+        missed = ", ".join(what for what, caught, _ in of if not caught)
+        terminalreporter.write_line(
+            f"gate, {mode}: {sum(caught for _, caught, _ in of)} of {len(of)} mutations caught, "
+            f"{sum(ran for _, _, ran in of)} by what was run alone; missed: {missed or 'none'}"
+        )
+
+
 def _lacks_gpu() -> str:
     """What keeps the tests marked `gpu` from running here; empty if nothing does."""
     try:

@@ -82,6 +82,19 @@ def test_the_command_for_layers_that_hurt_runs(
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "sensitivity.json", "sensitivity.png"}
 
 
+def test_the_commands_of_the_gate_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "deit_t").symlink_to(demo_bundle)
+    digits = Path(dfq_deploy.__file__).parent / "models" / "demo" / "held_back.npz"
+    commands = re.findall(r"^dfq-deploy (gate .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    for command in commands:
+        few = command.replace("folder:images", f"npz:{digits} --limit 24 --latency-band 1e6")
+        assert run(few.split()) == 2, "24 digits decide nothing"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"runs", "engine.json", "gate.md", "gate.xml"}
+
+
 def test_the_commands_for_a_report_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_report: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("deit_t", "small"):

@@ -1,0 +1,64 @@
+"""The command that a pipeline stops at."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+import dfq_deploy as dfq
+from dfq_deploy.commands import EXIT
+from dfq_deploy.gating.limits import GateLimits
+from dfq_deploy.progress import shown_progress
+from dfq_deploy.show_gate import print_gate
+
+__all__ = ["gate"]
+
+_DEFAULT = GateLimits()
+_File = Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))]
+
+
+def gate(
+    folder: Path,
+    /,
+    limits: Annotated[GateLimits, Parameter(name="*")] = _DEFAULT,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    baseline: _File = None,
+    update: bool = False,
+    checkpoint: Path | None = None,
+    json: _File = None,
+    junit: _File = None,
+    markdown: _File = None,
+) -> int:
+    """Judge a bundle for a pipeline: 0 pass, 1 fail, 2 undecided, 3 a wrong call.
+
+    Args:
+        folder: A bundle.
+        limits: What is let pass.
+        images: folder:PATH, npz:PATH or an ImageSet file; with labels, accuracy is judged. Without it: the images that
+            the bundle was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        baseline: A file that an earlier gate wrote; the engine is compared with it, image by image.
+        update: Write that file from this engine instead, and say what changes; a failing engine is not written.
+        checkpoint: Where the weights lie now.
+        json: File for the verdict and its checks as JSON.
+        junit: File for the checks as JUnit XML.
+        markdown: File for the checks as a Markdown table.
+    """
+    with shown_progress() as watch:
+        found = dfq.gate(
+            folder,
+            limits,
+            images=images,
+            limit=limit,
+            baseline=baseline,
+            update=update,
+            checkpoint=checkpoint,
+            watch=watch,
+        )
+    print_gate(found)
+    for path, save in ((json, found.save), (junit, found.save_junit), (markdown, found.save_markdown)):
+        if path is not None:
+            save(path)
+    return EXIT[found.verdict]

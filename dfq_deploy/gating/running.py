@@ -1,0 +1,127 @@
+"""One gate, read top to bottom: integrity, images, engine against reference, float and baseline, verdict."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from calibrators.errors import RecipeError
+from calibrators.plan import QuantPlan
+from dfq_deploy.evaluate import FLOOR_FACTOR, floor_verdict, layer_tolerance
+from dfq_deploy.gating.against import baseline_checks, new_baseline
+from dfq_deploy.gating.baseline import Baseline, changes_between
+from dfq_deploy.gating.checks import drop_check, layers_check, ratio_check, share_check
+from dfq_deploy.gating.integrity import opened
+from dfq_deploy.gating.limits import GateLimits
+from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
+from dfq_deploy.gating.seeing import Seen, look
+from dfq_deploy.gating.statistics import Paired
+from dfq_deploy.opening import images_to_check, labelled_for
+from dfq_deploy.watch import SILENT, Watch
+
+__all__ = ["gate"]
+
+_DEFAULT = GateLimits()
+
+
+def gate(
+    folder: str | Path,
+    limits: GateLimits = _DEFAULT,
+    *,
+    images: str | None = None,
+    limit: int | None = None,
+    baseline: Path | None = None,
+    update: bool = False,
+    checkpoint: Path | None = None,
+    watch: Watch = SILENT,
+) -> GateResult:
+    """Judge the bundle in `folder`: its integrity, and its engine against reference, float and baseline.
+
+    Args:
+        folder: A bundle.
+        limits: What is let pass.
+        images: `folder:PATH`, `npz:PATH` or an ImageSet file. None: those that the bundle was calibrated on.
+        limit: Use this many of them, evenly spaced.
+        baseline: A file that an earlier gate wrote.
+        update: Write that file from this engine instead of comparing with it, unless the engine fails.
+        checkpoint: Where the weights lie now, if not where the export found them.
+        watch: Told how it goes.
+
+    Raises:
+        BundleError: There is no bundle.
+        RecipeError: The baseline cannot be read, or is to be written and has no name.
+        DeployError: Weights or images cannot be had, or the engine cannot be loaded.
+    """
+    before = _baseline_in(baseline, update=update)
+    checks, bundle = opened(Path(folder), checkpoint, watch)
+    if bundle is None:
+        return _stopped(checks, labels=images is not None)
+    model = replace(bundle.model, labelled=None)  # images with labels are asked for: what a gate judges is no accident
+    picked = labelled_for(model, images_to_check(bundle.folder, bundle.manifest, model, images))
+    picked = picked if limit is None else picked.spread(limit)
+    seen = look(bundle, picked, timed=baseline is not None, watch=watch)
+    checks += _measured(seen, bundle.reference.plan, limits)
+    left_out = {} if seen.labels is not None else {"drop": "no labels"}
+    changes: tuple[str, ...] = ()
+    if baseline is None:
+        left_out["baseline"] = "no --baseline FILE was given"
+    elif before is not None and not update:
+        more, missing = baseline_checks(before, bundle, seen=seen, limits=limits)
+        checks, left_out = checks + more, left_out | missing
+    elif worst_of(checks) == "fail":
+        left_out["baseline"] = "not written: this engine fails"
+    else:
+        left_out["baseline"] = "it is written anew"
+        after = new_baseline(bundle, seen)
+        changes = tuple(changes_between(before, after))
+        after.save(baseline)
+    return GateResult(
+        verdict=worst_of(checks),
+        mode=seen.mode,
+        n=seen.found.n,
+        images=seen.found.images,
+        checks=tuple(checks),
+        left_out=left_out,
+        smallest_detectable_drop_pt=seen.against_float.smallest_detectable,
+        changes=changes,
+    )
+
+
+def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
+    """The baseline in `path`; where it is to be written there may be none yet."""
+    if path is None and update:
+        raise RecipeError(
+            what="--update has nothing to write.",
+            why="no --baseline FILE was given.",
+            fix="name the file with --baseline.",
+        )
+    return None if path is None or (update and not path.exists()) else Baseline.load(path)
+
+
+def _stopped(checks: list[GateCheck], *, labels: bool) -> GateResult:
+    """A gate that ends before there is anything to compare."""
+    return GateResult(
+        verdict="fail",
+        mode="labels" if labels else "synthetic",
+        n=0,
+        images="",
+        checks=tuple(checks),
+        left_out={"images": f"{checks[-1].name} failed, so nothing was run"},
+        smallest_detectable_drop_pt=Paired(0, 0, 0).smallest_detectable,
+    )
+
+
+def _measured(seen: Seen, plan: QuantPlan, limits: GateLimits) -> Iterator[GateCheck]:
+    """What was run: the layers, the engine against its reference, and against float."""
+    found = seen.found
+    body = found.engine.options.body
+    yield layers_check(found.layer_error, {layer: layer_tolerance(plan, layer, body) for layer in found.layer_error})
+    if not seen.ran:
+        yield GateCheck("engine", 0.0, 1.0, (0.0, 0.0), "undecided", f"it has not run here: {found.ran} did")
+    within = floor_verdict(found.floor_ratio, found.negligible, found.ran)
+    if not seen.finite:
+        within = "fail", found.reason
+    yield ratio_check("engine_reference", found.floor_ratio, FLOOR_FACTOR, n=found.n, found=within)
+    if seen.labels is not None:
+        yield drop_check("drop", seen.against_float, limits.max_drop, said="lost against float")
+    share = found.agreement["engine_float"]
+    yield share_check("agreement", share, limits.min_agreement, said=f"{found.ran} decides as float does")

@@ -1,0 +1,109 @@
+"""What the images show: engine, reference and float on each of them, and the engine's time beside float's.
+
+Comes after integrity and before verdicts; decisions are kept per image, since everything else is paired on them.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calibrators.images import ImageSet
+from dfq_deploy.evaluate import Check, evaluate
+from dfq_deploy.gating.baseline import hashed
+from dfq_deploy.gating.integrity import OpenBundle
+from dfq_deploy.gating.result import Mode
+from dfq_deploy.gating.speed import float_model_in, time_ratio
+from dfq_deploy.gating.statistics import Interval, Paired
+from dfq_deploy.opening import engine_again
+from dfq_deploy.watch import Watch
+
+__all__ = ["Seen", "look"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the images showed.
+
+    Attributes:
+        found: Engine, reference and float compared.
+        ran: Whether it was the engine that ran, not a stand-in.
+        finite: Whether all that it put out are numbers.
+        labels: The labels, if there are any.
+        hashes: Of the images, in order.
+        decisions: Classes (n,) of `float`, `reference`, `engine` and `moved`: the reference with its input moved.
+        time: The engine's time over float's and its interval; None where it was not taken.
+        untimed: Why it was not taken.
+    """
+
+    found: Check
+    ran: bool
+    finite: bool
+    labels: np.ndarray | None
+    hashes: list[str]
+    decisions: Mapping[str, np.ndarray]
+    time: tuple[float, Interval] | None
+    untimed: str
+
+    @property
+    def mode(self) -> Mode:
+        """Whether accuracy was measured."""
+        return "synthetic" if self.labels is None else "labels"
+
+    @property
+    def against_float(self) -> Paired:
+        """Where float and the engine are right; without labels, where reference and engine decide as float does."""
+        if self.labels is not None:
+            return Paired.of(self.decisions["float"] == self.labels, self.decisions["engine"] == self.labels)
+        return Paired.of(*(self.decisions[name] == self.decisions["float"] for name in ("moved", "engine")))
+
+
+def look(bundle: OpenBundle, images: ImageSet, *, timed: bool, watch: Watch) -> Seen:
+    """Run everything on `images`, and the engine and float in turn where it is to be `timed`."""
+    watch.stage("images", False)
+    manifest = bundle.manifest
+    logits: dict[str, np.ndarray] = {}
+    marked, hashes = hashed(images)
+    engine, quantized, absent = engine_again(bundle.folder, manifest)
+    with contextlib.closing(engine):
+        found = evaluate(
+            bundle.reference,
+            engine,
+            marked,
+            quantized=quantized,
+            facts=manifest.engine,
+            absent=absent,
+            progress=lambda done, total: watch.progress(done, total, {}),
+            see=logits.update,
+        )
+        floats = float_model_in(bundle.folder)
+        untimed = _why_untimed(manifest.backend, floats, absent)
+        time = None
+        if timed and floats is not None and not untimed:
+            watch.stage("latency", False)
+            time = time_ratio(engine, floats, manifest)
+    decisions = {name: values.argmax(-1) for name, values in logits.items()}
+    decisions["moved"] = decisions["moved"][0]
+    return Seen(
+        found=found,
+        ran=absent is None,
+        finite=bool(np.isfinite(logits["engine"]).all()),
+        labels=images.labels,
+        hashes=[hashes[number] for number in range(len(images))],
+        decisions=decisions,
+        time=time,
+        untimed=untimed,
+    )
+
+
+def _why_untimed(backend: str, floats: Path | None, absent: str | None) -> str:
+    """Why the engine's time cannot be held against float's; empty where it can."""
+    if absent is not None:
+        return "the engine cannot run here"
+    if backend != "ort":
+        return "only ONNX Runtime runs the float model as it runs the engine"
+    if floats is None:
+        return "there is no float model beside the bundle: export with --keep-float, or keep its work folder"
+    return ""
