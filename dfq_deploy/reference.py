@@ -1,10 +1,12 @@
 """The reference: what a plan means, computed by the torch model with fake quantization.
 
 The same plan that goes into ONNX rounds the same tensors here. The reference is what an engine must agree with; the
-float model is what both are compared to.
+float model is what both are compared to. What a plan leaves in float is computed in float, with one exception: a
+convolution whose output is quantized is computed in integers as a whole, and so its bias is one, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from calibrators.errors import PlanError
 from calibrators.plan import QuantPlan
-from calibrators.sites import Mode, QuantSite, set_mode, sites_of
+from calibrators.scheme import scheme_named
+from calibrators.sites import Mode, QuantSite, SitedConv2d, set_mode, sites_of
 from dfq_deploy.models import Model
 from exporters.census import Body
 
@@ -54,6 +57,7 @@ class Reference:
             )
         self._module = model.module
         self._floats = floats or model
+        self._biases = [] if scheme_named(plan.scheme).simulated else list(_rounded_biases(model.module, plan))
         self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
@@ -118,13 +122,27 @@ class Reference:
                 hook.remove()
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        set_mode(self._module, Mode.FAKE, qparams=self.plan.sites)
-        try:
-            with torch.inference_mode():
-                logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()
-        finally:
-            set_mode(self._module, Mode.OFF)
+        with ExitStack() as stack, torch.inference_mode():
+            set_mode(self._module, Mode.FAKE, qparams=self.plan.sites)
+            stack.callback(set_mode, self._module, Mode.OFF)
+            for site, change in self._biases:
+                hook = site.register_forward_pre_hook(lambda _site, inputs, change=change: (inputs[0] + change,))
+                stack.callback(hook.remove)
+            logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()
         return logits
+
+
+def _rounded_biases(module: nn.Module, plan: QuantPlan) -> Iterator[tuple[QuantSite, Tensor]]:
+    """The output sites of integer convolutions, and what rounding the bias changes there, (channels, 1, 1).
+
+    The bias is added to sums of products of codes, so its step is the input's scale times the weight's. That moves about
+    one code per image of a small ViT's patch embedding, which is several noise floors.
+    """
+    for layer, conv in module.named_modules():
+        if isinstance(conv, SitedConv2d) and conv.bias is not None and f"{layer}.output" in plan.sites:
+            left, right = (torch.from_numpy(plan.sites[f"{layer}.{site}"].scale) for site in ("input", "weight"))
+            bias, step = conv.bias.detach(), left * right
+            yield conv.output_site, (torch.round(bias / step) * step - bias).reshape(-1, 1, 1)
 
 
 def _watch_layer(

@@ -8,7 +8,7 @@ Rules:
    channels; a scheme that leaves activations in float writes nothing else.
 3. A convolution's output passes a pair of its own, since run-times fuse an INT8 convolution only then.
 4. The operands of an attention matmul are treated like inputs, both or neither.
-5. Biases, residual sums, LayerNorm, softmax and GELU stay float.
+5. Biases, residual sums, LayerNorm, softmax and GELU stay float; a run-time rounds the bias of a convolution of rule 3.
 """
 
 import numpy as np

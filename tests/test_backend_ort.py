@@ -18,6 +18,7 @@ from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.sites import rounded
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.opening import open_images
 from dfq_deploy.reference import Reference
 from exporters.backends import BuildOptions, ort
 from exporters.bundle import EngineFacts, open_bundle
@@ -76,6 +77,22 @@ def test_every_layer_equals_its_reference_on_the_same_input(bundle: Path) -> Non
     Reference(load_model("demo"), plan).watch_layers(_images(bundle), compare)
     assert off.keys() == set(plan.layers)
     assert max(off.values()) < 1e-5, max(off, key=lambda layer: off[layer])
+
+
+def test_a_convolution_in_integers_puts_out_the_codes_of_its_reference(bundle: Path) -> None:
+    """ONNX Runtime rounds its bias, and so does the reference: else an engine of `--spare none` fails its check."""
+    plan, cutter = _plan(bundle), LayerCutter(ir.load(bundle / "model.onnx"))
+    labelled = load_model("demo").labelled
+    assert labelled is not None
+    images = open_images(f"npz:{labelled}", load_model("demo").preprocess).pixels[:100]
+    differing: list[float] = []
+
+    def compare(layer: str, operands: list[np.ndarray], wanted: np.ndarray) -> None:
+        if rounded_to := plan.sites.get(f"{layer}.output"):
+            differing.append(float((np.abs(cutter.run(layer, operands) - wanted) > rounded_to.scale / 2).mean()))
+
+    Reference(load_model("demo"), plan).watch_layers(images, compare)
+    assert max(differing, default=0.0) < 1e-5, "codes that are rounded the other way"
 
 
 def test_dynamic_scales_are_found_as_the_operator_finds_them() -> None:
