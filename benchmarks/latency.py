@@ -13,7 +13,6 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 
 import dfq_deploy as dfq
 from calibrators.errors import BackendError
+from dfq_deploy.machine import versions_of
 from exporters.tensorrt import cuda
 from exporters.turns import seconds_in_turn
 
@@ -28,6 +28,7 @@ BATCHES = (1, 8, 32)
 CALLS = 200
 WARM_UP = 20
 FORMATS = {"float": "float", "int8": "w8a8", "int4": "w4a16"}  # column and scheme
+_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "cuda-bindings", "torch", "timm")
 _FACTS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.limit")
 
 
@@ -37,17 +38,6 @@ def gpu() -> dict[str, str]:
     asked = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_FACTS)}", "--format=csv,noheader"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     return dict(zip(_FACTS, (fact.strip() for fact in answer.strip().split(",")), strict=True))
-
-
-def versions() -> dict[str, str]:
-    """What made and ran the engines."""
-    found = {}
-    for name in ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "cuda-bindings", "torch", "timm"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def milliseconds(runners: list[dfq.Runner], images: np.ndarray) -> np.ndarray:
@@ -117,7 +107,7 @@ def main() -> None:
         found = measure(folders)
     result = {"backend": chosen.backend, "model": chosen.model, "body": chosen.body, "calls": CALLS}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({**result, "versions": versions(), **found}, indent=1))
+    chosen.out.write_text(json.dumps({**result, "versions": versions_of(_PACKAGES), **found}, indent=1))
     facts = gpu()
     print(f"{facts['name']}, driver {facts['driver_version']}; {chosen.model}, {chosen.body}, {chosen.backend}\n")
     print(table(found))

@@ -9,12 +9,9 @@ Weights are random: speed does not depend on their values.
 import argparse
 import contextlib
 import json
-import os
-import platform
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,9 @@ import torch
 import dfq_deploy as dfq
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.machine import machine, versions_of, vnni
 from dfq_deploy.models.loading import load_model
-from exporters.turns import seconds_in_turn
+from exporters.turns import median_ratio, seconds_in_turn
 
 IMAGES = 32
 CALLS = 30
@@ -68,22 +66,14 @@ def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]
     calls = [partial(session.run, None, {"images": images}) for session in sessions]
     times = seconds_in_turn(calls, rounds=CALLS, warm_up=WARM_UP)
     medians = 1000 * np.median(times, axis=0)
-    ratio = float(np.median(times[:, 0] / times[:, 1]))
+    ratio, *_ = median_ratio(times[:, 0], times[:, 1])
     print(f"{model} batch {batch}: float {medians[0]:.1f} ms, int8 {medians[1]:.1f} ms, {ratio:.2f}x", flush=True)
     return {"float_ms": float(medians[0]), "int8_ms": float(medians[1]), "float_over_int8": ratio}
 
 
-def machine() -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
     """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = " ".join(line for line in lines[:40] if line.startswith("flags"))
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "vnni": str("vnni" in flags),
-        "cores": str(os.cpu_count()),
-        **{name: version(name) for name in ("torch", "timm", "onnxruntime")},
-    }
+    return {**machine(), "vnni": str(bool(vnni())), **versions_of(("torch", "timm", "onnxruntime"))}
 
 
 def main() -> None:
@@ -95,7 +85,7 @@ def main() -> None:
     fast, exact = seconds_per_step(exact=False, steps=10), seconds_per_step(exact=True, steps=2)
     print(f"PSAQ step, DeiT-T, batch 32: fast {fast:.2f} s, exact {exact:.2f} s, {exact / fast:.1f}x", flush=True)
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine_facts(),
         "psaq_step": {"fast_s": fast, "exact_s": exact, "exact_over_fast": exact / fast},
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,8 @@ __all__ = [
     "folder_written_whole",
     "is_plain_file",
     "sha256_of",
+    "write_json",
+    "write_text",
     "written_whole",
 ]
 
@@ -43,6 +45,17 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             written.chmod(mode)
             written.replace(path.parent / written.name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as a JSON file that people can read, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

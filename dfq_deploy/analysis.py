@@ -5,7 +5,6 @@ what all is compared with. Each number is a forward pass of the reference under 
 plan does, not what an engine makes of it.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, layer_of
@@ -122,8 +121,7 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Write the report as a JSON file."""
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.report(), indent=1), encoding="utf-8")
+        write_json(path, self.report())
 
 
 def analyse(

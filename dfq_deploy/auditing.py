@@ -4,7 +4,6 @@ Comes between images and a calibration, or after an export, on its bundle. How s
 business, the verdict `audited`'s, and what is drawn that of `charts`.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from calibrators.errors import BundleError, ImagesError, RecipeError
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from calibrators.images import ImageSet, Preprocess
 from dfq_deploy.audited import REAL, SEED, Audit, judged
 from dfq_deploy.building import made_with
@@ -102,8 +101,7 @@ def _audited(subject: _Subject, recipe: AuditRecipe, out: Path, *, watch: Watch)
         watch.stage("pictures", False)
         (out / "audit.json").unlink(missing_ok=True)  # of other pictures
         found = _drawn(found, model, images, {name: those for name, those in others.items() if name != SEED}, out)
-        with written_whole(out / "audit.json") as temporary:
-            temporary.write_text(json.dumps(found.report(), indent=1), encoding="utf-8")
+        write_json(out / "audit.json", found.report())
     return found
 
 

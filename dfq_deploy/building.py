@@ -4,10 +4,9 @@ Comes after calibration and before the check. It decides what lies in a bundle; 
 written and verified.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,11 @@ import onnx_ir as ir
 import torch
 
 from calibrators.errors import DeployError, ExportError
-from calibrators.files import written_whole
+from calibrators.files import write_text
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
+from dfq_deploy.machine import versions_of
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.workspace import Workspace
@@ -43,11 +43,7 @@ def made_with() -> dict[str, str]:
 
 def _built_with() -> dict[str, str]:
     """Versions of everything that an engine depends on."""
-    found = made_with()
-    for name in _BUILDERS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return made_with() | versions_of(_BUILDERS)
 
 
 def float_onnx(model: Model, path: Path) -> None:
@@ -119,8 +115,7 @@ def build_bundle(
         save_model(ir.load(floats), out / "float.onnx")
         files.append("float.onnx")
     if model.class_names is not None:
-        with written_whole(out / "classes.txt") as temporary:
-            temporary.write_text("\n".join(model.class_names) + "\n", encoding="utf-8")
+        write_text(out / "classes.txt", "\n".join(model.class_names) + "\n")
         files.append("classes.txt")
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
     for stale in before - set(files):  # of another backend, or another option

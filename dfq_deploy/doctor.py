@@ -4,13 +4,12 @@ Nothing is fixed here: each finding says what was seen and, where it is a proble
 """
 
 import platform
-import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from calibrators.errors import BackendError
+from dfq_deploy.machine import installed, vnni
 from exporters.tensorrt import cuda
 
 __all__ = ["Finding", "diagnose"]
@@ -48,22 +47,15 @@ def diagnose() -> list[Finding]:
     return [*found, _onnxruntime_clash(), _integer_dot_products(), _gpu(), _cuda()]
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _package(name: str, use: str) -> Finding:
-    number = _installed(name) or (_installed("onnxruntime-gpu") if name == "onnxruntime" else None)
+    number = installed(name) or (installed("onnxruntime-gpu") if name == "onnxruntime" else None)
     return Finding(name, "ok", number) if number else Finding(name, "absent", f"needed for {use}")
 
 
 def _onnxruntime_clash() -> Finding:
     """Both wheels write the same folder: whichever came last wins, and removing one breaks the other."""
     subject = "onnxruntime / onnxruntime-gpu"
-    cpu, gpu = _installed("onnxruntime"), _installed("onnxruntime-gpu")
+    cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
     if cpu and gpu:
         return Finding(
             subject,
@@ -79,12 +71,11 @@ def _integer_dot_products() -> Finding:
     subject = "INT8 dot products"
     if platform.machine() not in ("x86_64", "AMD64"):
         return Finding(subject, "ok", f"{platform.machine()}: not looked at")
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
+    flags = vnni()
+    if flags is None:
         return Finding(subject, "ok", f"{platform.system()}: processor flags cannot be read here")
-    flags = set(re.findall(r"\w*vnni", cpuinfo.read_text()))
     if flags:
-        return Finding(subject, "ok", ", ".join(sorted(flags)))
+        return Finding(subject, "ok", ", ".join(flags))
     return Finding(subject, "problem", "no VNNI: INT8 sums may saturate; trust `dfq-deploy check` on this machine only")
 
 
@@ -99,7 +90,7 @@ def _gpu() -> Finding:
 
 def _cuda() -> Finding:
     """Whether --provider cuda can be tried; ONNX Runtime's own list says yes without a driver, so it is not asked."""
-    gpu, driver = _installed("onnxruntime-gpu"), Path("/proc/driver/nvidia/version").exists()
+    gpu, driver = installed("onnxruntime-gpu"), Path("/proc/driver/nvidia/version").exists()
     if gpu and driver:
         return Finding("CUDA", "ok", f"onnxruntime-gpu {gpu} and an NVIDIA driver")
     lacks = " and ".join(name for name, there in (("onnxruntime-gpu", gpu), ("an NVIDIA driver", driver)) if not there)

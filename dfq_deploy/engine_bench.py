@@ -5,27 +5,24 @@ those of the rounds, with a bootstrap interval over the rounds; what slows the w
 Memory is measured by a process for each engine and batch.
 """
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from calibrators.errors import RecipeError
+from dfq_deploy.machine import machine, versions_of
 from dfq_deploy.peak_memory import peak_mib
 from dfq_deploy.runtime import Runner, load
 from dfq_deploy.watch import SILENT, Watch
-from exporters.turns import seconds_in_turn
+from exporters.turns import median_ratio, seconds_in_turn
 
 __all__ = ["EngineBench", "Pace", "Ratio", "bench"]
 
-_RESAMPLES = 2000
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "numpy")
 
 
@@ -126,7 +123,7 @@ def bench(
     """
     folders = [Path(folder)] if vs is None else [Path(folder), Path(vs)]
     _refuse_nothing(folders, batches, calls, seconds)
-    machine = _machine()
+    seen = machine()
     paces: list[Pace] = []
     ratios: list[Ratio] = []
     with ExitStack() as stack:
@@ -139,7 +136,7 @@ def bench(
             if len(folders) > 1:
                 ratios.append(_ratio(batch, times))
         engines = {str(each): _named(runner) for each, runner in zip(folders, runners, strict=True)}
-    return EngineBench(engines, tuple(paces), tuple(ratios), threads, machine, _versions())
+    return EngineBench(engines, tuple(paces), tuple(ratios), threads, seen, versions_of(_RUNTIMES))
 
 
 def _refuse_nothing(folders: list[Path], batches: Sequence[int], calls: int | None, seconds: float) -> None:
@@ -182,35 +179,10 @@ def _tail_ms(seconds: np.ndarray, percent: int) -> float | None:
 
 def _ratio(batch: int, seconds: np.ndarray) -> Ratio:
     """Of times (rounds, 2)."""
-    rounds, random = seconds[:, 1] / seconds[:, 0], np.random.default_rng(0)
-    medians = [np.median(random.choice(rounds, len(rounds))) for _ in range(_RESAMPLES)]
-    low, high = np.percentile(medians, (2.5, 97.5)).tolist()
-    return Ratio(batch, float(np.median(rounds)), (low, high))
+    faster, low, high = median_ratio(seconds[:, 1], seconds[:, 0])
+    return Ratio(batch, faster, (low, high))
 
 
 def _named(runner: Runner) -> str:
     facts = runner.manifest
     return f"{facts.model.name}, {facts.scheme}, {facts.backend} {facts.engine.options.provider}".strip()
-
-
-def _machine() -> dict[str, str]:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load_average = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": str(usable),
-        "load_average": load_average,
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _RUNTIMES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

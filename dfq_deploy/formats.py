@@ -14,7 +14,7 @@ from calibrators.affine import CODES, choose_qparams
 from calibrators.collectors import Subject, described
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import PlanError
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from calibrators.folds import layers_of
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan, Ranges, layer_of, make_plan
@@ -68,8 +68,7 @@ class Job:
         """What `make` gives, kept as the JSON file of a stage."""
 
         def write(path: Path) -> None:
-            with written_whole(path) as temporary:
-                temporary.write_text(json.dumps(make(), indent=1), encoding="utf-8")
+            write_json(path, make())
 
         return json.loads(self.work.stage(stage, ".json", [*facts, made_with()], write).read_text(encoding="utf-8"))
 

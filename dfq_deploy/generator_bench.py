@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.files import written_whole
+from calibrators.files import write_json, written_whole
 from calibrators.images import ImageSet
 from dfq_deploy.bench_images import draw, images_to_draw, images_to_judge
 from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
@@ -143,7 +143,7 @@ class _Desk:
         """Make a set, from its beginning, so that the seconds beside it are those of the whole."""
         began = time.monotonic()
         made = make_images([generator], self.model, options, progress=progress)
-        _write(_seconds_beside(path), time.monotonic() - began)
+        write_json(_seconds_beside(path), time.monotonic() - began)
         made.save(path)
 
     def result(self, scheme: str, refine: str, generator: str, seed: int) -> Result:
@@ -165,7 +165,7 @@ class _Desk:
                 "agreement": found.agreement.percent,
                 "sqnr_db": found.sqnr_db,
             }
-            _write(path, without_nan(figures))
+            write_json(path, without_nan(figures))
 
         figures = _read(self.work.stage(name, ".json", facts, measure))
         known = {figure: np.nan if value is None else value for figure, value in figures.items()}
@@ -250,11 +250,6 @@ def _in_names(generator: str) -> str:
 def _seconds_beside(path: Path) -> Path:
     """Where the seconds stand that it took to make the images in `path`: not in it, whose bytes its seed decides."""
     return path.with_name(f"{path.name}.seconds")
-
-
-def _write(path: Path, value: object) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _read(path: Path) -> Any:

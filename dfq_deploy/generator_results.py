@@ -4,7 +4,6 @@ Means and deviations over seeds, how far each generator goes from noise to real 
 markdown table. It knows no model and computes no logits.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calibrators.files import written_whole
+from calibrators.files import write_json, write_text
 from dfq_deploy.bench_recipe import NOISE, REAL
 from dfq_deploy.measures import without_nan
 
@@ -247,7 +246,5 @@ class GeneratorBench:
 
     def save(self, folder: Path) -> None:
         """Write `generators.json` and `generators.md`."""
-        texts = {"json": json.dumps(self.report(), indent=1), "md": self.markdown()}
-        for suffix, text in texts.items():
-            with written_whole(folder / f"generators.{suffix}") as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        write_json(folder / "generators.json", self.report())
+        write_text(folder / "generators.md", self.markdown())

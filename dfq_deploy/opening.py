@@ -23,6 +23,8 @@ from exporters.to_onnx import save_model
 __all__ = [
     "calibration_images",
     "engine_again",
+    "engine_bytes",
+    "float_model_in",
     "folded_again",
     "images_to_check",
     "labelled_for",
@@ -92,6 +94,18 @@ def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, st
     with tempfile.TemporaryDirectory() as place:
         save_model(model, Path(place) / "model.onnx")
         return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, absent
+
+
+def engine_bytes(folder: Path, manifest: Manifest) -> int:
+    """Size of what the run-time loads: the engine's own files, or `model.onnx` with its data."""
+    names = manifest.engine.files or [name for name in manifest.files if name.startswith("model.onnx")]
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def float_model_in(folder: Path) -> Path | None:
+    """The float ONNX model that lies in the bundle or in its `work`; None where neither does."""
+    found = [folder / "float.onnx", *sorted((folder / "work").glob("float-*.onnx"))]
+    return next((path for path in found if path.is_file()), None)
 
 
 def open_images(place: str, preprocess: Preprocess) -> ImageSet:

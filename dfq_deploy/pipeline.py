@@ -6,7 +6,6 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.errors import RecipeError
-from calibrators.files import clear_unfinished, written_whole
+from calibrators.files import clear_unfinished, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
@@ -220,8 +219,7 @@ def _check(
 
 
 def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
-    with written_whole(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_json(folder / "report.json", facts)
 
 
 def _writable(out: Path) -> Path:

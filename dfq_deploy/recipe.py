@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 
 from calibrators.errors import RecipeError
-from calibrators.files import written_whole
+from calibrators.files import write_text
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from dfq_deploy.generation import BATCH
@@ -272,8 +272,7 @@ class Recipe(CalibrateRecipe):
 
     def save(self, path: Path) -> None:
         """Write the recipe as TOML; `--recipe` reads it again."""
-        with written_whole(path) as temporary:
-            temporary.write_text(tomli_w.dumps(self.facts()), encoding="utf-8")
+        write_text(path, tomli_w.dumps(self.facts()))
 
 
 def fields_in(path: Path) -> dict[str, Any]:

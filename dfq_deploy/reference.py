@@ -135,8 +135,8 @@ class Reference:
 def _rounded_biases(module: nn.Module, plan: QuantPlan) -> Iterator[tuple[QuantSite, Tensor]]:
     """The output sites of integer convolutions, and what rounding the bias changes there, (channels, 1, 1).
 
-    The bias is added to sums of products of codes, so its step is the input's scale times the weight's. That moves about
-    one code per image of a small ViT's patch embedding, which is several noise floors.
+    The bias is added to sums of products of codes, so its step is the input's scale times the weight's. That moves
+    about one code per image of a small ViT's patch embedding, which is several noise floors.
     """
     for layer, conv in module.named_modules():
         if isinstance(conv, SitedConv2d) and conv.bias is not None and f"{layer}.output" in plan.sites:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.errors import BundleError, NotHereError
-from calibrators.files import is_plain_file, written_whole
+from calibrators.files import is_plain_file, write_json
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.workspace import held
@@ -91,8 +91,7 @@ def _build(folder: Path, manifest: Manifest, backend: str | None, sign: Signer |
         told = {**report, "engine": facts.report()}
         if facts.state == "built" and report.get("verdict") != "fail":
             told |= {"verdict": "undecided", "reason": "the engine was built after this check: run dfq-deploy check"}
-        with written_whole(folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        write_json(folder / "report.json", told)
     return open_bundle(folder)
 
 

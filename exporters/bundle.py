@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator, model_validator
 
 from calibrators.errors import BundleError, ImagesError
-from calibrators.files import is_plain_file, sha256_of, written_whole
+from calibrators.files import is_plain_file, sha256_of, write_text, written_whole
 from calibrators.headers import header_of, later, newer
 from calibrators.images import Preprocess
 from exporters.backends import BuildOptions, Built
@@ -181,8 +181,7 @@ def seal_bundle(folder: Path, manifest: Manifest, files: list[str], *, sign: Sig
     """Write the manifest, last of all but its signature, with the hashes of `files`, which lie in `folder`."""
     sealed = manifest.model_copy(update={"files": {name: sha256_of(folder / name) for name in files}})
     (folder / SIGNATURE).unlink(missing_ok=True)  # of another manifest
-    with written_whole(folder / MANIFEST) as temporary:
-        temporary.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
+    write_text(folder / MANIFEST, sealed.model_dump_json(indent=1))
     if sign is not None:
         sign_bundle(folder, sign)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exporters import turns
-from exporters.turns import seconds_in_turn
+from exporters.turns import median_ratio, seconds_in_turn
 
 
 class Clock:
@@ -50,5 +50,22 @@ def test_as_many_rounds_as_fit_and_no_fewer_than_five(clock: Clock, seconds: flo
     assert len(seconds_in_turn([clock.call("a", 1.0), clock.call("b", 2.0)], seconds=seconds)) == rounds
 
 
+def test_no_more_rounds_than_asked_for_although_there_is_time(clock: Clock) -> None:
+    assert len(seconds_in_turn([clock.call("a", 1.0)], seconds=100, most=7)) == 7
+    assert len(seconds_in_turn([clock.call("a", 1.0)], rounds=9, most=7)) == 9
+
+
 def test_one_round_is_one_round(clock: Clock) -> None:
     assert seconds_in_turn([clock.call("a", 1.0)], rounds=1, seconds=60).shape == (1, 1)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_RESAMPLES", 300)
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(100):
+        times = random.lognormal(0, 0.5, (60, 2)) * [1.0, 1.5]
+        ratio, low, high = median_ratio(times[:, 1], times[:, 0])
+        held += low <= 1.5 <= high
+        assert low <= ratio <= high
+    assert 88 <= held <= 99

@@ -21,7 +21,7 @@ import torch
 import dfq_deploy as dfq
 from benchmarks.accuracy import WEIGHTS
 from benchmarks.peers.rows import ROWS, PeerError, Row, results, table
-from benchmarks.speed import machine
+from benchmarks.speed import machine_facts
 from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from dfq_deploy.models.loading import load_model
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10**6, help="judge on so many images, from the first run on")
     args = parser.parse_args()
     data, out = Path(os.environ["DFQ_DATA"]).resolve(), args.out.resolve()
-    everything: dict[str, Any] = {"machine": machine()}
+    everything: dict[str, Any] = {"machine": machine_facts()}
     tables = []
     for model in args.models:
         subject = Subject(model, out / model, data, args.limit)

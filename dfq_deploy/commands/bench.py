@@ -1,6 +1,5 @@
 """Commands that measure, `dfq-deploy bench …`."""
 
-import json as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import cyclopts
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from dfq_deploy.bench_recipe import GeneratorsRecipe
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import ProviderName
@@ -55,8 +54,7 @@ def engine(
             folder, vs=vs, batches=sizes, calls=calls, seconds=seconds, threads=threads, provider=provider, watch=watch
         )
     if json is not None:
-        with written_whole(json) as temporary:
-            temporary.write_text(to_json.dumps(found.report(), indent=1), encoding="utf-8")
+        write_json(json, found.report())
     print_engine_bench(found, json)
     return 0
 

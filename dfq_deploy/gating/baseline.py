@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from calibrators.errors import RecipeError
-from calibrators.files import written_whole
+from calibrators.files import write_text
 from calibrators.images import ImageSet, Pixels
 
 __all__ = ["Baseline", "changes_between", "hashed"]
@@ -62,8 +62,7 @@ class Baseline(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the file."""
-        with written_whole(path) as temporary:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Baseline":

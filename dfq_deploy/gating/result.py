@@ -1,12 +1,11 @@
 """What a gate found: its checks, each with a verdict and the reason for it, and the verdict over all."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from dfq_deploy.gating.statistics import Interval
 from dfq_deploy.gating.writers import write_junit, write_markdown
 from dfq_deploy.measures import without_nan
@@ -107,8 +106,7 @@ class GateResult:
 
     def save(self, path: Path) -> None:
         """Write the report as a JSON file."""
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.report())
 
     def save_junit(self, path: Path) -> None:
         """Write the checks as JUnit XML."""

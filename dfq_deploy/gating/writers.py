@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from calibrators.files import written_whole
+from calibrators.files import write_text, written_whole
 
 if TYPE_CHECKING:  # a result is told by this file
     from dfq_deploy.gating.result import GateResult
@@ -43,8 +43,7 @@ def write_junit(found: "GateResult", path: Path) -> None:
 
 def write_markdown(found: "GateResult", path: Path) -> None:
     """Write the result as a Markdown file."""
-    with written_whole(path) as temporary:
-        temporary.write_text(_markdown(found), encoding="utf-8")
+    write_text(path, _markdown(found))
 
 
 def _markdown(found: "GateResult") -> str:

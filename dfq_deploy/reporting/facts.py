@@ -12,9 +12,10 @@ from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, pictures_on
 from dfq_deploy.disagreements import DISAGREEMENTS
+from dfq_deploy.opening import engine_bytes, float_model_in
 from dfq_deploy.reporting.checked import Audited, Checked, Gate, Sensed, read_check, read_gate
 from dfq_deploy.reporting.drawing import data_uri
-from dfq_deploy.reporting.measuring import FLOAT, Latency, audited, float_file, measure_latency, sensitivities
+from dfq_deploy.reporting.measuring import FLOAT, Latency, audited, measure_latency, sensitivities
 from dfq_deploy.watch import Watch
 from exporters.bundle import Manifest, open_bundle
 
@@ -119,14 +120,14 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
         missing.append(missing_for("What each layer is computed in", _unseen(folder, manifest)))
     checked = have("Verdict, accuracy and agreement", lambda: read_check(folder))
     named = folder / "classes.txt" if "classes.txt" in manifest.files else None
-    floats = float_file(folder)
+    floats = float_model_in(folder)
     thumbnails = have("Pictures of the disagreements", lambda: _thumbnails(folder, manifest, checked))
     return Run(
         name=folder.resolve().name,
         folder=folder,
         manifest=manifest,
         classes=tuple(named.read_text(encoding="utf-8", errors="replace").splitlines()) if named else (),
-        engine_bytes=_engine_bytes(folder, manifest),
+        engine_bytes=engine_bytes(folder, manifest),
         float_bytes=_with_data(floats) if floats else None,
         checked=checked,
         gate=have("The gate", lambda: read_gate(folder)) if (folder / "gate.json").is_file() else None,
@@ -177,11 +178,6 @@ def _unseen(folder: Path, manifest: Manifest) -> BundleError:
         why=manifest.engine.note or "the run-time does not say.",
         fix=f"build the engine where it will run: dfq-deploy build {folder.name}.",
     )
-
-
-def _engine_bytes(folder: Path, manifest: Manifest) -> int:
-    own = [folder / name for name in manifest.engine.files]
-    return sum(file.stat().st_size for file in own) if own else _with_data(folder / "model.onnx")
 
 
 def _with_data(model: Path) -> int:

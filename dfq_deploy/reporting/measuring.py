@@ -4,35 +4,35 @@ Time is measured anew for each report, the engines called in turn. The rest is k
 fingerprint of what it depends on.
 """
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from calibrators.errors import BundleError, RecipeError
-from calibrators.files import written_whole
+from calibrators.files import write_json
 from dfq_deploy.auditing import audit_against_noise
 from dfq_deploy.building import made_with
 from dfq_deploy.layer_costs import sensitivity
+from dfq_deploy.opening import float_model_in
 from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, read_sensitivity
 from dfq_deploy.runtime import load
 from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest
+from exporters.turns import median_ratio, seconds_in_turn
 
-__all__ = ["FLOAT", "Latency", "audited", "float_file", "measure_latency", "sensitivities"]
+__all__ = ["FLOAT", "Latency", "audited", "measure_latency", "sensitivities"]
 
 FLOAT = "float"
 _BATCHES = (1, 8)
 _IMAGES = 8  # that tell how much each layer hurts
-_WARM_UP, _LEAST, _MOST = 2, 7, 60  # calls of each engine
-_SECONDS = 6.0  # after which there are no more calls than the least
+_WARM_UP, _MOST = 2, 60  # calls of each engine
+_SECONDS = 6.0  # per size of batch
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,6 @@ class Latency:
     calls: int
 
 
-def float_file(folder: Path) -> Path | None:
-    """The float ONNX model of the bundle in `folder`; None where it was not kept."""
-    kept = [folder / "float.onnx", *sorted((folder / "work").glob("float-*.onnx"))]
-    return next((path for path in kept if path.is_file()), None)
-
-
 def measure_latency(folders: Mapping[str, Path], manifest: Manifest, watch: Watch) -> list[Latency]:
     """Time the engines of bundles of one model and their float model, in turn; one entry per size of batch.
 
@@ -73,7 +67,7 @@ def measure_latency(folders: Mapping[str, Path], manifest: Manifest, watch: Watc
     watch.stage("time", False)
     with ExitStack() as stack:
         engines: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-        floats = next(filter(None, map(float_file, folders.values())), None)
+        floats = next(filter(None, map(float_model_in, folders.values())), None)
         if floats is not None and manifest.backend == "ort" and manifest.engine.options.provider in ("", "cpu"):
             engine = OrtEngine(floats, "cpu")
             stack.callback(engine.close)
@@ -93,31 +87,20 @@ def _timed(
     engines: Mapping[str, Callable[[np.ndarray], np.ndarray]], batch: int, shape: tuple[int, int, int]
 ) -> Latency:
     images = np.random.default_rng(0).normal(size=(batch, *shape)).astype(np.float32)
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    began = time.perf_counter()
-    for call in range(-_WARM_UP, _MOST):
-        if call >= _LEAST and time.perf_counter() - began > _SECONDS:
-            break
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine(images)
-            if call >= 0:
-                times[name].append(1000 * (time.perf_counter() - start))
-    taken = {name: np.asarray(values) for name, values in times.items()}
-    ratios = {name: _ratio(taken[FLOAT] / own) for name, own in taken.items() if name != FLOAT and FLOAT in taken}
+    calls = [partial(engine, images) for engine in engines.values()]
+    times = seconds_in_turn(calls, seconds=_SECONDS, most=_MOST, warm_up=_WARM_UP)
+    taken = dict(zip(engines, times.T, strict=True))
+    quartiles = {name: 1000 * np.percentile(own, (50, 25, 75)) for name, own in taken.items()}
     return Latency(
         batch=batch,
-        milliseconds={name: Interval(*np.percentile(own, (50, 25, 75)).tolist()) for name, own in taken.items()},
-        ratios=ratios,
-        calls=len(next(iter(taken.values()))),
+        milliseconds={name: Interval(*ends.tolist()) for name, ends in quartiles.items()},
+        ratios={
+            name: Interval(*median_ratio(taken[FLOAT], own))
+            for name, own in taken.items()
+            if name != FLOAT and FLOAT in taken
+        },
+        calls=len(times),
     )
-
-
-def _ratio(values: np.ndarray) -> Interval:
-    found = stats.bootstrap(
-        (values,), np.median, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Interval(float(np.median(values)), float(found.low), float(found.high))
 
 
 def sensitivities(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick: bool, watch: Watch) -> Sensed:
@@ -146,8 +129,7 @@ def audited(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick:
     def make(path: Path) -> None:
         _refuse(quick, "audit")
         report = audit_against_noise(folder, checkpoint=checkpoint, watch=watch).report()
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(path, report)
 
     return read_audit(_kept(folder, manifest, "audit", make, watch))
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import dfq_deploy
-from calibrators.files import written_whole
+from calibrators.files import write_text
 from dfq_deploy.reporting.checked import Interval
 from dfq_deploy.reporting.comparing import compared, differences
 from dfq_deploy.reporting.drawing import draw_ranges, draw_sensitivity
@@ -90,8 +90,7 @@ def report(
         pair = compared(run, gather(Path(compare), options, watch), watch)
         page, missing = _page("compare.html.j2", differences(pair)), pair.missing
     path = Path(out) if out else folder / ("report.html" if compare is None else "compare.html")
-    with written_whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return Written(path, missing)
 
 
