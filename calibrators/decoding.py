@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from calibrators.errors import ImagesError
+from calibrators.errors import ImagesError, LargeImageError
 
 __all__ = ["MOST_PIXELS", "Picture", "decoded", "name_of", "pictures_in", "refuse_huge"]
 
@@ -24,7 +24,14 @@ MOST_PIXELS = 2**26  # 8192 x 8192: 256 MiB once decoded, and below what Pillow 
 Picture: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray
 
 
-def decoded(picture: Picture, mode: str, *, name: str = "", most_pixels: int = MOST_PIXELS) -> Image.Image:
+def decoded(
+    picture: Picture,
+    mode: str,
+    *,
+    name: str = "",
+    most_pixels: int = MOST_PIXELS,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """A PIL image of the mode `RGB` or `L`, in memory.
 
     Args:
@@ -32,9 +39,11 @@ def decoded(picture: Picture, mode: str, *, name: str = "", most_pixels: int = M
         mode: What it is converted to.
         name: What an error calls it; if empty, its path, or what it is.
         most_pixels: Width times height beyond which it is refused, before it is decoded.
+        formats: Of a file, by Pillow's names; None: all that Pillow reads.
 
     Raises:
-        ImagesError: It is no picture, is truncated or damaged, or has more pixels.
+        LargeImageError: It has more pixels.
+        ImagesError: It is no picture, of another format, truncated or damaged.
     """
     name = name or name_of(picture)
     try:
@@ -43,7 +52,7 @@ def decoded(picture: Picture, mode: str, *, name: str = "", most_pixels: int = M
         if isinstance(picture, Image.Image):
             refuse_huge(*picture.size, name=name, most_pixels=most_pixels)
             return picture.convert(mode)
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)) as image:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture), formats=formats) as image:
             refuse_huge(*image.size, name=name, most_pixels=most_pixels)
             return image.convert(mode)
     except ImagesError:
@@ -62,14 +71,14 @@ def refuse_huge(width: int, height: int, *, name: str, most_pixels: int = MOST_P
     """Return if a picture of that size may be held in memory.
 
     Raises:
-        ImagesError: It has more pixels than that.
+        LargeImageError: It has more pixels than that.
     """
     if width * height > most_pixels:
         raise _too_large(name, f"it has {width} x {height} pixels", most_pixels)
 
 
-def _too_large(name: str, why: str, most_pixels: int) -> ImagesError:
-    return ImagesError(
+def _too_large(name: str, why: str, most_pixels: int) -> LargeImageError:
+    return LargeImageError(
         what=f"{name} is too large.",
         why=f"{why}, and {most_pixels} are the limit: a small file can name a size that no memory holds.",
         fix="make it smaller first; the model sees a few hundred pixels of it.",

@@ -10,6 +10,7 @@ __all__ = [
     "DeployError",
     "ExportError",
     "ImagesError",
+    "LargeImageError",
     "ModelError",
     "NotHereError",
     "PlanError",
@@ -56,6 +57,10 @@ class ModelError(DeployError):
 
 class ImagesError(DeployError):
     """Calibration or evaluation images are missing, broken or of the wrong shape."""
+
+
+class LargeImageError(ImagesError):
+    """A picture has more pixels than are let in."""
 
 
 class PlanError(DeployError):

@@ -81,19 +81,29 @@ class Preprocess:
         mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
-    def __call__(self, picture: Picture, *, name: str = "", most_pixels: int = MOST_PIXELS) -> np.ndarray:
+    def __call__(
+        self,
+        picture: Picture,
+        *,
+        name: str = "",
+        most_pixels: int = MOST_PIXELS,
+        formats: tuple[str, ...] | None = None,
+    ) -> np.ndarray:
         """A model-ready (C, H, W) float32 array, as timm's evaluation transform makes it.
 
         Args:
             picture: A PIL image, a path, the bytes of a file, or an array (H, W, C) or (H, W) uint8.
             name: What an error calls it; if empty, its path, or what it is.
             most_pixels: Beyond so many it is refused, as it is and resized: one row of pixels can grow to gigabytes.
+            formats: Of a file, by Pillow's names; None: all that Pillow reads.
 
         Raises:
-            ImagesError: It is no picture, is truncated or damaged, or is too large.
+            LargeImageError: It has more pixels.
+            ImagesError: It is no picture, of another format, truncated or damaged.
         """
         name = name or name_of(picture)
-        image = decoded(picture, "RGB" if len(self.mean) == 3 else "L", name=name, most_pixels=most_pixels)
+        mode = "RGB" if len(self.mean) == 3 else "L"
+        image = decoded(picture, mode, name=name, most_pixels=most_pixels, formats=formats)
         width, height = self._resized(*image.size)
         refuse_huge(width, height, name=f"{name}, resized for the model,", most_pixels=most_pixels)
         image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])

@@ -29,12 +29,12 @@ from dfq_deploy.generation.making import (
 )
 from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
+from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images
 from dfq_deploy.planning import student_for
 from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe
 from dfq_deploy.refined import with_weights
-from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace
 from exporters.archive import bundle_folder, is_archive
 from exporters.bundle import Manifest, open_bundle
@@ -117,10 +117,7 @@ def audit_against_noise(folder: Path, *, checkpoint: Path | None = None, watch: 
 
 
 def _compared(subject: _Subject, others: Mapping[str, ImageSet], absent: Mapping[str, str], watch: Watch) -> Audit:
-    def tell(done: int, total: int) -> None:
-        watch.progress(done, total, {})
-
-    sites = tuple(coverage(subject.calibrated, subject.formats, subject.images, others, progress=tell))
+    sites = tuple(coverage(subject.calibrated, subject.formats, subject.images, others, progress=counting(watch)))
     against, level, verdict = judged(sites)
     return Audit(
         model=subject.model.name,
@@ -170,9 +167,7 @@ def _of_images(place: str, recipe: AuditRecipe) -> _Subject:
             why=f"`{place}` is not a bundle, which would know the model that its images are for.",
             fix="pass --model NAME and, if it is not timm's, --checkpoint FILE.",
         )
-    model = load_model(
-        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
-    )
+    model = model_of(recipe)
     images = open_images(place, model.preprocess)
     scheme = recipe.scheme or (images.student.scheme if images.student else "w8a8")
     check_scheme(scheme)

@@ -11,7 +11,7 @@ import numpy as np
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
 from dfq_deploy.models import Model
-from dfq_deploy.opening import labelled_for, open_images
+from dfq_deploy.opening import images_to_judge_by, open_images
 
 __all__ = ["draw", "images_to_draw", "images_to_judge"]
 
@@ -22,8 +22,7 @@ def images_to_judge(model: Model, place: str | None) -> ImageSet:
     Raises:
         ImagesError: There are none, or they have no labels.
     """
-    place = place or (f"npz:{model.labelled}" if model.labelled else None)
-    images = labelled_for(model, open_images(place, model.preprocess)) if place else None
+    images = images_to_judge_by(model, place)
     if images is None or images.labels is None:
         raise ImagesError(
             what=f"{images.source} has no labels." if images else f"no labelled images come with `{model.name}`.",

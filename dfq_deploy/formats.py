@@ -26,7 +26,7 @@ from dfq_deploy.choices import blocks_of, blocks_up_to, collector_of, observer_o
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.sparing import layers_to_spare
-from dfq_deploy.watch import Watch
+from dfq_deploy.watch import Watch, counting
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 
@@ -59,10 +59,6 @@ class Job:
     images: ImageSet
     work: Workspace
     watch: Watch
-
-    def progress(self, done: int, total: int) -> None:
-        """Tell how far a stage is."""
-        self.watch.progress(done, total, {})
 
     def json(self, stage: str, facts: list[Any], make: Callable[[], Any]) -> Any:
         """What `make` gives, kept as the JSON file of a stage."""
@@ -170,7 +166,7 @@ def _ranges(job: Job) -> Ranges:
             observer=observer,
             percentile=recipe.percentile,
             codes=codes,
-            progress=job.progress,
+            progress=counting(job.watch),
         ).save(path)
 
     used = described(observer, recipe.percentile, codes)
@@ -197,7 +193,7 @@ def _without_noisy_layers(job: Job, plan: QuantPlan) -> QuantPlan:
     noisy = job.json(
         "noise",
         [plan.fingerprint, job.images.fingerprint, limits],
-        lambda: noisy_layers(model, plan, job.images, **limits, progress=job.progress),
+        lambda: noisy_layers(model, plan, job.images, **limits, progress=counting(job.watch)),
     )
     why = {site: noisy[layer_of(site)] for site in plan.sites if layer_of(site) in noisy}
     if instead:
@@ -242,7 +238,7 @@ def _assigned(job: Job, plan: QuantPlan) -> QuantPlan:
             budget=budget,
             least=recipe.least,
             rest=rest,
-            progress=job.progress,
+            progress=counting(job.watch),
         ).report()
 
     facts = [*(p.fingerprint for p in plans.values()), recipe.least, budget.text, recipe.backend, recipe.provider]

@@ -32,11 +32,11 @@ from dfq_deploy.generation.making import make_images
 from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
 from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
+from dfq_deploy.models.loading import model_of
 from dfq_deploy.planning import plan_of, suited
 from dfq_deploy.reference import Reference, float_logits
 from dfq_deploy.simulation import compare, logits_of
-from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace
 
 __all__ = ["bench_generators"]
@@ -72,9 +72,7 @@ def bench_generators(
     """
     out = Path(out)
     watch.stage("model", False)
-    model = load_model(
-        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
-    )
+    model = model_of(recipe)
     judges = images_to_judge(model, images)
     pool = None if real is None else images_to_draw(model, real, recipe.count, judges)
     judges = judges if limit is None else judges.spread(limit)
@@ -178,9 +176,7 @@ def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np
     """The float model's logits on the images that all is judged by: computed once for all results."""
 
     def write(path: Path) -> None:
-        logits = logits_of(
-            partial(float_logits, model), judges, progress=lambda done, total: watch.progress(done, total, {})
-        )
+        logits = logits_of(partial(float_logits, model), judges, progress=counting(watch))
         with written_whole(path) as temporary:
             np.save(temporary, logits)
 

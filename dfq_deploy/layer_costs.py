@@ -13,7 +13,7 @@ from dfq_deploy.choices import blocks_up_to
 from dfq_deploy.formats import formats_for_spared
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images, refined_again
-from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.watch import SILENT, Watch, counting
 from exporters.archive import bundle_folder
 from exporters.bundle import Manifest, open_bundle
 
@@ -78,5 +78,5 @@ def _measured(
         ),
         refined=refined_again(folder, manifest, model),
         floats=model,
-        progress=lambda done, total: watch.progress(done, total, {}),
+        progress=counting(watch),
     )

@@ -27,7 +27,7 @@ __all__ = [
     "float_model_in",
     "folded_again",
     "images_to_check",
-    "labelled_for",
+    "images_to_judge_by",
     "load_again",
     "open_images",
     "refined_again",
@@ -137,22 +137,34 @@ def open_images(place: str, preprocess: Preprocess) -> ImageSet:
     return images
 
 
+def images_to_judge_by(model: Model, place: str | None) -> ImageSet | None:
+    """The images at `place`; without one the labelled images that `model` brings along, or None.
+
+    Raises:
+        ImagesError: They cannot be had, or a label is no class of the model.
+    """
+    if place is None and model.labelled is not None:
+        place = f"npz:{model.labelled}"
+    return None if place is None else _labelled_for(model, open_images(place, model.preprocess))
+
+
 def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
     """The images at `place`; without one the labelled images of `model`, else those that it was calibrated on.
 
     Raises:
-        ImagesError: They cannot be had.
+        ImagesError: They cannot be had, or a label is no class of the model.
     """
-    if place is None and model.labelled is not None:
-        place = f"npz:{model.labelled}"
-    images = calibration_images(folder, manifest, model) if place is None else open_images(place, model.preprocess)
+    images = images_to_judge_by(model, place)
+    if images is not None:
+        return images
+    images = calibration_images(folder, manifest, model)
     if images is None:
         raise ImagesError(
             what="there are no images to check on.",
             why=f"`{folder / 'work'}`, where the synthetic ones lay, is gone.",
             fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
         )
-    return images
+    return _labelled_for(model, images)
 
 
 def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageSet | None:
@@ -168,7 +180,7 @@ def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageS
     return open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
 
 
-def labelled_for(model: Model, images: ImageSet) -> ImageSet:
+def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
     """`images`, whose labels, if there are any, are classes of `model`.
 
     Raises:

@@ -23,14 +23,14 @@ from dfq_deploy.disagreements import draw_disagreements
 from dfq_deploy.evaluate import Check, evaluate
 from dfq_deploy.formats import Job
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import load_model
-from dfq_deploy.opening import engine_again, images_to_check, labelled_for, load_again, open_images, refined_again
+from dfq_deploy.models.loading import model_of
+from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by, load_again, refined_again
 from dfq_deploy.planning import plan_of
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.synthetic import images_for, write_images
-from dfq_deploy.watch import SILENT, Watch
+from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace, held
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
@@ -66,9 +66,9 @@ def export(
     signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
     watch.stage("model", False)
-    model = _load(recipe)
+    model = model_of(recipe)
     if images is not None:
-        labelled_for(model, open_images(images, model.preprocess))  # told now if it is wrong, not at the end
+        images_to_judge_by(model, images)  # told now if it is wrong, not at the end
     with Workspace(out, watch.stage) as work:
         clear_unfinished(out)
         calibration = images_for(recipe, model, work, watch)
@@ -91,7 +91,7 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) 
     """
     out = _writable(Path(out))
     watch.stage("model", False)
-    model = _load(recipe)
+    model = model_of(recipe)
     watch.stage("images", False)
     write_images(recipe, model, out, watch)
     return ImageSet.load(out)
@@ -106,7 +106,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
     out = _writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
-    model = _load(recipe)
+    model = model_of(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
         plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
@@ -138,9 +138,8 @@ def simulate(
     out = Path(out)
     check_calibration(recipe)
     watch.stage("model", False)
-    model = _load(recipe)
-    place = images or (f"npz:{model.labelled}" if model.labelled else None)
-    picked = labelled_for(model, open_images(place, model.preprocess)) if place else None
+    model = model_of(recipe)
+    picked = images_to_judge_by(model, images)
     with Workspace(out, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
@@ -149,13 +148,10 @@ def simulate(
         shown = (picked or calibration).spread(limit or len(picked or calibration))
         reference = Reference(refined, plan, model)
 
-        def tell(done: int, total: int) -> None:
-            watch.progress(done, total, {})
-
         watch.stage("float", False)
-        floats = logits_of(reference.float, shown, progress=tell)
+        floats = logits_of(reference.float, shown, progress=counting(watch))
         watch.stage("compare", False)
-        found = compare(reference, shown, floats, progress=tell)
+        found = compare(reference, shown, floats, progress=counting(watch))
         found = replace(found, student=calibration.student is not None)
         _write_report(out, found.report())
     return found
@@ -196,7 +192,7 @@ def check(
 def _check(
     folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Watch
 ) -> Check:
-    picked = labelled_for(model, images_to_check(folder, manifest, model, images))
+    picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
     watch.stage("check", False)
     plan = QuantPlan.load(folder / "plan.safetensors")
@@ -209,7 +205,7 @@ def _check(
             quantized=quantized,
             facts=manifest.engine,
             absent=absent,
-            progress=lambda done, total: watch.progress(done, total, {}),
+            progress=counting(watch),
         )
     found = replace(found, student=manifest.model.student)
     sheet = draw_disagreements(found.disagreements, picked, folder)
@@ -233,9 +229,3 @@ def _writable(out: Path) -> Path:
             what=f"`{out}` cannot be written.", why=f"{cause}.", fix="pass another file with --out."
         ) from cause
     return out
-
-
-def _load(recipe: ModelRecipe) -> Model:
-    return load_model(
-        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
-    )

@@ -242,7 +242,7 @@ def test_the_fingerprint_of_a_folder_changes_with_bytes_labels_and_preprocessing
 def test_opening_a_folder_decodes_nothing(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     really_open = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or really_open(path))
+    monkeypatch.setattr(Image, "open", lambda path, **_: opened.append(path) or really_open(path))
     images = folder.open_images(pictures, SMALL)
     assert opened == []
     images.pixels[1:2]

@@ -15,7 +15,7 @@ from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.gating.seeing import Seen, look
 from dfq_deploy.gating.statistics import Paired
-from dfq_deploy.opening import images_to_check, labelled_for
+from dfq_deploy.opening import images_to_check
 from dfq_deploy.watch import SILENT, Watch
 
 __all__ = ["gate"]
@@ -56,7 +56,7 @@ def gate(
     if bundle is None:
         return _stopped(checks, labels=images is not None)
     model = replace(bundle.model, labelled=None)  # images with labels are asked for: what a gate judges is no accident
-    picked = labelled_for(model, images_to_check(bundle.folder, bundle.manifest, model, images))
+    picked = images_to_check(bundle.folder, bundle.manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
     seen = look(bundle, picked, timed=baseline is not None, watch=watch)
     checks += _measured(seen, bundle.reference.plan, limits)

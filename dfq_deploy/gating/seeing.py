@@ -18,7 +18,7 @@ from dfq_deploy.gating.result import Mode
 from dfq_deploy.gating.speed import time_ratio
 from dfq_deploy.gating.statistics import Interval, Paired
 from dfq_deploy.opening import engine_again, float_model_in
-from dfq_deploy.watch import Watch
+from dfq_deploy.watch import Watch, counting
 
 __all__ = ["Seen", "look"]
 
@@ -75,7 +75,7 @@ def look(bundle: OpenBundle, images: ImageSet, *, timed: bool, watch: Watch) -> 
             quantized=quantized,
             facts=manifest.engine,
             absent=absent,
-            progress=lambda done, total: watch.progress(done, total, {}),
+            progress=counting(watch),
             see=logits.update,
         )
         floats = float_model_in(bundle.folder)

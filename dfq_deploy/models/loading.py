@@ -20,8 +20,9 @@ from calibrators.sites import SitedConv2d, SitedLinear, attach_sites
 from dfq_deploy.models import ALIASES, Model
 from dfq_deploy.models.checkpoint import load_checkpoint
 from dfq_deploy.models.hub import check_hub
+from dfq_deploy.recipe import ModelRecipe
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "model_of"]
 
 _DEMO = Path(__file__).parent / "demo"
 _FAMILIES = "dfq_deploy.models.families"
@@ -70,6 +71,17 @@ def load_model(name: str, *, checkpoint: Path | None = None, random_weights: boo
         class_names=_class_names(name, classes),
         classifiers=_classifiers(module),
         labelled=labelled,
+    )
+
+
+def model_of(recipe: ModelRecipe) -> Model:
+    """The model that `recipe` names.
+
+    Raises:
+        ModelError: The name is unknown, the weights can't be had, or they do not fit.
+    """
+    return load_model(
+        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
     )
 
 

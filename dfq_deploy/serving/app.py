@@ -109,7 +109,7 @@ class Service:
         asked = parse(_expanded(body, encoding, self.most_bytes), header_length, served)
         if isinstance(asked.images, np.ndarray):
             return asked, asked.images
-        return asked, model_input(asked.images, self._runner, max_pixels=self._options.max_pixels)
+        return asked, model_input(asked.images, self._runner.manifest.preprocess, max_pixels=self._options.max_pixels)
 
     async def _body(self, request: Request) -> bytes:
         parts, size = [], 0
