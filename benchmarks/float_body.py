@@ -22,8 +22,8 @@ from calibrators.images import ImageSet
 from calibrators.sources.folder import open_images
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
-from exporters.backends.ort import OrtEngine
 from exporters.cast import CastBody
+from exporters.ort_engine import OrtEngine
 from exporters.to_onnx import export_float, save_model
 
 BATCH = 8

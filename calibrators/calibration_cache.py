@@ -19,7 +19,8 @@ import numpy as np
 from calibrators.affine import CODES
 from calibrators.errors import PlanError, RecipeError
 from calibrators.files import written_whole
-from calibrators.plan import QuantPlan, Ranges, SiteRange
+from calibrators.plan import QuantPlan
+from calibrators.ranges import Ranges, SiteRange
 
 __all__ = ["ALGORITHMS", "VERSION", "read_cache", "write_cache"]
 

@@ -14,7 +14,7 @@ from calibrators.collectors import Subject
 from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.observers import MinMax, Observer
-from calibrators.plan import SiteRange
+from calibrators.ranges import SiteRange
 from calibrators.sites import Mode, QuantSite, set_mode, sites_of
 from calibrators.tensors import tensors_of
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from calibrators.files import written_whole
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import Preprocess
 
 __all__ = ["contact_sheet", "picture", "pictures_on", "sheet_beside", "write_contact_sheet"]
 

@@ -1,7 +1,7 @@
 """The plan: one number format per site, the artefact that everything downstream is a pure function of.
 
 `Ranges` (what was seen) and a `QuantScheme` (what is wanted) give a `QuantPlan` (scales and zero-points, and the
-reason for each site that stays float). Both are kept as safetensors files; README specifies the plan's. No torch.
+reason for each site that stays float). It is kept as a safetensors file, which README specifies. No torch.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,95 +14,16 @@ import numpy as np
 from calibrators.affine import CODES, Codes, choose_qparams
 from calibrators.errors import PlanError
 from calibrators.files import fingerprint_of
-from calibrators.plan_file import check_texts, is_placed, load_tensors, malformed, save_tensors
+from calibrators.plan_file import block_entry, check_texts, is_placed, load_tensors, malformed, save_tensors
+from calibrators.ranges import Ranges, SiteRange
 from calibrators.scheme import QuantScheme
 
-__all__ = ["QParams", "QuantPlan", "Ranges", "SiteRange", "layer_of", "make_plan", "shortened"]
+__all__ = ["QParams", "QuantPlan", "layer_of", "make_plan", "shortened"]
 
 
 def layer_of(site: str) -> str:
     """The layer that a site belongs to: `head.input` -> `head`; `blocks.0.attn.qk.lhs` -> `blocks.0.attn.qk`."""
     return site.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class SiteRange:
-    """What one site saw.
-
-    Attributes:
-        low: Lower bound: a scalar, (n,) along `axis`, or (n, K / block) for blocks of a matrix's K columns. float32, or
-            float64 where it stands for a scale that float32 bounds could not give back.
-        high: Upper bound, of the same shape.
-        role: What passes: `input`, `weight`, `output` or `operand`.
-        axis: The axis with a range per index, or None.
-        shape: A sample's shape, without the batch; a weight's whole shape.
-        block: Columns per block, or None.
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-    role: str
-    axis: int | None
-    shape: tuple[int, ...]
-    block: int | None = None
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Ranges by site name, with what they were seen on.
-
-    Attributes:
-        sites: One range per site that the model used.
-        model: Fingerprint of the model's name and weights.
-        images: Fingerprint of the calibration images.
-        observer: How they were observed, for people.
-    """
-
-    sites: Mapping[str, SiteRange]
-    model: str
-    images: str
-    observer: str
-
-    def save(self, path: Path) -> None:
-        """Write `<site>.low` and `<site>.high` tensors and a JSON header."""
-        tensors = {f"{name}.{end}": getattr(r, end) for name, r in self.sites.items() for end in ("low", "high")}
-        sites = {
-            n: {"role": r.role, "axis": r.axis, "shape": list(r.shape), **_block(r.block)}
-            for n, r in self.sites.items()
-        }
-        facts = {"model": self.model, "images": self.images, "observer": self.observer}
-        save_tensors(path, "dfq_ranges", tensors, {**facts, "sites": sites})
-
-    @classmethod
-    def load(cls, path: Path) -> "Ranges":
-        """The ranges in the file `path`.
-
-        Raises:
-            PlanError: The file is missing, damaged or of another format.
-        """
-        tensors, header = load_tensors(path, "dfq_ranges")
-        try:
-            sites = {
-                name: SiteRange(
-                    tensors[f"{name}.low"],
-                    tensors[f"{name}.high"],
-                    s["role"],
-                    s["axis"],
-                    tuple(s["shape"]),
-                    s.get("block"),
-                )
-                for name, s in header["sites"].items()
-            }
-            ranges = cls(sites, header["model"], header["images"], header["observer"])
-            check_texts([ranges.model, ranges.images, ranges.observer, *(r.role for r in sites.values())])
-            for name, r in sites.items():
-                sized = all(isinstance(size, int) and size >= 0 for size in r.shape)
-                floats = {r.low.dtype, r.high.dtype} <= {np.dtype(np.float32), np.dtype(np.float64)}
-                if not (sized and floats and r.low.shape == r.high.shape and is_placed(r.low, r.axis, r.block)):
-                    raise TypeError(name)
-        except (AttributeError, KeyError, TypeError) as cause:
-            raise malformed(path, cause) from cause
-        return ranges
 
 
 @dataclass(frozen=True)
@@ -310,9 +231,4 @@ def _unfit(ranges: Ranges, layer: str, scheme: QuantScheme) -> str | None:
 def _facts(qparams: QParams) -> dict[str, Any]:
     """What the header of a plan says of a site."""
     dynamic = {"dynamic": True} if qparams.dynamic else {}
-    return {"codes": qparams.codes.name, "axis": qparams.axis, **_block(qparams.block), **dynamic}
-
-
-def _block(size: int | None) -> dict[str, int]:
-    """The entry `block` of a site that has blocks, and none of any other."""
-    return {} if size is None else {"block": size}
+    return {"codes": qparams.codes.name, "axis": qparams.axis, **block_entry(qparams.block), **dynamic}

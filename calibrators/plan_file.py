@@ -1,7 +1,7 @@
 """The file of a plan or of ranges: tensors of one safetensors file, and a JSON header that nothing in it may belie.
 
-Comes below `plan`, which says what the tensors mean. What a file says is held against its form here, so that whoever
-has a plan may trust it.
+Comes below `plan` and `ranges`, which say what the tensors mean. What a file says is held against its form here, so
+that whoever has a plan may trust it.
 """
 
 import json
@@ -17,7 +17,7 @@ from calibrators.errors import PlanError
 from calibrators.files import written_whole
 from calibrators.headers import header_of, later, newer
 
-__all__ = ["check_texts", "is_placed", "load_tensors", "malformed", "save_tensors"]
+__all__ = ["block_entry", "check_texts", "is_placed", "load_tensors", "malformed", "save_tensors"]
 
 _FORMAT = 1
 _AXES = 32  # the most that a tensor may have
@@ -58,6 +58,11 @@ def _newer(header: dict[str, Any], kind: str) -> str | None:
     sites = header["sites"].values() if isinstance(header.get("sites"), dict) else ()
     found = (newer(site, reads=_FORMAT, known=_SITE_FIELDS[kind]) for site in sites if isinstance(site, dict))
     return newer(header, reads=_FORMAT, known=_FIELDS[kind]) or next((why for why in found if why), None)
+
+
+def block_entry(size: int | None) -> dict[str, int]:
+    """The entry `block` of a site that has blocks, and none of any other."""
+    return {} if size is None else {"block": size}
 
 
 def is_placed(values: np.ndarray, axis: object, block: object) -> bool:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from calibrators.affine import choose_qparams, fake_quantize
 from calibrators.observers import MinMax, Observer
-from calibrators.plan import QParams, SiteRange
+from calibrators.plan import QParams
+from calibrators.ranges import SiteRange
 
 __all__ = [
     "MARKER",

@@ -12,7 +12,8 @@ import torch
 
 from calibrators.errors import BundleError, ImagesError, RecipeError
 from calibrators.files import write_json
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import Preprocess
 from dfq_deploy.audited import REAL, SEED, Audit, judged
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.attention import plot_attention

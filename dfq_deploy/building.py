@@ -21,6 +21,7 @@ from calibrators.registry import pick
 from dfq_deploy.machine import versions_of
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import Recipe
+from dfq_deploy.recipe_file import save_recipe
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions, Built
 from exporters.bundle import EngineFacts, Manifest, ModelFacts, open_bundle, seal_bundle, unseal_bundle
@@ -104,7 +105,7 @@ def build_bundle(
     """
     before = unseal_bundle(out)  # from here until the manifest is written, this is no bundle
     plan.save(out / "plan.safetensors")
-    recipe.save(out / "recipe.toml")
+    save_recipe(recipe, out / "recipe.toml")
     parity = _parity(refined, floats)
     backend = pick("exporters.backends", recipe.backend)
     options = recipe.options

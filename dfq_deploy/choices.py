@@ -11,7 +11,8 @@ import numpy as np
 from calibrators.affine import CODES
 from calibrators.collectors import Collector
 from calibrators.errors import RecipeError
-from calibrators.plan import QuantPlan, Ranges, SiteRange, make_plan
+from calibrators.plan import QuantPlan, make_plan
+from calibrators.ranges import Ranges, SiteRange
 from calibrators.registry import pick
 from calibrators.scheme import QuantScheme, scheme_named
 from dfq_deploy.recipe import CalibrateRecipe

@@ -16,7 +16,7 @@ from calibrators.errors import DeployError
 from dfq_deploy.commands import gating, judging, looking, making, running, serving
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
-from dfq_deploy.recipe import fields_in
+from dfq_deploy.recipe_file import fields_in
 
 __all__ = ["app", "main", "run"]
 

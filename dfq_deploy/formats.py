@@ -17,7 +17,8 @@ from calibrators.errors import PlanError
 from calibrators.files import write_json
 from calibrators.folds import layers_of
 from calibrators.images import ImageSet
-from calibrators.plan import QParams, QuantPlan, Ranges, layer_of, make_plan
+from calibrators.plan import QParams, QuantPlan, layer_of, make_plan
+from calibrators.ranges import Ranges
 from calibrators.scheme import SCHEMES, scheme_named
 from calibrators.sites import block_ranges
 from dfq_deploy.assignment import Assignment, Budget, apply, assign, noisy_layers, sizes

@@ -9,15 +9,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibrators.errors import BundleError, ImagesError, NotHereError
-from calibrators.images import ImageSet, Preprocess, joined
+from calibrators.images import ImageSet, joined
+from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.refined import load_refined
 from exporters.backends import Engine
-from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest
 from exporters.cast import widen
+from exporters.ort_engine import OrtEngine
 from exporters.to_onnx import save_model
 
 __all__ = [

@@ -1,17 +1,13 @@
-"""One run, described: every field is a flag of the command line and a key of a TOML file.
+"""One run, described: every field is a flag of the command line and a key of a TOML file (see `recipe_file`).
 
 The classes build on one another as the stages do. They are checked once, here; the rest of the code trusts them.
 """
 
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tomli_w
-
 from calibrators.errors import RecipeError
-from calibrators.files import write_text
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from dfq_deploy.generation import BATCH
@@ -28,7 +24,6 @@ __all__ = [
     "ProviderName",
     "Recipe",
     "SimulateRecipe",
-    "fields_in",
 ]
 
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
@@ -269,34 +264,6 @@ class Recipe(CalibrateRecipe):
         """The fields as JSON and TOML know them; what is not set is left out."""
         texts = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         return {k: v for k, v in texts.items() if v is not None}
-
-    def save(self, path: Path) -> None:
-        """Write the recipe as TOML; `--recipe` reads it again."""
-        write_text(path, tomli_w.dumps(self.facts()))
-
-
-def fields_in(path: Path) -> dict[str, Any]:
-    """The fields in the TOML file `path`, by name; they are checked where a recipe is made of them.
-
-    Raises:
-        RecipeError: It cannot be read, or holds more than fields.
-    """
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise RecipeError(
-            what=f"`{path}` cannot be read as a recipe.",
-            why=f"{cause}.",
-            fix="pass a TOML file; each bundle holds its own, recipe.toml.",
-        ) from cause
-    tables = [name for name, value in fields.items() if isinstance(value, dict)]
-    if tables:
-        raise RecipeError(
-            what=f"`{path}` has a table `[{tables[0]}]`.",
-            why="a recipe is flat: a field per line, named as its flag.",
-            fix="take the line out.",
-        )
-    return fields
 
 
 def _check(holds: bool, what: str, why: str, instead: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from calibrators.errors import BundleError, ImagesError
 from calibrators.files import is_plain_file, sha256_of, write_text, written_whole
 from calibrators.headers import header_of, later, newer
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from exporters.backends import BuildOptions, Built
 from exporters.census import Census, Precision
 from exporters.external_data import refuse_outside

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from calibrators.collectors import Subject
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import Preprocess
 from calibrators.sites import attach_sites
 from exporters.to_onnx import export_float
 

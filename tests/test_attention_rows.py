@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from calibrators.errors import ImagesError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from dfq_deploy.generation.attention import rows_of, taps_with_rows
 from dfq_deploy.generation.priors import attention_prior, patch_grid, rectangles, soft_labels
 from dfq_deploy.generation.taps import attention_taps

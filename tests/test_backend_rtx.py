@@ -17,7 +17,8 @@ from calibrators.collectors import Subject
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import BackendError, BundleError, ExportError, NotHereError
 from calibrators.files import sha256_of
-from calibrators.plan import QuantPlan, Ranges, make_plan
+from calibrators.plan import QuantPlan, make_plan
+from calibrators.ranges import Ranges
 from calibrators.scheme import scheme_named
 from calibrators.sites import block_ranges
 from dfq_deploy.building import float_onnx

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from calibrators.affine import CODES, Codes, choose_qparams, fake_quantize
 from calibrators.errors import PlanError
-from calibrators.plan import QParams, QuantPlan, Ranges, SiteRange, make_plan, shortened
+from calibrators.plan import QParams, QuantPlan, make_plan, shortened
+from calibrators.ranges import Ranges, SiteRange
 from calibrators.scheme import SCHEMES
 from calibrators.sites import Mode, attach_sites, block_ranges, fitting_block, set_mode
 from exporters.qdq import InsertQDQ

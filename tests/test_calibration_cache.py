@@ -15,7 +15,8 @@ from test_plan import small_plan, small_ranges
 from calibrators.affine import CODES, choose_qparams
 from calibrators.calibration_cache import read_cache, write_cache
 from calibrators.errors import DeployError, PlanError, RecipeError
-from calibrators.plan import QuantPlan, Ranges, make_plan
+from calibrators.plan import QuantPlan, make_plan
+from calibrators.ranges import Ranges
 from calibrators.scheme import SCHEMES
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,7 +16,8 @@ from calibrators.collectors import Subject, ort, pytorch
 from calibrators.errors import ImagesError, PlanError, RecipeError
 from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader
-from calibrators.plan import QuantPlan, Ranges
+from calibrators.plan import QuantPlan
+from calibrators.ranges import Ranges
 from calibrators.registry import names, pick
 from calibrators.sites import sites_of
 from calibrators.tensors import tensors_of

@@ -15,7 +15,7 @@ from timm.data import ImageDataset, create_transform
 
 from calibrators.decoding import MOST_PIXELS, Picture, decoded
 from calibrators.errors import ImagesError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 
 DEIT = Preprocess((224, 224), 0.9, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SQUASHED = Preprocess((48, 80), 1.0, "squash", "bilinear", (0.1, 0.2, 0.3), (0.9, 0.8, 0.7))

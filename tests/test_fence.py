@@ -12,9 +12,9 @@ from tiny_quantized import asked, float_model, plan_for, quantized, values, writ
 
 from calibrators.errors import ExportError
 from calibrators.plan import QuantPlan
-from exporters.backends.ort import session_options
 from exporters.cast import CastBody
 from exporters.census import Body
+from exporters.ort_engine import session_options
 from exporters.qdq import InsertQDQ
 from exporters.tensorrt.fence import put_fences
 from exporters.tensorrt.layers import census_of, kernels_in_log

@@ -23,7 +23,8 @@ from tiny_bundle import PREPROCESS, tiny_bundle, tiny_plan
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
 from calibrators.images import ImageSet
-from calibrators.plan import QuantPlan, Ranges, SiteRange
+from calibrators.plan import QuantPlan
+from calibrators.ranges import Ranges, SiteRange
 from calibrators.student import Student
 from exporters.bundle import MANIFEST, Manifest, open_bundle
 

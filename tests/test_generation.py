@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.generation import GenerateOptions, batching, checkpoint, quiet, similarity
 from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, View, optimise

@@ -9,7 +9,7 @@ import dfq_deploy as dfq
 from calibrators.images import ImageSet
 from calibrators.observers import MinMax, Percentile
 from calibrators.observing import observed
-from calibrators.plan import SiteRange
+from calibrators.ranges import SiteRange
 from calibrators.sites import sites_of
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from timm.data import create_transform
 
 from calibrators.errors import ImagesError
-from calibrators.images import ImageSet, Preprocess, is_image_set, joined
+from calibrators.images import ImageSet, is_image_set, joined
+from calibrators.preprocess import Preprocess
 from calibrators.sources import folder, npz
 from calibrators.student import Student
 from dfq_deploy.models.loading import load_model

@@ -18,8 +18,9 @@ from small_model import Failing
 
 from calibrators import interchange
 from calibrators.errors import DeployError, ImagesError, RecipeError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader, write_folder, write_npz, write_polygraphy
+from calibrators.preprocess import Preprocess
 from calibrators.sources import folder
 
 RGB = Preprocess((6, 6), 1.0, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

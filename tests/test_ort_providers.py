@@ -23,12 +23,15 @@ from dfq_deploy import formats
 from dfq_deploy.cli import run
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.reference import Reference
+from exporters import ort_engine
 from exporters.backends import BuildOptions, Placement, ort
 from exporters.bundle import MANIFEST, Manifest, open_bundle, seal_bundle
 
 _NOISE = ["--model", "demo", "--generator", "noise", "--count", "8"]
 _BLOCKS = (32, 64, 128)
-_ABSENT = [name for name, provider in ort._PROVIDERS.items() if provider not in onnxruntime.get_available_providers()]
+_ABSENT = [
+    name for name, provider in ort_engine.PROVIDERS.items() if provider not in onnxruntime.get_available_providers()
+]
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _SCALAR, _ZERO = np.array(0.05, np.float32), np.array(0, np.int8)
 
@@ -67,7 +70,7 @@ def _images(folder: Path) -> np.ndarray:
 
 def test_weights_in_blocks_become_one_operator(int4: tuple[int, Path], tmp_path: Path) -> None:
     block, folder = int4
-    options = ort.session_options()
+    options = ort_engine.session_options()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     nodes = [node for node in onnx.load(tmp_path / "optimised.onnx").graph.node if node.op_type == "MatMulNBits"]
@@ -133,13 +136,13 @@ def test_weights_alone_are_unpacked_when_they_are_loaded(
     int4: tuple[int, Path], demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    plain = ort.session_options
+    plain = ort_engine.session_options
 
     def options(*, exact: bool = False, threads: int | None = None) -> onnxruntime.SessionOptions:
         asked.append(exact)
         return plain(exact=exact, threads=threads)
 
-    monkeypatch.setattr(ort, "session_options", options)
+    monkeypatch.setattr(ort_engine, "session_options", options)
     for folder in (int4[1], demo_bundle):
         ort.load(folder / "model.onnx", {}, BuildOptions()).close()
     assert asked == [True, False]
@@ -221,7 +224,7 @@ def test_tensorrt_inside_is_told_the_batch_sizes_and_keeps_its_engines_outside_t
     demo_bundle: Path, provider: str, prefix: str
 ) -> None:
     options = BuildOptions(provider=provider, batch=(2, 4, 6), workspace=99)
-    found = ort._provider_options(provider, demo_bundle / "model.onnx", options)
+    found = ort_engine.provider_options(provider, demo_bundle / "model.onnx", options)
     shapes = [found[f"{prefix}_profile_{end}_shapes"] for end in ("min", "opt", "max")]
     assert shapes == ["images:2x3x32x32", "images:4x3x32x32", "images:6x3x32x32"]
     assert found[f"{prefix}_max_workspace_size"] == "99"

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import dfq_deploy as dfq
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, sheet_beside
+from calibrators.preprocess import Preprocess
 from dfq_deploy.recipe import GenerateRecipe
 
 

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from calibrators.errors import DeployError, PlanError
-from calibrators.plan import QuantPlan, Ranges, SiteRange, layer_of, make_plan
+from calibrators.plan import QuantPlan, layer_of, make_plan
+from calibrators.ranges import Ranges, SiteRange
 from calibrators.scheme import SCHEMES, QuantScheme, scheme_named
 
 GOLDEN = "685af634c1253eeb989971832a0c6ff423d62fee027e15b5e1f65c3524e61133"  # sha256 of format 1

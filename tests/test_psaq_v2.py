@@ -17,8 +17,9 @@ from torch import nn
 
 import dfq_deploy as dfq
 from calibrators.errors import CalibrationWarning, ImagesError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
+from calibrators.preprocess import Preprocess
 from calibrators.sites import attach_sites
 from dfq_deploy.cli import run
 from dfq_deploy.formats import formats_on

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from calibrators.errors import CalibrationWarning, ImagesError, RecipeError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from calibrators.registry import pick
 from dfq_deploy import pipeline
 from dfq_deploy.generation import GenerateOptions, batching

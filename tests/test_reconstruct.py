@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from calibrators.affine import CODES, choose_qparams, fake_quantize
 from calibrators.blocks import blocks_of, reconstruct
 from calibrators.errors import PlanError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.learned import Learned
 from calibrators.observers import MinMax
 from calibrators.observing import observed
-from calibrators.plan import QParams, Ranges, make_plan
+from calibrators.plan import QParams, make_plan
+from calibrators.preprocess import Preprocess
+from calibrators.ranges import Ranges
 from calibrators.refine import reconstruct as the_pass
 from calibrators.scheme import scheme_named
 from calibrators.sites import Mode, SitedLinear, attach_sites, set_mode

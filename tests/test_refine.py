@@ -16,8 +16,9 @@ import dfq_deploy as dfq
 from calibrators.affine import CODES, choose_qparams
 from calibrators.errors import BundleError, CalibrationWarning, PlanError, RecipeError
 from calibrators.folds import find_folds, layers_of
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.plan import QParams
+from calibrators.preprocess import Preprocess
 from calibrators.refine import Layer, Seen, bias, clip, gptq, reach, reparam, ridge, smooth
 from calibrators.refining import correct, kind_of, transform
 from calibrators.registry import names

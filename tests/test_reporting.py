@@ -17,8 +17,9 @@ from PIL import Image
 import dfq_deploy as dfq
 from calibrators.errors import BundleError
 from calibrators.files import sha256_of
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, pictures_on
+from calibrators.preprocess import Preprocess
 from calibrators.sources.folder import open_images
 from dfq_deploy import cli, pipeline
 from dfq_deploy.charts.panels import Panel, Series, draw_panels

@@ -21,7 +21,7 @@ from PIL import Image
 
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, BundleError, DeployError, RecipeError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from dfq_deploy.cli import run
 from dfq_deploy.serving import triton
 from exporters.bundle import MANIFEST

@@ -16,10 +16,12 @@ from calibrators.affine import CODES, fake_quantize
 from calibrators.collectors import Subject
 from calibrators.collectors.pytorch import collect_ranges
 from calibrators.errors import PlanError
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
 from calibrators.observers import MinMax
 from calibrators.observing import observed
-from calibrators.plan import QParams, Ranges
+from calibrators.plan import QParams
+from calibrators.preprocess import Preprocess
+from calibrators.ranges import Ranges
 from calibrators.sites import Mode, attach_sites, set_mode, sites_of
 from dfq_deploy.models.families import swin, vit
 

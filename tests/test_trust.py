@@ -15,7 +15,8 @@ from tiny_bundle import PREPROCESS, sealed, tiny_bundle, tiny_model, tiny_plan
 import dfq_deploy as dfq
 from calibrators.errors import BundleError, ExportError, ImagesError, PlanError
 from calibrators.images import ImageSet
-from calibrators.plan import QuantPlan, Ranges
+from calibrators.plan import QuantPlan
+from calibrators.ranges import Ranges
 from dfq_deploy.cli import run
 from exporters.bundle import MANIFEST, open_bundle, unseal_bundle
 

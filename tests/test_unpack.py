@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from exporters.backends.ort import session_options
+from exporters.ort_engine import session_options
 from exporters.unpack import unpack_weights
 
 _TEXT = """

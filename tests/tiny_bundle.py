@@ -7,8 +7,8 @@ import onnx.parser
 from onnx import numpy_helper
 
 from calibrators.affine import CODES
-from calibrators.images import Preprocess
 from calibrators.plan import QParams, QuantPlan
+from calibrators.preprocess import Preprocess
 from exporters.backends import BuildOptions
 from exporters.bundle import EngineFacts, Manifest, ModelFacts, seal_bundle
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from exporters.backends.ort import session_options
+from exporters.ort_engine import session_options
 
 _BATCH = 8
 _CALLS = {1: 40, 8: 12}

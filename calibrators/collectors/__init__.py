@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from calibrators.affine import Codes
 from calibrators.errors import RecipeError
 from calibrators.images import ImageSet
-from calibrators.plan import Ranges
+from calibrators.ranges import Ranges
 
 if TYPE_CHECKING:  # listing the collectors' names must not load torch
     from torch import nn

@@ -24,7 +24,7 @@ from calibrators.errors import PlanError
 from calibrators.images import ImageSet
 from calibrators.interchange import ImageSetReader
 from calibrators.observing import observed_for
-from calibrators.plan import Ranges
+from calibrators.ranges import Ranges
 
 __all__ = ["NEEDS_ONNX", "OBSERVERS", "check", "collect_ranges"]
 

@@ -7,7 +7,7 @@ from calibrators.collectors import Subject, check_observer, described
 from calibrators.images import ImageSet
 from calibrators.observers import OBSERVERS, Observer, observer_named
 from calibrators.observing import observed
-from calibrators.plan import Ranges
+from calibrators.ranges import Ranges
 from calibrators.sites import channel_weights
 
 __all__ = ["NEEDS_ONNX", "OBSERVERS", "check", "collect_ranges"]

@@ -24,7 +24,7 @@ from calibrators.errors import BackendError
 from calibrators.images import ImageSet
 from calibrators.interchange import INPUT
 from calibrators.observing import observed_for
-from calibrators.plan import Ranges
+from calibrators.ranges import Ranges
 
 try:
     import tensorrt as trt

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import Preprocess
 
 __all__ = ["Source"]
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, sha256_of
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import PreparedPixels, Preprocess
 
 __all__ = ["open_images"]
 
@@ -51,7 +52,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
     named = tuple(str(f.relative_to(path)) for f in files)
     facts = [asdict(preprocess), labels, [[name, sha256_of(f)] for name, f in zip(named, files, strict=True)]]
     return ImageSet(
-        pixels=_FolderPixels(files, preprocess),
+        pixels=PreparedPixels(files, preprocess),
         preprocess=preprocess,
         source=f"folder:{path.name}",
         fingerprint=fingerprint_of(facts),
@@ -83,17 +84,3 @@ def _listed(path: Path) -> tuple[list[Path], list[int]]:
             fix="put the images beside labels.csv, or take their lines out.",
         )
     return files, labels
-
-
-class _FolderPixels:
-    """Images decoded from files when a slice is read."""
-
-    def __init__(self, files: list[Path], preprocess: Preprocess) -> None:
-        self._files = files
-        self._preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        return np.stack([self._preprocess(file) for file in self._files[index]])

@@ -7,7 +7,8 @@ import numpy as np
 
 from calibrators.errors import ImagesError
 from calibrators.files import fingerprint_of, sha256_of
-from calibrators.images import ImageSet, Preprocess
+from calibrators.images import ImageSet
+from calibrators.preprocess import PreparedPixels, Preprocess
 
 __all__ = ["open_images"]
 
@@ -33,23 +34,9 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
             fix="give it `images` as uint8 (N, H, W) or (N, H, W, 3), and `labels` (N,) where they exist.",
         ) from cause
     return ImageSet(
-        pixels=_ArchivePixels(images, preprocess),
+        pixels=PreparedPixels(images, preprocess),
         preprocess=preprocess,
         source=f"npz:{path.name}",
         fingerprint=fingerprint_of([asdict(preprocess), sha256_of(path)]),
         labels=None if labels is None else labels.astype(np.int64),
     )
-
-
-class _ArchivePixels:
-    """Raw images made model-ready when a slice is read."""
-
-    def __init__(self, images: np.ndarray, preprocess: Preprocess) -> None:
-        self._images = images
-        self._preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        return np.stack([self._preprocess(image) for image in self._images[index]])

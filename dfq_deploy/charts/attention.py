@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from calibrators.images import Preprocess
 from calibrators.pictures import picture
+from calibrators.preprocess import Preprocess
 from dfq_deploy.audited import Audit
 from dfq_deploy.charts.saving import check_format, save
 from dfq_deploy.generation.seen import AttentionMaps

@@ -8,7 +8,7 @@ in Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963, sec.
 
 import numpy as np
 
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 
 __all__ = ["dead_leaves"]
 

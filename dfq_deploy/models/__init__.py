@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 
 __all__ = ["ALIASES", "Model"]
 

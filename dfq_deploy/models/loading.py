@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from calibrators.errors import ModelError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
 from calibrators.sites import SitedConv2d, SitedLinear, attach_sites
 from dfq_deploy.models import ALIASES, Model

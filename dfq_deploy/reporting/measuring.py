@@ -22,8 +22,8 @@ from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, 
 from dfq_deploy.runtime import load
 from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
-from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest
+from exporters.ort_engine import OrtEngine
 from exporters.turns import median_ratio, seconds_in_turn
 
 __all__ = ["FLOAT", "Latency", "audited", "measure_latency", "sensitivities"]

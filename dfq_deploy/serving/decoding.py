@@ -7,7 +7,7 @@ one that is so narrow that it would when it is resized for the model.
 import numpy as np
 
 from calibrators.errors import ImagesError, LargeImageError
-from calibrators.images import Preprocess
+from calibrators.preprocess import Preprocess
 from dfq_deploy.serving.protocol import RequestError
 
 __all__ = ["model_input"]
