@@ -16,7 +16,7 @@ from calibrators.images import ImageSet, joined
 from calibrators.registry import pick
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.device import device_named, moved_to
-from dfq_deploy.generation.generators.spdfq import Spdfq
+from dfq_deploy.generation.generators import ATTENTIVE
 from dfq_deploy.models import Model
 
 __all__ = ["made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
@@ -98,7 +98,8 @@ def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = 
         name, seed = facts["generator"], (facts["seed"] + further) % _SEEDS
         device = device_named("auto" if facts.get("device") == "cuda" else "cpu")
         options = GenerateOptions(facts["count"], seed, facts["exact"], first=facts.get("first", 0), device=device)
-        generator = Spdfq.of(facts) if name == "spdfq" else pick("dfq_deploy.generation.generators", name)
+        generator = pick("dfq_deploy.generation.generators", name)
+        generator = generator.recipe_of(facts) if name in ATTENTIVE else generator
         with moved_to(device, model):
             made.append(generator.generate(model, options, progress=progress))
         refuse_degenerate(name, made[-1])

@@ -1,7 +1,7 @@
 """What a model sees in images: how alike their patches are to it, and what its heads attend to.
 
 For pictures of sets that are finished; what is optimised while they are made is the recipes' business. Attention of a
-set that `spdfq` made comes with the priors that its heads were asked for, drawn again from the set's own facts.
+set whose generator asked for some comes with the priors that it asked for, drawn again from the set's own facts.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ import torch
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
-from dfq_deploy.generation import GenerateOptions
+from calibrators.registry import pick
 from dfq_deploy.generation.attention import rows_of, taps_with_rows
-from dfq_deploy.generation.generators.spdfq import Spdfq
+from dfq_deploy.generation.generators import ATTENTIVE
 from dfq_deploy.generation.losses import patch_similarities
 from dfq_deploy.generation.making import parts_of
 from dfq_deploy.generation.priors import patch_grid
@@ -74,7 +74,7 @@ class AttentionMaps:
 def attention_maps(model: Model, images: ImageSet) -> AttentionMaps:
     """The attention of the deepest layer that sees the whole image, for the first few images.
 
-    Where some of a set are `spdfq`'s, it is the first few of those.
+    Where some of a set come from a generator that asks for attention, it is the first few of those.
 
     Raises:
         ImagesError: The model shows no attention from patch to patch, or within windows only.
@@ -107,16 +107,15 @@ def _priors_of(model: Model, images: ImageSet, tap: AttentionTap) -> tuple[int, 
     """
     parts = parts_of(images)
     whole = sum(part["count"] for part in parts) == len(images)
-    asked = [number for number, part in enumerate(parts) if part["generator"] == "spdfq" and part["alignment"]]
+    asked = [number for number, part in enumerate(parts) if part["generator"] in ATTENTIVE]
     if not whole or not asked or parts[asked[0]]["model_fingerprint"] != model.fingerprint:
         return 0, None
     facts, start = parts[asked[0]], sum(part["count"] for part in parts[: asked[0]])
-    options = GenerateOptions(facts["count"], facts["seed"], facts["exact"], first=facts.get("first", 0))
     drawn: list[torch.Tensor] = []
-    for priors in Spdfq.of(facts).priors(model, options, facts["batch"]):
+    for priors in pick("dfq_deploy.generation.generators", facts["generator"]).priors_of(model, facts):
         if tap.name not in priors:
             return 0, None
         drawn.append(priors[tap.name][:, 0])
         if sum(map(len, drawn)) >= _SHOWN:
             break
-    return start, torch.cat(drawn)[:_SHOWN].numpy()
+    return (start, torch.cat(drawn)[:_SHOWN].numpy()) if drawn else (0, None)

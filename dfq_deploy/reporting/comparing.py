@@ -122,9 +122,9 @@ def _shares(first: Run, second: Run) -> list[Row]:
         "top1_float": "Top-1, float",
         "top1_reference": "Top-1, reference",
         "top1_engine": "Top-1, engine",
-        "engine_float": "Engine decides as float",
-        "engine_reference": "Engine decides as its reference",
-        "noise_floor": "Reference as itself, moved",
+        "engine_float": "Agreement, engine and float",
+        "engine_reference": "Agreement, engine and reference",
+        "noise_floor": "Agreement, reference and itself, moved",
     }
     rows = []
     for key, name in named.items():
@@ -153,7 +153,7 @@ def _figures(first: Run, second: Run) -> list[Row]:
 
     runs = (first, second)
     return [
-        row("Points lost against float", *map(drop, runs)),
+        row("Drop against float, points", *map(drop, runs)),
         row("SQNR to float", *map(noise, runs)),
         row("Size of the engine", *(size(run.engine_bytes) for run in runs)),
         row("Layers", *map(layers, runs)),

@@ -91,11 +91,11 @@ def top1_rows(checked: Checked) -> list[Share]:
 
 def agreement_rows(checked: Checked, body: str) -> list[Share]:
     """Who decides like whom, where all that is not quantized is computed in `body`."""
-    moved = "moved by a hair" if body == "fp32" else f"rounded to {body}"
+    moved = "moved by 1e-6" if body == "fp32" else f"rounded to {body}"
     named = {
         "engine_float": ("engine and float", "engine"),
         "engine_reference": ("engine and reference", "engine"),
-        "noise_floor": (f"reference, {moved}", "reference"),
+        "noise_floor": (f"reference and itself, {moved}", "reference"),
     }
     return _rows(checked, named)
 

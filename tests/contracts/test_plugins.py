@@ -13,7 +13,7 @@ from calibrators.refine import Correction, Reconstruction, Transform
 from calibrators.refining import kind_of
 from calibrators.registry import names, pick
 from calibrators.sources import Source
-from dfq_deploy.generation.generators import Generator
+from dfq_deploy.generation.generators import ATTENTIVE, AttentiveGenerator, Generator
 from dfq_deploy.models.families import Family
 from exporters.backends import Backend, Engine
 
@@ -61,7 +61,8 @@ def test_a_plugin_offers_the_verbs_of_its_protocol_and_no_others(package: str, n
     offered = {public: getattr(module, public) for public in module.__all__}
     verbs = {public: _parameters(thing) for public, thing in offered.items() if inspect.isfunction(thing)}
     protocol = _KINDS[kind_of(name)] if package == "calibrators.refine" else PROTOCOLS[package]
-    assert verbs == _asked_for(protocol)
+    more = _asked_for(AttentiveGenerator) if protocol is Generator and name in ATTENTIVE else {}
+    assert verbs == {**_asked_for(protocol), **more}
 
 
 @pytest.mark.parametrize("name", names("exporters.backends"))

@@ -33,7 +33,7 @@ from dfq_deploy.generation.similarity import roughness, schedule
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
-__all__ = ["Spdfq", "generate"]
+__all__ = ["Spdfq", "generate", "priors_of", "recipe_of"]
 
 _STAGES = (Stage(1000, 30),)  # steps, and pixels of shift at 224 x 224
 _FAST_STAGES = (Stage(100, 30),)
@@ -49,6 +49,25 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         ImagesError: The model has no attention from patch to patch, or a term of the loss became NaN or Inf.
     """
     return Spdfq().generate(model, options, progress=progress)
+
+
+def recipe_of(facts: Mapping[str, Any]) -> "Spdfq":
+    """The recipe that made a set, by the set's facts."""
+    return Spdfq(**{part.name: facts[part.name] for part in fields(Spdfq)})
+
+
+def priors_of(model: Model, facts: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """What heads were asked for, drawn again: per batch and, by the tap's name, (images, windows, heads, tokens).
+
+    The priors of the images are in it, those of their parts are not.
+
+    Args:
+        model: The model that the images were made out of.
+        facts: The set's.
+    """
+    recipe = recipe_of(facts)
+    options = GenerateOptions(facts["count"], facts["seed"], facts["exact"], first=facts.get("first", 0))
+    return recipe.priors(model, options, facts["batch"]) if recipe.alignment else iter(())
 
 
 @dataclass(frozen=True)
@@ -84,11 +103,6 @@ class Spdfq:
     reinforcement: bool = True
     soft_labels: bool = True
 
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "Spdfq":
-        """The recipe that made a set, by the set's facts."""
-        return cls(**{part.name: facts[part.name] for part in fields(cls)})
-
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, with these parts."""
         taps = taps_with_rows(model, attention_taps(model))
@@ -96,15 +110,7 @@ class Spdfq:
         return optimised_set("spdfq", model, options, one_batch, progress, asdict(self))
 
     def priors(self, model: Model, options: GenerateOptions, batch: int) -> Iterator[dict[str, Tensor]]:
-        """What heads were asked for, drawn again: per batch and, by the tap's name, (images, windows, heads, tokens).
-
-        The priors of the images are in it, those of their parts are not.
-
-        Args:
-            model: The model that the images were made out of.
-            options: How many there are, and from which seed.
-            batch: How many were made together, as their facts say.
-        """
+        """What heads were asked for in `options.count` images made `batch` at a time; see `priors_of`."""
         taps = taps_with_rows(model, attention_taps(model))
         for size, generator in batches(options, batch):
             drawn = self._drawn(model, taps, size, generator)
