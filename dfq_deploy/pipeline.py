@@ -7,10 +7,8 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, write_json
@@ -153,7 +151,7 @@ def simulate(
         watch.stage("compare", False)
         found = compare(reference, shown, floats, progress=counting(watch))
         found = replace(found, student=calibration.student is not None)
-        _write_report(out, found.report())
+        write_json(out / "report.json", found.report())
     return found
 
 
@@ -210,12 +208,8 @@ def _check(
     found = replace(found, student=manifest.model.student)
     sheet = draw_disagreements(found.disagreements, picked, folder)
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
-    _write_report(folder, {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
+    write_json(folder / "report.json", {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
-
-
-def _write_report(folder: Path, facts: Mapping[str, Any]) -> None:
-    write_json(folder / "report.json", facts)
 
 
 def _writable(out: Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calibrators.errors import PlanError
 from calibrators.plan import QuantPlan
-from calibrators.scheme import scheme_named
+from calibrators.scheme import SCHEMES
 from calibrators.sites import Mode, QuantSite, SitedConv2d, set_mode, sites_of
 from dfq_deploy.models import Model
 from exporters.census import Body
@@ -57,7 +57,7 @@ class Reference:
             )
         self._module = model.module
         self._floats = floats or model
-        self._biases = [] if scheme_named(plan.scheme).simulated else list(_rounded_biases(model.module, plan))
+        self._biases = list(_rounded_biases(model.module, plan))
         self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
@@ -133,11 +133,17 @@ class Reference:
 
 
 def _rounded_biases(module: nn.Module, plan: QuantPlan) -> Iterator[tuple[QuantSite, Tensor]]:
-    """The output sites of integer convolutions, and what rounding the bias changes there, (channels, 1, 1).
+    """The output sites of convolutions that an engine computes in integers, and what rounding the bias changes there.
 
     The bias is added to sums of products of codes, so its step is the input's scale times the weight's. That moves
-    about one code per image of a small ViT's patch embedding, which is several noise floors.
+    about one code per image of a small ViT's patch embedding, which is several noise floors. Formats that no run-time
+    has kernels for have no such bias.
+
+    Yields:
+        A site, and the change (channels, 1, 1).
     """
+    if plan.scheme in SCHEMES and SCHEMES[plan.scheme].simulated:
+        return
     for layer, conv in module.named_modules():
         if isinstance(conv, SitedConv2d) and conv.bias is not None and f"{layer}.output" in plan.sites:
             left, right = (torch.from_numpy(plan.sites[f"{layer}.{site}"].scale) for site in ("input", "weight"))
