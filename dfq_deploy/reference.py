@@ -145,8 +145,9 @@ def _rounded_biases(module: nn.Module, plan: QuantPlan) -> Iterator[tuple[QuantS
     if plan.scheme in SCHEMES and SCHEMES[plan.scheme].simulated:
         return
     for layer, conv in module.named_modules():
-        if isinstance(conv, SitedConv2d) and conv.bias is not None and f"{layer}.output" in plan.sites:
-            left, right = (torch.from_numpy(plan.sites[f"{layer}.{site}"].scale) for site in ("input", "weight"))
+        planned = [plan.sites.get(f"{layer}.{site}") for site in ("input", "weight", "output")]
+        if isinstance(conv, SitedConv2d) and conv.bias is not None and all(planned):
+            left, right = (torch.from_numpy(site.scale) for site in planned[:2] if site)
             bias, step = conv.bias.detach(), left * right
             yield conv.output_site, (torch.round(bias / step) * step - bias).reshape(-1, 1, 1)
 
