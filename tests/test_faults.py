@@ -23,7 +23,6 @@ from safetensors.numpy import load_file
 from tiny_bundle import tiny_bundle
 
 import dfq_deploy as dfq
-from calibrators import files
 from calibrators.errors import BundleError, DeployError, RecipeError
 from calibrators.files import is_plain_file, sha256_of, written_whole
 from dfq_deploy import cli, packing
@@ -94,7 +93,7 @@ class _Disk:
         """Have every module that writes files write to this disk."""
         for module in [*sys.modules.values()]:
             ours = getattr(module, "__name__", "").startswith(("calibrators", "exporters", "dfq_deploy"))
-            if ours and module is not files and getattr(module, "written_whole", None) is written_whole:
+            if ours and getattr(module, "written_whole", None) is written_whole:
                 monkeypatch.setattr(module, "written_whole", self.written_whole)
 
 
