@@ -50,14 +50,14 @@ _CHAIN = ("smooth", "clip", "gptq", "bias")
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", ("smooth", "reach"), "symmetric INT8, portable"),
+        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", ("smooth", "reach", "gptq"), "symmetric INT8, portable"),
         QuantScheme(
             "w8a8_asym",
             _INT8,
             _UINT8,
             False,
             "percentile",
-            ("smooth", "reach"),
+            ("smooth", "reach", "gptq"),
             "INT8 weights, asymmetric UINT8 inputs, ORT",
         ),
         QuantScheme(
