@@ -5,10 +5,10 @@ fingerprint of what it depends on.
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,15 @@ from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 from exporters.backends.ort import OrtEngine
 from exporters.bundle import Manifest
+from exporters.turns import seconds_in_turn
 
 __all__ = ["FLOAT", "Latency", "audited", "float_file", "measure_latency", "sensitivities"]
 
 FLOAT = "float"
 _BATCHES = (1, 8)
 _IMAGES = 8  # that tell how much each layer hurts
-_WARM_UP, _LEAST, _MOST = 2, 7, 60  # calls of each engine
-_SECONDS = 6.0  # after which there are no more calls than the least
+_LEAST, _MOST = 7, 60  # calls of each engine
+_SECONDS = 6.0  # that they may take, beyond the least
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,16 @@ def _timed(
     engines: Mapping[str, Callable[[np.ndarray], np.ndarray]], batch: int, shape: tuple[int, int, int]
 ) -> Latency:
     images = np.random.default_rng(0).normal(size=(batch, *shape)).astype(np.float32)
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    began = time.perf_counter()
-    for call in range(-_WARM_UP, _MOST):
-        if call >= _LEAST and time.perf_counter() - began > _SECONDS:
-            break
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine(images)
-            if call >= 0:
-                times[name].append(1000 * (time.perf_counter() - start))
-    taken = {name: np.asarray(values) for name, values in times.items()}
+    calls = [partial(engine, images) for engine in engines.values()]
+    once = seconds_in_turn(calls, rounds=1).sum()
+    rounds = int(np.clip(_SECONDS / once, _LEAST, _MOST))
+    taken = dict(zip(engines, 1000 * seconds_in_turn(calls, rounds=rounds, warm_up=0).T, strict=True))
     ratios = {name: _ratio(taken[FLOAT] / own) for name, own in taken.items() if name != FLOAT and FLOAT in taken}
     return Latency(
         batch=batch,
         milliseconds={name: Interval(*np.percentile(own, (50, 25, 75)).tolist()) for name, own in taken.items()},
         ratios=ratios,
-        calls=len(next(iter(taken.values()))),
+        calls=rounds,
     )
 
 
