@@ -4,6 +4,7 @@ Errors come out as three lines; the exit code is 0 for pass, 1 for fail, 2 for u
 error.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -76,10 +77,14 @@ def run(arguments: list[str]) -> int:
     try:
         with notes_in_one_line():
             result = app.meta(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except cyclopts.CycloptsError as wrong:
         return _told(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
     except DeployError as error:
         return _told(error.what, error.why, error.fix)
+    except (BrokenPipeError, SystemExit):  # rich makes of the former an exit with 1, which here means fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return _ERROR
     except OSError as error:
         return _told(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
     except KeyboardInterrupt:

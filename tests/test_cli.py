@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -382,3 +383,18 @@ def test_a_process_exits_with_the_code(desk: Path, arguments: list[str], code: i
     assert said in (done.stderr if code else done.stdout)
     assert "Traceback" not in done.stderr
     assert bool(done.stderr) == bool(code), "a result belongs on stdout, a message on stderr"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["infer", "bundle", "digit.png", "--json"], ["gate", "bundle", "--junit", "gate.xml"]]
+)
+def test_who_stops_reading_is_no_verdict(desk: Path, arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dfq_deploy", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 3
+    assert "error" not in done.stderr
+    assert "Broken" not in done.stderr
+    assert Path("gate.xml").exists() == ("gate" in arguments)

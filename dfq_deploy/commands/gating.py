@@ -25,7 +25,7 @@ def gate(
     images: str | None = None,
     limit: int | None = None,
     baseline: _File = None,
-    update: bool = False,
+    update: Annotated[bool, Parameter(negative=())] = False,
     checkpoint: Path | None = None,
     verify: Path | None = None,
     json: _File = None,
@@ -60,8 +60,10 @@ def gate(
             verify=verify,
             watch=watch,
         )
-    print_gate(found)
-    for path, save in ((json, found.save), (junit, found.save_junit), (markdown, found.save_markdown)):
-        if path is not None:
-            save(path)
+    try:
+        for path, save in ((json, found.save), (junit, found.save_junit), (markdown, found.save_markdown)):
+            if path is not None:
+                save(path)
+    finally:
+        print_gate(found)
     return EXIT[found.verdict]

@@ -47,7 +47,7 @@ def report(
     *,
     out: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
     compare: Path | None = None,
-    quick: bool = False,
+    quick: Annotated[bool, Parameter(negative=())] = False,
     checkpoint: Path | None = None,
     verify: Path | None = None,
 ) -> int:
