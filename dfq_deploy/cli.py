@@ -11,6 +11,9 @@ from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
+from cyclopts.help import DefaultFormatter, HelpPanel
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
@@ -23,11 +26,25 @@ __all__ = ["app", "main", "run"]
 
 _ERROR = 3
 
+
+class _Flowing(DefaultFormatter):
+    """Help whose sentences flow: a docstring's line ends are no part of them."""
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        """Show one panel."""
+        for entry in panel.entries:
+            text = getattr(entry.description, "primary_renderable", None)
+            if isinstance(text, Text):
+                text.plain = " ".join(text.plain.split())
+        super().__call__(console, options, panel)
+
+
 app = cyclopts.App(
     name="dfq-deploy",
     help="Quantize a vision transformer with no data, build its engine, and prove what the engine computes.",
     version=dfq.__version__,
     help_format="plaintext",
+    help_formatter=_Flowing(),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `run` says it in three lines
 )

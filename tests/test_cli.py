@@ -398,3 +398,12 @@ def test_who_stops_reading_is_no_verdict(desk: Path, arguments: list[str]) -> No
     assert "error" not in done.stderr
     assert "Broken" not in done.stderr
     assert Path("gate.xml").exists() == ("gate" in arguments)
+
+
+def test_the_sentences_of_a_help_flow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["gate", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert "either way. The default is what 921 images can show of a good" in words
+    assert cli.run(["gate", "--help"]) == 0
+    lines = [line.strip("\N{BOX DRAWINGS LIGHT VERTICAL} \n") for line in capsys.readouterr().out.splitlines()]
+    assert "The" not in lines
