@@ -17,6 +17,7 @@ from calibrators.errors import ImagesError
 __all__ = ["PreparedPixels", "Preprocess"]
 
 _LARGEST = 2**14  # pixels of an edge, before the crop
+_MODES = {1: "L", 3: "RGB"}  # of pictures, by channels
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Preprocess:
                 fix="use a variant of the model with one of those.",
             )
         edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
-        sound = len(self.mean) == len(self.std) in (1, 3) and self.interpolation.upper() in Image.Resampling.__members__
+        sound = len(self.mean) == len(self.std) >= 1 and self.interpolation.upper() in Image.Resampling.__members__
         sound &= all(1 <= edge <= _LARGEST for edge in (*self.size, *edges)) and all(self.std)
         if not sound or not np.isfinite([*self.mean, *self.std]).all():
             why = f"{self} has a size, a resampling, a mean or a deviation that is none."
@@ -85,7 +86,13 @@ class Preprocess:
             ImagesError: It is no picture, of another format, truncated or damaged.
         """
         name = name or name_of(picture)
-        mode = "RGB" if len(self.mean) == 3 else "L"
+        mode = _MODES.get(len(self.mean))
+        if mode is None:
+            raise ImagesError(
+                what=f"{name} cannot become the model's input.",
+                why=f"pictures have 1 or 3 channels, the model takes {len(self.mean)}.",
+                fix="pass arrays that are model-ready already: npz:PATH, or a file of `dfq-deploy generate`.",
+            )
         image = decoded(picture, mode, name=name, most_pixels=most_pixels, formats=formats)
         width, height = self._resized(*image.size)
         refuse_huge(width, height, name=f"{name}, resized for the model,", most_pixels=most_pixels)

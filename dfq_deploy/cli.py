@@ -4,12 +4,16 @@ Errors come out as three lines; the exit code is 0 for pass, 1 for fail, 2 for u
 error.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
+from cyclopts.help import DefaultFormatter, HelpPanel
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
@@ -22,11 +26,25 @@ __all__ = ["app", "main", "run"]
 
 _ERROR = 3
 
+
+class _Flowing(DefaultFormatter):
+    """Help whose sentences flow: a docstring's line ends are no part of them."""
+
+    def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+        """Show one panel."""
+        for entry in panel.entries:
+            text = getattr(entry.description, "primary_renderable", None)
+            if isinstance(text, Text):
+                text.plain = " ".join(text.plain.split())
+        super().__call__(console, options, panel)
+
+
 app = cyclopts.App(
     name="dfq-deploy",
     help="Quantize a vision transformer with no data, build its engine, and prove what the engine computes.",
     version=dfq.__version__,
     help_format="plaintext",
+    help_formatter=_Flowing(),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # `run` says it in three lines
 )
@@ -76,10 +94,14 @@ def run(arguments: list[str]) -> int:
     try:
         with notes_in_one_line():
             result = app.meta(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except cyclopts.CycloptsError as wrong:
         return _told(str(wrong), "the command line does not read.", "see dfq-deploy --help, or --help after a command.")
     except DeployError as error:
         return _told(error.what, error.why, error.fix)
+    except (BrokenPipeError, SystemExit):  # rich makes of the former an exit with 1, which here means fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        return _ERROR
     except OSError as error:
         return _told(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
     except KeyboardInterrupt:

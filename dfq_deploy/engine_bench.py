@@ -102,18 +102,20 @@ def bench(
     seconds: float = 10.0,
     threads: int | None = None,
     provider: str | None = None,
+    verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> EngineBench:
     """How fast the engine of the bundle in `folder` is.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a zip archive of one.
         vs: Another one to hold it against, called in turn with it.
         batches: Images per call.
         calls: Calls of each engine at each batch size; if None, as many as fit `seconds`.
         seconds: How long each batch size is measured, where `calls` does not say.
         threads: What ONNX Runtime computes a call with; as many as there are cores if None.
         provider: What runs both within ONNX Runtime, if not what they were exported for.
+        verify: PEM file with the public key that each must be signed with.
         watch: Who is told how it goes.
 
     Raises:
@@ -127,7 +129,9 @@ def bench(
     paces: list[Pace] = []
     ratios: list[Ratio] = []
     with ExitStack() as stack:
-        runners = [stack.enter_context(load(each, provider=provider, threads=threads)) for each in folders]
+        runners = [
+            stack.enter_context(load(each, provider=provider, threads=threads, verify=verify)) for each in folders
+        ]
         for batch in dict.fromkeys(batches):
             watch.stage(f"batch {batch}", already_done=False)
             peaks = [peak_mib(each, batch, provider=provider, threads=threads) for each in folders]

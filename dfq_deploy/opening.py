@@ -126,7 +126,9 @@ def open_images(place: str, preprocess: Preprocess) -> ImageSet:
         raise ImagesError(
             what=f"`{place}` names no images.",
             why=f"it is neither a file nor one of {', '.join(f'{k}:PATH' for k in names('calibrators.sources'))}.",
-            fix="check the path.",
+            fix=f"pass --generator {place} with --calib synthetic."
+            if place in names("dfq_deploy.generation.generators")
+            else "check the path.",
         )
     images = ImageSet.load(Path(place))
     if images.preprocess != preprocess:

@@ -105,5 +105,5 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise BundleError(
             what=f"the refined weights in `{path}` cannot be read.",
             why=f"{type(cause).__name__}: {cause}.",
-            fix="export again; without them there is no reference to compare with.",
+            fix="run this where the export ran, whose `work` has them (pack leaves it out), or export again.",
         ) from cause

@@ -24,6 +24,7 @@ def print_gate(found: "GateResult") -> None:
         _console.print("baseline:")
     for line in found.changes:
         _console.print(f"  {line}")
-    _console.print(found.power)
+    if found.power:
+        _console.print(found.power)
     decided = [check.name for check in found.checks if check.verdict == found.verdict != "pass"]
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {', '.join(decided) or 'every check'}"))

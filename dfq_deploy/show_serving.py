@@ -20,7 +20,9 @@ def print_listening(address: str, models: list[str]) -> None:
 
 def print_tally(tally: "Tally") -> None:
     """What the server did."""
-    _console.print(f"stopped: {tally.answered} requests answered, {tally.refused} refused")
+    _console.print(
+        f"stopped: {tally.answered} request{'' if tally.answered == 1 else 's'} answered, {tally.refused} refused"
+    )
 
 
 def print_repository(repository: "Repository") -> None:

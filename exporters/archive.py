@@ -52,12 +52,13 @@ def bundle_folder(path: Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="dfq-deploy-") as place:
-        folder = Path(place)
+        folder = Path(place) / path.stem  # what is said of it by its name is said of the archive
+        folder.mkdir()
         try:
             _unpack(path, folder)
             yield folder
         except DeployError as error:
-            said = {name: getattr(error, name).replace(place, str(path)) for name in ("what", "why", "fix")}
+            said = {name: getattr(error, name).replace(str(folder), str(path)) for name in ("what", "why", "fix")}
             raise type(error)(**said) from error.__cause__
 
 

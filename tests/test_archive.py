@@ -23,6 +23,8 @@ from dfq_deploy.cli import run
 from exporters import archive
 from exporters.bundle import MANIFEST
 
+DIGITS = f"npz:{Path(dfq.__file__).parent / 'models' / 'demo' / 'held_back.npz'}"
+
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -73,7 +75,7 @@ def test_what_is_unpacked_stays_until_the_runner_is_closed(bundle: Path, tmp_pat
     dfq.pack(bundle, tmp_path / "b.zip")
     runner = dfq.load(tmp_path / "b.zip")
     (unpacked,) = scratch.iterdir()
-    assert (unpacked / MANIFEST).is_file()
+    assert (unpacked / "b" / MANIFEST).is_file()
     assert stat.S_IMODE(unpacked.stat().st_mode) == 0o700
     runner.close()
     assert list(scratch.iterdir()) == []
@@ -122,6 +124,16 @@ def test_the_commands_take_an_archive(
     assert run(["sensitivity", str(packed), "--limit", "2"]) == 0
     assert run(["audit", str(packed), "--out", str(tmp_path / "audit")]) == 3
     assert "calibrated on are gone" in capsys.readouterr().err
+    assert run(["bench", str(packed), "--batch", "1", "--calls", "2"]) == 0
+    assert run(["gate", str(packed), "--images", DIGITS, "--limit", "4"]) == 2
+    assert "undecided: " in capsys.readouterr().out
+    assert run(["report", str(packed), "--quick"]) == 3
+    assert "name a file with --out" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    assert run(["report", str(packed), "--quick", "--out", str(page), "--compare", str(demo_bundle)]) == 0
+    for text in (capsys.readouterr().out, page.read_text()):
+        assert str(scratch) not in text
+        assert "b/work" in text
     assert run(["build", str(packed)]) == 3
     assert "unpack it" in capsys.readouterr().err
     assert packed.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,7 @@ _MISTAKES = {
     "another kind of file": ["convert", "bundle/plan.safetensors", "--to", "npz", "--out", "o"],
     "no such checkpoint": ["export", *_NOISE, "--out", "o", "--checkpoint", "nothing.safetensors"],
     "no such images": ["calibrate", *_NOISE, "--out", "o/plan.safetensors", "--calib", "nothing"],
+    "a generator for images": ["calibrate", "--model", "demo", "--calib", "noise", "--out", "o/plan.safetensors"],
     "no such folder of images": ["check", "bundle", "--images", "folder:nothing"],
     "a limit of nothing": ["check", "bundle", "--limit", "0"],
     "a file for a folder": ["export", *_NOISE, "--out", "file"],
@@ -108,6 +110,7 @@ _MISTAKES = {
     "a name that no address has": ["serve", "bundle", "--name", "a/b"],
     "a delay too long": ["serve", "bundle", "--delay-ms", "5000"],
     "a queue for nobody": ["serve", "bundle", "--queue", "0"],
+    "no threads": ["serve", "bundle", "--threads", "0"],
     "requests of nothing": ["serve", "bundle", "--max-mb", "0"],
     "no instances": ["serve-repo", "bundle", "--out", "o", "--instances", "0"],
     "a repository where something lies": ["serve-repo", "bundle", "--out", "file"],
@@ -380,3 +383,27 @@ def test_a_process_exits_with_the_code(desk: Path, arguments: list[str], code: i
     assert said in (done.stderr if code else done.stdout)
     assert "Traceback" not in done.stderr
     assert bool(done.stderr) == bool(code), "a result belongs on stdout, a message on stderr"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["infer", "bundle", "digit.png", "--json"], ["gate", "bundle", "--junit", "gate.xml"]]
+)
+def test_who_stops_reading_is_no_verdict(desk: Path, arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dfq_deploy", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 3
+    assert "error" not in done.stderr
+    assert "Broken" not in done.stderr
+    assert Path("gate.xml").exists() == ("gate" in arguments)
+
+
+def test_the_sentences_of_a_help_flow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["gate", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    assert "either way. The default is what 921 images can show of a good" in words
+    assert cli.run(["gate", "--help"]) == 0
+    lines = [line.strip("\N{BOX DRAWINGS LIGHT VERTICAL} \n") for line in capsys.readouterr().out.splitlines()]
+    assert "The" not in lines

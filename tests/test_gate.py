@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from junitparser import JUnitXml
 from syrupy.assertion import SnapshotAssertion
 
@@ -100,6 +102,7 @@ def test_the_command_says_and_writes_what_it_found(
 
 
 _FOUND = GateResult(
+    bundle="deit_t",
     verdict="fail",
     mode="labels",
     n=921,
@@ -126,7 +129,7 @@ def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 def test_a_reason_with_any_letter_can_be_written(tmp_path: Path) -> None:
     check = GateCheck("plan", float("inf"), 0.0, (0.0, float("inf")), "fail", "a | b\n<c> & \x00 \x1b[31m é")
-    found = GateResult("fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0)
+    found = GateResult("b", "fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0)
     found.save(tmp_path / "gate.json")
     found.save_junit(tmp_path / "gate.xml")
     found.save_markdown(tmp_path / "gate.md")
@@ -149,8 +152,29 @@ def test_an_altered_file_fails_and_nothing_is_run(bundle: Path) -> None:
     found = dfq.gate(bundle, images=_DIGITS)
     assert (found.verdict, found.n, found.mode) == ("fail", 0, "labels")
     assert _said(found) == {"bundle": "fail"}
-    assert "is altered" in found.checks[0].reason
+    assert f"`{bundle}/model.onnx` is altered: " in found.checks[0].reason
+    assert found.power == ""
     assert found.left_out == {"images": "bundle failed, so nothing was run"}
+
+
+def test_what_is_wrong_in_an_archive_is_told_by_the_name_of_the_archive(bundle: Path) -> None:
+    (bundle / "model.onnx").write_bytes(b"")
+    packed = shutil.make_archive(str(bundle.parent / "packed"), "zip", bundle)
+    (check,) = dfq.gate(packed).checks
+    assert f"`{packed}/model.onnx` is altered: " in check.reason
+
+
+def test_a_gate_fails_what_is_not_signed_with_the_key(demo_bundle: Path, tmp_path: Path) -> None:
+    private = Ed25519PrivateKey.generate()
+    public = tmp_path / "key.pub.pem"
+    public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    found = dfq.gate(demo_bundle, verify=public)
+    assert (found.verdict, _said(found)) == ("fail", {"bundle": "fail"})
+    assert "is not signed" in found.checks[0].reason
+
+
+def test_limits_have_names() -> None:
+    assert cli.run(["gate", "bundle", "3.0"]) == 3
 
 
 def test_other_weights_fail_and_nothing_is_run(bundle: Path) -> None:
@@ -248,7 +272,8 @@ def test_decisions_and_size_that_changed_fail(
     found = dfq.gate(demo_bundle, _OURS, images=_DIGITS, limit=40, baseline=other)
     failed = {check.name: check.reason for check in found.checks if check.verdict == "fail"}
     assert {*failed} == {"baseline_drop", "baseline_decisions", "size"}
-    assert all("an improvement that nothing explains" in failed[name] for name in ("baseline_drop", "size"))
+    assert "an improvement that nothing explains" in failed["baseline_drop"]
+    assert "write the baseline anew with --update" in failed["size"]
 
 
 def test_a_failing_engine_is_no_baseline(bundle: Path, tmp_path: Path) -> None:
@@ -313,7 +338,7 @@ def test_a_time_is_taken_only_where_both_can_run(backend: str, floats: Path, abs
 
 def test_integrity_needs_no_images(bundle: Path) -> None:
     shutil.rmtree(bundle / "work")
-    checks, opened = integrity.opened(bundle, None, SILENT)
+    checks, opened = integrity.opened(bundle, None, SILENT, verify=None, called="bundle")
     assert opened is not None
     assert {check.verdict for check in checks} == {"pass"}
 

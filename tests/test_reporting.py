@@ -272,6 +272,7 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
     dfq.report(run, quick=True)
     page = read(run / "report.html")
     assert "gate" in page.sections()
+    assert " ".join(page.text.split()).count("undecided by drop") == 1, "beside the verdict"
     for figure in ("0.25", "-0.5 \N{EN DASH} 1.25", "1.75 points", "undecided", "By real images: all is well."):
         assert figure in page.text
 

@@ -34,24 +34,34 @@ def engine(
     seconds: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 10.0,
     threads: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     provider: ProviderName | None = None,
+    verify: Path | None = None,
     json: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
 ) -> int:
     """Measure how fast a bundle's engine is and how much memory it takes; needs no torch.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a .zip of one.
         vs: Another bundle, called in turn with it.
         batch: Images per call; several with commas.
         calls: Calls of each engine at each batch size, in place of --seconds.
         seconds: How long each batch size is measured.
         threads: What ONNX Runtime computes a call with; as many as there are cores if left out.
         provider: What runs the engines within ONNX Runtime, if not what they were exported for.
+        verify: Public key (PEM) that each bundle must be signed with.
         json: File to write the figures to.
     """
     sizes = [int(size) if size.isdecimal() else 0 for size in batch.split(",")]
     with shown_progress() as watch:
         found = dfq.bench(
-            folder, vs=vs, batches=sizes, calls=calls, seconds=seconds, threads=threads, provider=provider, watch=watch
+            folder,
+            vs=vs,
+            batches=sizes,
+            calls=calls,
+            seconds=seconds,
+            threads=threads,
+            provider=provider,
+            verify=verify,
+            watch=watch,
         )
     if json is not None:
         write_json(json, found.report())

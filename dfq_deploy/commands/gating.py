@@ -25,8 +25,9 @@ def gate(
     images: str | None = None,
     limit: int | None = None,
     baseline: _File = None,
-    update: bool = False,
+    update: Annotated[bool, Parameter(negative=())] = False,
     checkpoint: Path | None = None,
+    verify: Path | None = None,
     json: _File = None,
     junit: _File = None,
     markdown: _File = None,
@@ -34,7 +35,7 @@ def gate(
     """Judge a bundle for a pipeline: 0 pass, 1 fail, 2 undecided, 3 a wrong call.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a .zip of one.
         limits: What is let pass.
         images: folder:PATH, npz:PATH or an ImageSet file; with labels, accuracy is judged. Without it: the images that
             the bundle was calibrated on.
@@ -42,6 +43,7 @@ def gate(
         baseline: A file that an earlier gate wrote; the engine is compared with it, image by image.
         update: Write that file from this engine instead, and say what changes; a failing engine is not written.
         checkpoint: Where the weights lie now.
+        verify: Public key (PEM) that the bundle must be signed with; the gate fails if it is not.
         json: File for the verdict and its checks as JSON.
         junit: File for the checks as JUnit XML.
         markdown: File for the checks as a Markdown table.
@@ -55,10 +57,13 @@ def gate(
             baseline=baseline,
             update=update,
             checkpoint=checkpoint,
+            verify=verify,
             watch=watch,
         )
-    print_gate(found)
-    for path, save in ((json, found.save), (junit, found.save_junit), (markdown, found.save_markdown)):
-        if path is not None:
-            save(path)
+    try:
+        for path, save in ((json, found.save), (junit, found.save_junit), (markdown, found.save_markdown)):
+            if path is not None:
+                save(path)
+    finally:
+        print_gate(found)
     return EXIT[found.verdict]

@@ -47,21 +47,25 @@ def report(
     *,
     out: Annotated[Path | None, Parameter(validator=validators.Path(dir_okay=False))] = None,
     compare: Path | None = None,
-    quick: bool = False,
+    quick: Annotated[bool, Parameter(negative=())] = False,
     checkpoint: Path | None = None,
+    verify: Path | None = None,
 ) -> int:
     """Write what is known of a bundle as one HTML file that loads nothing.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a .zip of one, which needs --out.
         out: File to write. Without it report.html in the bundle, or compare.html.
         compare: Another bundle, to put beside it.
         quick: Measure nothing but time. Without it the first report of a bundle also measures which layers hurt, and
             its calibration images against noise.
         checkpoint: Where the weights lie now.
+        verify: Public key (PEM) that what is reported must be signed with.
     """
     with shown_progress() as watch:
-        found = dfq.report(folder, out=out, compare=compare, quick=quick, checkpoint=checkpoint, watch=watch)
+        found = dfq.report(
+            folder, out=out, compare=compare, quick=quick, checkpoint=checkpoint, verify=verify, watch=watch
+        )
     shown.print_report(found)
     return 0
 

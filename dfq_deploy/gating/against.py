@@ -117,7 +117,7 @@ def _sqnr_check(before: float | None, now: float | None) -> GateCheck:
     change = 0.0 if before == now else math.inf if before is None or now is None else now - before
     said = f"{now} dB to float, {before} in the baseline; {_SQNR_DB:g} dB either way allowed"
     if change > _SQNR_DB:
-        said += ": an improvement that nothing explains"
+        said += ": an improvement; if it is meant, write the baseline anew with --update"
     within = abs(change) <= _SQNR_DB
     return GateCheck("baseline_sqnr", change, _SQNR_DB, (change, change), "pass" if within else "fail", said)
 

@@ -98,7 +98,7 @@ def band_check(
     verdict = verdict_between(interval, low, high)
     reason = f"{say(value)}, {say(before)} in the baseline; {band:g} % either way allowed"
     if verdict == "fail" and interval[1] < low:
-        reason += ": an improvement that nothing explains"
+        reason += ": an improvement; if it is meant, write the baseline anew with --update"
     elif verdict == "undecided":
         reason += f" (95 % interval {say(interval[0])} to {say(interval[1])}): measure on a quieter machine"
     return GateCheck(name, value, low if value < before else high, interval, verdict, reason)

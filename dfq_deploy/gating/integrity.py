@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibrators.errors import BundleError, PlanError
+from calibrators.errors import BundleError, DeployError, PlanError
 from calibrators.plan import QuantPlan
 from dfq_deploy.gating.checks import exact_check
 from dfq_deploy.gating.constants import wrong_constants
@@ -43,34 +43,50 @@ class OpenBundle:
     reference: Reference
 
 
-def opened(folder: Path, checkpoint: Path | None, watch: Watch) -> tuple[list[GateCheck], OpenBundle | None]:
+def opened(
+    folder: Path, checkpoint: Path | None, watch: Watch, *, verify: str | Path | None, called: str
+) -> tuple[list[GateCheck], OpenBundle | None]:
     """The checks that need no images, and the bundle; None where one of them leaves nothing to run.
+
+    Args:
+        folder: A bundle.
+        checkpoint: Where the weights lie now, if not where the export found them.
+        watch: Told how it goes.
+        verify: PEM file with the public key that the bundle must be signed with.
+        called: What `folder` is called in reasons.
 
     Raises:
         BundleError: There is no bundle, or a file in its `work` folder is gone.
         ModelError: The weights cannot be had.
+        RecipeError: `verify` cannot be read as a key.
     """
     checks: list[GateCheck] = []
     if not (folder / MANIFEST).is_file():
         open_bundle(folder)  # says so
     name = "bundle"
     try:
-        manifest = open_bundle(folder)
+        manifest = open_bundle(folder, verify=verify)
         checks.append(exact_check(name, [], f"all {len(manifest.files)} files are as they were sealed"))
         name = "weights"
         watch.stage("model", False)
         model = load_again(folder, manifest, checkpoint)
         checks.append(exact_check(name, [], f"they are those that {model.name} was exported with"))
     except BundleError as error:
-        return [*checks, exact_check(name, [f"{error.what} {error.why}"], "")], None
+        wrong = _told(error).replace(str(folder), called)
+        return [*checks, exact_check(name, [wrong], "")], None
     checks += _manifest_checks(folder, manifest, model)
     refined = refined_again(folder, manifest, model)
     try:
         reference = Reference(refined, QuantPlan.load(folder / "plan.safetensors"), model)
     except PlanError as error:
-        return [*checks, exact_check("plan", [f"{error.what} {error.why}"], "")], None
+        return [*checks, exact_check("plan", [_told(error)], "")], None
     checks += _plan_checks(folder, manifest, reference.plan, refined)
     return checks, OpenBundle(folder, manifest, model, reference)
+
+
+def _told(error: DeployError) -> str:
+    """What is wrong, in a line."""
+    return f"{error.what.removesuffix('.')}: {error.why}"
 
 
 def _manifest_checks(folder: Path, manifest: Manifest, model: Model) -> Iterator[GateCheck]:

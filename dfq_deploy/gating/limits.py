@@ -8,7 +8,7 @@ from calibrators.errors import RecipeError
 __all__ = ["GateLimits"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateLimits:
     """What a gate lets pass.
 

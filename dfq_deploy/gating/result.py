@@ -43,6 +43,7 @@ class GateResult:
     """A gate's verdict and what it rests on.
 
     Attributes:
+        bundle: Name of its folder or archive.
         verdict: The worst of the checks'.
         mode: `labels`: accuracy was measured. `synthetic`: there are no labels; what was measured is whether the engine
             computes its plan, and how often it decides as float does.
@@ -55,6 +56,7 @@ class GateResult:
         changes: What an update changed in the baseline, a line each.
     """
 
+    bundle: str
     verdict: Verdict
     mode: Mode
     n: int
@@ -76,7 +78,9 @@ class GateResult:
 
     @property
     def power(self) -> str:
-        """What the images could have shown, in words."""
+        """What the images could have shown, in words; empty where none was looked at."""
+        if not self.n:
+            return ""
         of = "top-1" if self.mode == "labels" else "agreement with float"
         return f"the smallest drop in {of} that {self.n} images show with 80 % power: " + (
             f"{self.smallest_detectable_drop_pt:.2f} points" if self.smallest_detectable_drop_pt < 100.0 else "none"

@@ -5,18 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibrators.errors import RecipeError
+from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.evaluate import FLOOR_FACTOR, floor_verdict, layer_tolerance
 from dfq_deploy.gating.against import baseline_checks, new_baseline
 from dfq_deploy.gating.baseline import Baseline, changes_between
 from dfq_deploy.gating.checks import drop_check, layers_check, ratio_check, share_check
-from dfq_deploy.gating.integrity import opened
+from dfq_deploy.gating.integrity import OpenBundle, opened
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.gating.seeing import Seen, look
 from dfq_deploy.gating.statistics import Paired
 from dfq_deploy.opening import images_to_check
 from dfq_deploy.watch import SILENT, Watch
+from exporters.archive import bundle_folder
 
 __all__ = ["gate"]
 
@@ -32,49 +34,51 @@ def gate(
     baseline: Path | None = None,
     update: bool = False,
     checkpoint: Path | None = None,
+    verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> GateResult:
     """Judge the bundle in `folder`: its integrity, and its engine against reference, float and baseline.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a zip archive of one.
         limits: What is let pass.
         images: `folder:PATH`, `npz:PATH` or an ImageSet file. None: those that the bundle was calibrated on.
         limit: Use this many of them, evenly spaced.
         baseline: A file that an earlier gate wrote.
         update: Write that file from this engine instead of comparing with it, unless the engine fails.
         checkpoint: Where the weights lie now, if not where the export found them.
+        verify: PEM file with the public key that the bundle must be signed with; the gate fails if it is not.
         watch: Told how it goes.
 
     Raises:
         BundleError: There is no bundle.
-        RecipeError: The baseline cannot be read, or is to be written and has no name.
+        RecipeError: The baseline cannot be read, or is to be written and has no name; or `verify` is no key.
         DeployError: Weights or images cannot be had, or the engine cannot be loaded.
     """
     before = _baseline_in(baseline, update=update)
-    checks, bundle = opened(Path(folder), checkpoint, watch)
-    if bundle is None:
-        return _stopped(checks, labels=images is not None)
-    model = replace(bundle.model, labelled=None)  # images with labels are asked for: what a gate judges is no accident
-    picked = images_to_check(bundle.folder, bundle.manifest, model, images)
-    picked = picked if limit is None else picked.spread(limit)
-    seen = look(bundle, picked, timed=baseline is not None, watch=watch)
-    checks += _measured(seen, bundle.reference.plan, limits)
-    left_out = {} if seen.labels is not None else {"drop": "no labels"}
-    changes: tuple[str, ...] = ()
-    if baseline is None:
-        left_out["baseline"] = "no --baseline FILE was given"
-    elif before is not None and not update:
-        more, missing = baseline_checks(before, bundle, seen=seen, limits=limits)
-        checks, left_out = checks + more, left_out | missing
-    elif worst_of(checks) == "fail":
-        left_out["baseline"] = "not written: this engine fails"
-    else:
-        left_out["baseline"] = "it is written anew"
-        after = new_baseline(bundle, seen)
-        changes = tuple(changes_between(before, after))
-        after.save(baseline)
+    name = Path(folder).resolve().name
+    with bundle_folder(Path(folder)) as place:
+        checks, bundle = opened(place, checkpoint, watch, verify=verify, called=str(folder))
+        if bundle is None:
+            return _stopped(name, checks, labels=images is not None)
+        seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
+        checks += _measured(seen, bundle.reference.plan, limits)
+        left_out = {} if seen.labels is not None else {"drop": "no labels"}
+        changes: tuple[str, ...] = ()
+        if baseline is None:
+            left_out["baseline"] = "no --baseline FILE was given"
+        elif before is not None and not update:
+            more, missing = baseline_checks(before, bundle, seen=seen, limits=limits)
+            checks, left_out = checks + more, left_out | missing
+        elif worst_of(checks) == "fail":
+            left_out["baseline"] = "not written: this engine fails"
+        else:
+            left_out["baseline"] = "it is written anew"
+            after = new_baseline(bundle, seen)
+            changes = tuple(changes_between(before, after))
+            after.save(baseline)
     return GateResult(
+        bundle=name,
         verdict=worst_of(checks),
         mode=seen.mode,
         n=seen.found.n,
@@ -84,6 +88,13 @@ def gate(
         smallest_detectable_drop_pt=seen.against_float.smallest_detectable,
         changes=changes,
     )
+
+
+def _picked(bundle: OpenBundle, place: str | None, limit: int | None) -> ImageSet:
+    """The images to judge by; those that come with a model, which have labels, only where they are asked for."""
+    model = replace(bundle.model, labelled=None)  # what a gate judges is no accident
+    images = images_to_check(bundle.folder, bundle.manifest, model, place)
+    return images if limit is None else images.spread(limit)
 
 
 def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
@@ -97,9 +108,10 @@ def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
     return None if path is None or (update and not path.exists()) else Baseline.load(path)
 
 
-def _stopped(checks: list[GateCheck], *, labels: bool) -> GateResult:
+def _stopped(name: str, checks: list[GateCheck], *, labels: bool) -> GateResult:
     """A gate that ends before there is anything to compare."""
     return GateResult(
+        bundle=name,
         verdict="fail",
         mode="labels" if labels else "synthetic",
         n=0,

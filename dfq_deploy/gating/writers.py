@@ -18,6 +18,7 @@ _SUITE = "dfq-deploy gate"
 def write_junit(found: "GateResult", path: Path) -> None:
     """Write a test case per check: `fail` is a failure, `undecided` an error, a check that was left out is skipped."""
     suite = TestSuite(_SUITE)
+    suite.add_property("bundle", _printable(found.bundle))
     suite.add_property("verdict", found.verdict)
     suite.add_property("mode", found.mode)
     suite.add_property("images", found.told)
@@ -49,7 +50,7 @@ def write_markdown(found: "GateResult", path: Path) -> None:
 def _markdown(found: "GateResult") -> str:
     """The result as GitHub's and GitLab's Markdown."""
     lines = [
-        f"### {found.verdict}: quantized engine",
+        f"### {found.verdict}: quantized engine, {_cell(found.bundle)}",
         "",
         f"{found.told}.",
         "",
@@ -60,11 +61,16 @@ def _markdown(found: "GateResult") -> str:
         low, high = check.interval
         ends = f"{low:.4g} to {high:.4g}" if low != high else ""
         lines.append(
-            f"| {check.name} | **{check.verdict}** | {check.value:.4g} | {check.limit:.4g} | {ends} "
+            f"| {check.name} | **{check.verdict}** | {_figure(check.value)} | {_figure(check.limit)} | {ends} "
             f"| {_cell(check.reason)} |"
         )
     lines += [f"| {name} | left out | | | | {_cell(why)} |" for name, why in found.left_out.items()]
-    return "\n".join([*lines, "", f"{found.power}.", ""])
+    return "\n".join([*lines, "", *([f"{found.power}.", ""] if found.power else [])])
+
+
+def _figure(value: float) -> str:
+    """Four digits that count, and of a number with more before the point all of these."""
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def _cell(text: str) -> str:

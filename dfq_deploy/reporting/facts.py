@@ -192,7 +192,7 @@ def _sheet(folder: Path, manifest: Manifest) -> tuple[str, int, str]:
         raise BundleError(
             what="the calibration images are not shown.",
             why=f"they are no synthetic ones but {source}, and may not be for everyone to see.",
-            fix="nothing: images that the model itself made are shown.",
+            fix="nothing: synthetic ones are shown.",
         )
     for path in sorted((folder / "work").glob("images-*.safetensors")):
         images = ImageSet.load(path)

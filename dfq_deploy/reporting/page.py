@@ -4,8 +4,9 @@ Everything that comes from a manifest or a file's name is escaped by the templat
 from matplotlib, which escapes it itself. The page's own policy forbids scripts and any load, whatever slips through.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import dfq_deploy
+from calibrators.errors import RecipeError
 from calibrators.files import write_text
 from dfq_deploy.reporting.checked import Interval
 from dfq_deploy.reporting.comparing import compared, differences
@@ -39,6 +41,7 @@ from dfq_deploy.reporting.tables import (
 )
 from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, size, verdict_on
 from dfq_deploy.watch import SILENT, Watch
+from exporters.archive import bundle_folder
 from exporters.bundle import open_bundle
 
 __all__ = ["Written", "report"]
@@ -64,34 +67,63 @@ def report(
     compare: str | Path | None = None,
     quick: bool = False,
     checkpoint: Path | None = None,
+    verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> Written:
     """Write what is known of the bundle in `folder` as one HTML file.
 
     Args:
-        folder: A bundle.
+        folder: A bundle, or a zip archive of one, which stays as it is: the file must be named.
         out: The file; without it `folder/report.html`, or `folder/compare.html`.
         compare: Another bundle: the page puts the two side by side.
         quick: Measure nothing but time; what an earlier report measured is shown all the same.
         checkpoint: Where the weights lie now.
+        verify: PEM file with the public key that both must be signed with.
         watch: Told how it goes.
 
     Raises:
-        BundleError: There is no bundle, or it is altered.
+        BundleError: There is no bundle, or it is altered, or not signed with that key.
+        RecipeError: `verify` cannot be read as a key, or an archive was given and no file.
     """
     folder, options = Path(folder), Options(checkpoint, quick)
-    if compare is not None:
-        open_bundle(Path(compare))  # told now if it is none, not after the measurements
-    run = gather(folder, options, watch)
-    if compare is None:
-        run = timed(run, watch)
-        page, missing = _page("report.html.j2", _facts(run)), run.missing
-    else:
-        pair = compared(run, gather(Path(compare), options, watch), watch)
-        page, missing = _page("compare.html.j2", differences(pair)), pair.missing
+    if out is None and folder.is_file():
+        raise RecipeError(
+            what=f"a report on `{folder}` has no place.",
+            why="an archive stays as it is.",
+            fix="name a file with --out.",
+        )
     path = Path(out) if out else folder / ("report.html" if compare is None else "compare.html")
+    with ExitStack() as stack:
+        opened: list[tuple[Path, Path]] = []
+        for given in (folder, *([] if compare is None else [Path(compare)])):
+            unpacked = stack.enter_context(bundle_folder(given))
+            open_bundle(unpacked, verify=verify)  # told now if it is none, not after the measurements
+            opened.append((unpacked, given))
+        runs = [gather(unpacked, options, watch) for unpacked, _ in opened]
+        page, missing = _written(runs, opened, watch)
     write_text(path, page)
     return Written(path, missing)
+
+
+def _written(runs: Sequence[Run], opened: Sequence[tuple[Path, Path]], watch: Watch) -> tuple[str, tuple[Missing, ...]]:
+    """The page on one bundle or two, with their time, and what it does not have."""
+    if len(runs) == 1:
+        run = timed(runs[0], watch)
+        run = replace(run, missing=_by_name(run.missing, opened))
+        return _page("report.html.j2", _facts(run)), run.missing
+    pair = compared(runs[0], runs[1], watch)
+    pair = replace(pair, missing=_by_name(pair.missing, opened))
+    return _page("compare.html.j2", differences(pair)), pair.missing
+
+
+def _by_name(missing: Sequence[Missing], opened: Sequence[tuple[Path, Path]]) -> tuple[Missing, ...]:
+    """What is missing, with what was unpacked under the name of its archive."""
+    for unpacked, given in opened:
+        missing = [
+            replace(one, why=one.why.replace(str(unpacked), str(given)), fix=one.fix.replace(str(unpacked), str(given)))
+            for one in missing
+        ]
+    return tuple(missing)
 
 
 def _page(template: str, facts: Mapping[str, Any]) -> str:
@@ -130,6 +162,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "verdict": verdict_on(run),
         "backend": backend_of(manifest),
         "body": body,
+        "stopped_by": [one.name for one in run.gate.checks if one.verdict == run.gate.verdict != "pass"]
+        if run.gate
+        else [],
         "tiles": tiles_of(run),
         "top1": top1,
         "top1_ends": span(row.share for row in top1),

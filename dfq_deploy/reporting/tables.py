@@ -140,7 +140,9 @@ def tiles_of(run: Run) -> list[Tile]:
     elif run.latency:
         tiles.append(Tile("One image", f"{milliseconds(run.latency[0].milliseconds['engine'].value)} ms", "a call"))
     of_float = f"{run.engine_bytes / run.float_bytes:.0%} of float's {size(run.float_bytes)}" if run.float_bytes else ""
-    tiles.append(Tile("Size", size(run.engine_bytes), of_float))
+    tiles.append(
+        Tile("Size" if run.manifest.engine.state == "built" else "Size of model.onnx", size(run.engine_bytes), of_float)
+    )
     if counts := run.manifest.engine.census.counts:
         precision, count = next(iter(counts.items()))
         tiles.append(Tile("Layers", f"{count} {precision}", f"of {sum(counts.values())} that could be"))
@@ -150,7 +152,12 @@ def tiles_of(run: Run) -> list[Tile]:
 def sizes_of(run: Run) -> list[Size]:
     """What is deployed, and float where it was kept."""
     sizes = [Size("float", "float", run.float_bytes)] if run.float_bytes else []
-    return [*sizes, Size("engine", "engine", run.engine_bytes)]
+    return [*sizes, Size(_deployed(run), "engine", run.engine_bytes)]
+
+
+def _deployed(run: Run) -> str:
+    """What is there to deploy."""
+    return "engine" if run.manifest.engine.state == "built" else "model.onnx"
 
 
 def backend_of(manifest: Manifest) -> str:
@@ -221,4 +228,6 @@ def plain(value: Any) -> str:
         return NOTHING
     if isinstance(value, list):
         return f" {NOTHING} ".join(plain(one) for one in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)

@@ -69,6 +69,10 @@ class ServeOptions(ServingOptions):
         _check(0 <= self.port < 2**16, f"--port {self.port} is out of range.", "ports have 16 bits.", "--port 8000")
         for flag, value in (("--max-mb", self.max_mb), ("--read-s", self.read_s), ("--stop-s", self.stop_s)):
             _check(value is None or value > 0, f"{flag} {value} lets nothing in.", "more is needed.", f"{flag} 30")
+        none = self.threads is not None and self.threads < 1
+        _check(
+            not none, f"--threads {self.threads} computes nothing.", "at least one is needed.", "--threads 1 or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
