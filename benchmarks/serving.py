@@ -118,7 +118,7 @@ class Server:
         self.process.terminate()
         out, _ = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, out
-        told = re.search(r"stopped: (\d+) requests answered, (\d+) refused", out)
+        told = re.search(r"stopped: (\d+) requests? answered, (\d+) refused", out)
         assert told is not None, out
         return int(told[1]), int(told[2])
 
