@@ -100,6 +100,8 @@ _DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "an edge without pixels": lambda facts: facts["preprocess"].update(size=[0, 0]),
     "an edge of too many": lambda facts: facts["preprocess"].update(crop_pct=1e-9),
     "a deviation of zero": lambda facts: facts["preprocess"].update(std=[0, 1, 1]),
+    "no channels": lambda facts: facts["preprocess"].update(mean=[], std=[]),
+    "a mean for each of two channels and one deviation": lambda facts: facts["preprocess"].update(mean=[0, 0], std=[1]),
     "an unknown resampling": lambda facts: facts["preprocess"].update(interpolation="magic"),
     "a batch of none": lambda facts: facts["engine"]["options"].update(batch=[0, 8, 32]),
     "batches in no order": lambda facts: facts["engine"]["options"].update(batch=[8, 1, 32]),

@@ -211,3 +211,10 @@ def test_a_row_of_pixels_does_not_grow_to_gigabytes() -> None:
     refusal = _refused(np.zeros((500_000, 1, 3), np.uint8))
     assert refusal.what == "the image, resized for the model, is too large."
     assert DEIT(np.zeros((1000, 1, 3), np.uint8)).shape == DEIT.shape
+
+
+def test_a_picture_does_not_become_the_input_of_a_model_with_other_channels() -> None:
+    prepare = Preprocess((8, 8), 1.0, "center", "bicubic", (0.5,) * 8, (0.5,) * 8)
+    with pytest.raises(ImagesError, match="cannot become the model's input") as refused:
+        prepare(Image.new("RGB", (8, 8)))
+    assert "takes 8" in refused.value.why

@@ -289,6 +289,10 @@ def test_an_engine_of_onnx_runtime_on_a_gpu_is_put_there(demo_bundle: Path, tmp_
     assert _configs(tmp_path / "r", schema)["demo"].instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
+def _eight_channels(facts: dict[str, Any]) -> None:
+    facts["preprocess"] |= {"mean": [0.5] * 8, "std": [0.5] * 8}
+
+
 def _pending(facts: dict[str, Any]) -> None:
     facts["engine"] |= {"state": "pending", "note": "there is no GPU here."}
 
@@ -301,10 +305,11 @@ def _ort_tensorrt(facts: dict[str, Any]) -> None:
     ("change", "error", "match"),
     [
         (_pending, BundleError, "is not built yet"),
+        (_eight_channels, BackendError, "cannot be served with its preprocessing"),
         (_ort_tensorrt, BackendError, "does not serve engines for `tensorrt`"),
         (lambda facts: facts.update(backend="rtx"), BackendError, "does not serve engines for `rtx`"),
     ],
-    ids=["pending", "provider", "rtx"],
+    ids=["pending", "eight channels", "provider", "rtx"],
 )
 def test_what_triton_cannot_load_is_refused(
     demo_bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], error: type[DeployError], match: str

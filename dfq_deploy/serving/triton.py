@@ -108,6 +108,12 @@ def _refuse_unservable(folder: Path, manifest: Manifest) -> None:
             if manifest.backend == "rtx"
             else "export with --backend trt.",
         )
+    if (channels := manifest.preprocess.shape[0]) not in (1, 3):
+        raise BackendError(
+            what=f"`{folder}` cannot be served with its preprocessing.",
+            why=f"pictures have 1 or 3 channels, the model takes {channels}.",
+            fix="serve it with dfq-deploy serve, which takes arrays that are model-ready.",
+        )
     if manifest.backend == "trt" and facts.options.batch[0] > 1:
         raise BackendError(
             what=f"the engine of `{folder}` takes {facts.options.batch[0]} images or more.",
