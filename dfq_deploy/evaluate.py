@@ -21,8 +21,9 @@ from scipy import stats
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.disagreements import Disagreement, disagreements
-from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
+from dfq_deploy.measures import Share, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
+from dfq_deploy.statistics import Paired
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
@@ -167,7 +168,7 @@ def _judged(
     if images.labels is not None:
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
-        drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
+        drop = Paired.of(hits["float"], hits["engine"]).drop
     none = float(distances["engine_reference"].mean()) <= negligible
     verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
     if not np.isfinite(logits["engine"]).all():

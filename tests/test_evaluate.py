@@ -95,6 +95,7 @@ def test_the_drop_is_the_paired_difference_with_its_interval(demo_run: tuple[Pat
     assert found.drop is not None
     difference = found.top1["float"].percent - found.top1["engine"].percent
     assert found.drop[0] == pytest.approx(difference, abs=2e-3)
+    assert found.drop[1] < found.drop[2]  # not even where float and engine are right on the same images
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.3.attn.proj"])

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrators.files import write_json
-from dfq_deploy.gating.statistics import Interval
 from dfq_deploy.gating.writers import write_junit, write_markdown
 from dfq_deploy.measures import without_nan
+from dfq_deploy.statistics import Interval
 
 __all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
 

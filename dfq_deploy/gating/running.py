@@ -15,8 +15,8 @@ from dfq_deploy.gating.integrity import OpenBundle, opened
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.gating.seeing import Seen, look
-from dfq_deploy.gating.statistics import Paired
 from dfq_deploy.opening import images_to_check
+from dfq_deploy.statistics import Paired
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
 
