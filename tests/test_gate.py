@@ -18,6 +18,7 @@ from syrupy.assertion import SnapshotAssertion
 
 import dfq_deploy as dfq
 from calibrators.errors import BundleError, RecipeError
+from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from dfq_deploy import cli
 from dfq_deploy.gating import integrity, seeing
@@ -89,7 +90,8 @@ def test_the_command_says_and_writes_what_it_found(
     assert said.startswith("accuracy against labels on 12 images, 12 of npz:held_back.npz\n")
     assert said.endswith("\nundecided: drop, agreement\n")
     report = _strict(files["json"])
-    assert list(report) == ["verdict", "mode", "n", "checks", "smallest_detectable_drop_pt"]
+    assert list(report) == ["verdict", "mode", "n", "checks", "smallest_detectable_drop_pt", "manifest_sha256"]
+    assert report["manifest_sha256"] == sha256_of(demo_bundle / "manifest.json")
     assert (report["verdict"], report["mode"], report["n"]) == ("undecided", "labels", 12)
     for check in report["checks"]:
         assert list(check) == ["name", "value", "limit", "interval", "verdict"]
@@ -115,6 +117,7 @@ _FOUND = GateResult(
     ),
     left_out={"latency": "the engine cannot run here"},
     smallest_detectable_drop_pt=Paired(921, 12, 7).smallest_detectable,
+    manifest_sha256="0b" * 32,
     changes=("decisions: 0 of 3 changed",),
 )
 
@@ -129,7 +132,7 @@ def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 def test_a_reason_with_any_letter_can_be_written(tmp_path: Path) -> None:
     check = GateCheck("plan", float("inf"), 0.0, (0.0, float("inf")), "fail", "a | b\n<c> & \x00 \x1b[31m é")
-    found = GateResult("b", "fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0)
+    found = GateResult("b", "fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0, "0b" * 32)
     found.save(tmp_path / "gate.json")
     found.save_junit(tmp_path / "gate.xml")
     found.save_markdown(tmp_path / "gate.md")

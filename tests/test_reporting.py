@@ -150,7 +150,8 @@ def test_names_are_escaped_wherever_they_come_from(run: Path) -> None:
     checks = [
         {"name": _HOSTILE, "value": _HOSTILE, "limit": [_HOSTILE], "interval": {"a": _HOSTILE}, "verdict": _HOSTILE}
     ]
-    (run / "gate.json").write_text(json.dumps({"verdict": _HOSTILE, "mode": _HOSTILE, "n": 1, "checks": checks}))
+    gate = {"verdict": _HOSTILE, "mode": _HOSTILE, "n": 1, "checks": checks}
+    (run / "gate.json").write_text(json.dumps({**gate, "manifest_sha256": sha256_of(run / MANIFEST)}))
     for name in ("report.html", "compare.html"):
         dfq.report(run, quick=True, compare=run if name == "compare.html" else None)
         page, text = read(run / name), (run / name).read_text()
@@ -262,6 +263,7 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
         "n": 921,
         "checks": [{"name": "drop", "value": 0.25, "limit": 1.0, "interval": [-0.5, 1.25], "verdict": "undecided"}],
         "smallest_detectable_drop_pt": 1.75,
+        "manifest_sha256": sha256_of(run / MANIFEST),
         "new in a later version": [],
     }
     (run / "gate.json").write_text(json.dumps(gate))
@@ -275,6 +277,14 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
     assert " ".join(page.text.split()).count("undecided by drop") == 1, "beside the verdict"
     for figure in ("0.25", "-0.5 \N{EN DASH} 1.25", "1.75 points", "undecided", "By real images: all is well."):
         assert figure in page.text
+
+
+@pytest.mark.parametrize("judged", [{"manifest_sha256": "0b" * 32}, {}])
+def test_a_gate_that_judged_another_bundle_is_left_out(run: Path, judged: dict[str, str]) -> None:
+    (run / "gate.json").write_text(json.dumps({"verdict": "pass", "checks": [], **judged}))
+    (why,) = [one for one in dfq.report(run, quick=True).missing if one.section == "The gate"]
+    assert why.why.startswith("The gate judged another bundle.") and why.fix.startswith("Run `dfq-deploy gate ")
+    assert "gate" not in read(run / "report.html").sections()
 
 
 def test_the_command_repeats_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibrators.errors import RecipeError
+from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.evaluate import FLOOR_FACTOR, floor_verdict, layer_tolerance
@@ -19,6 +20,7 @@ from dfq_deploy.opening import images_to_check
 from dfq_deploy.statistics import Paired
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
+from exporters.bundle import MANIFEST
 
 __all__ = ["gate"]
 
@@ -60,7 +62,7 @@ def gate(
     with bundle_folder(Path(folder)) as place:
         checks, bundle = opened(place, checkpoint, watch, verify=verify, called=str(folder))
         if bundle is None:
-            return _stopped(name, checks, labels=images is not None)
+            return _stopped(name, checks, labels=images is not None, manifest=sha256_of(place / MANIFEST))
         seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
         checks += _measured(seen, bundle.reference.plan, limits)
         left_out = {} if seen.labels is not None else {"drop": "no labels"}
@@ -77,6 +79,7 @@ def gate(
             after = new_baseline(bundle, seen)
             changes = tuple(changes_between(before, after))
             after.save(baseline)
+        judged = sha256_of(place / MANIFEST)
     return GateResult(
         bundle=name,
         verdict=worst_of(checks),
@@ -86,6 +89,7 @@ def gate(
         checks=tuple(checks),
         left_out=left_out,
         smallest_detectable_drop_pt=seen.against_float.smallest_detectable,
+        manifest_sha256=judged,
         changes=changes,
     )
 
@@ -108,7 +112,7 @@ def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
     return None if path is None or (update and not path.exists()) else Baseline.load(path)
 
 
-def _stopped(name: str, checks: list[GateCheck], *, labels: bool) -> GateResult:
+def _stopped(name: str, checks: list[GateCheck], *, labels: bool, manifest: str) -> GateResult:
     """A gate that ends before there is anything to compare."""
     return GateResult(
         bundle=name,
@@ -119,6 +123,7 @@ def _stopped(name: str, checks: list[GateCheck], *, labels: bool) -> GateResult:
         checks=tuple(checks),
         left_out={"images": f"{checks[-1].name} failed, so nothing was run"},
         smallest_detectable_drop_pt=Paired(0, 0, 0).smallest_detectable,
+        manifest_sha256=manifest,
     )
 
 
