@@ -5,13 +5,10 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 """
 
 import contextlib
-import errno
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from calibrators.errors import RecipeError
-from calibrators.files import clear_unfinished, write_json
+from calibrators.files import clear_unfinished, writable, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
@@ -29,7 +26,7 @@ from dfq_deploy.reference import Reference
 from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.synthetic import images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
-from dfq_deploy.workspace import Workspace, held
+from dfq_deploy.workspace import Workspace, held, held_file
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
@@ -85,14 +82,16 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) 
     """Make synthetic images and write them to the file `out`.
 
     Raises:
-        DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
+        DeployError: The model cannot be loaded, the generator cannot work on it, `out` cannot be written, or another
+            run is writing it.
     """
-    out = _writable(Path(out))
-    watch.stage("model", False)
-    model = model_of(recipe)
-    watch.stage("images", False)
-    write_images(recipe, model, out, watch)
-    return ImageSet.load(out)
+    out = writable(Path(out))
+    with held_file(out):
+        watch.stage("model", False)
+        model = model_of(recipe)
+        watch.stage("images", False)
+        write_images(recipe, model, out, watch)
+        return ImageSet.load(out)
 
 
 def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT) -> QuantPlan:
@@ -101,7 +100,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
     Raises:
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
-    out = _writable(Path(out))
+    out = writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
     model = model_of(recipe)
@@ -210,16 +209,3 @@ def _check(
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     write_json(folder / "report.json", {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
-
-
-def _writable(out: Path) -> Path:
-    """`out`, which can become a file: found out before anyone waits for what goes into it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
-    except OSError as cause:
-        raise RecipeError(
-            what=f"`{out}` cannot be written.", why=f"{cause}.", fix="pass another file with --out."
-        ) from cause
-    return out

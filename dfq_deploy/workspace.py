@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, fingerprint_of
 
-__all__ = ["Workspace", "held"]
+__all__ = ["Workspace", "held", "held_file"]
 
 
 @contextlib.contextmanager
@@ -28,18 +28,7 @@ def held(out: Path) -> Iterator[Path]:
     """
     folder = out / "work"
     path = folder / ".lock"
-    lock = FileLock(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as cause:
-        raise RecipeError(
-            what=f"another run is working in `{out}`.",
-            why="two runs in one folder would overwrite each other.",
-            fix="wait for it, or use another folder.",
-        ) from cause
-    except OSError as cause:
-        raise RecipeError(what=f"`{out}` cannot be written to.", why=str(cause), fix="use another folder.") from cause
+    lock = _locked(path, f"working in `{out}`", out, "folder")
     try:
         yield folder
     finally:
@@ -50,6 +39,39 @@ def held(out: Path) -> Iterator[Path]:
                 folder.rmdir()
         else:
             lock.release()
+
+
+@contextlib.contextmanager
+def held_file(out: Path) -> Iterator[None]:
+    """The file `out`, which nobody else makes until the block ends.
+
+    Raises:
+        RecipeError: Somebody does, or it cannot be written.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    lock = _locked(path, f"writing `{out}`", out, "file")
+    try:
+        yield
+    finally:
+        path.unlink()
+        lock.release()
+
+
+def _locked(path: Path, doing: str, out: Path, kind: str) -> FileLock:
+    """The lock at `path`, which is taken from now on."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as cause:
+        raise RecipeError(
+            what=f"another run is {doing}.",
+            why=f"two runs in one {kind} would overwrite each other.",
+            fix=f"wait for it, or use another {kind}.",
+        ) from cause
+    except OSError as cause:
+        raise RecipeError(what=f"`{out}` cannot be written to.", why=str(cause), fix=f"use another {kind}.") from cause
+    return lock
 
 
 class Workspace:

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
+from calibrators.files import writable
 from dfq_deploy.commands import EXIT
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.progress import shown_progress
@@ -48,6 +49,9 @@ def gate(
         junit: File for the checks as JUnit XML.
         markdown: File for the checks as a Markdown table.
     """
+    for flag, place in (("--json", json), ("--junit", junit), ("--markdown", markdown)):
+        if place is not None:
+            writable(place, flag)  # told now if it is not, rather than with the verdict
     with shown_progress() as watch:
         found = dfq.gate(
             folder,

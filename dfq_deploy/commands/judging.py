@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
+from calibrators.files import writable
 from dfq_deploy import show as shown
 from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
@@ -89,6 +90,9 @@ def sensitivity(
         verify: Public key (PEM) that the bundle must be signed with.
     """
     draw = None if plot is None else dfq.plot_sensitivity  # told now if matplotlib is missing, not at the end
+    for flag, path in (("--json", json), ("--plot", plot)):
+        if path is not None:
+            writable(path, flag)
     with shown_progress() as watch:
         found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
     shown.print_sensitivity(found)
