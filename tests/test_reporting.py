@@ -22,7 +22,7 @@ from dfq_deploy.disagreements import DISAGREEMENTS
 from dfq_deploy.evaluate import Check
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.reporting import measuring
-from dfq_deploy.reporting.layers import kinds_of, precision_map
+from dfq_deploy.reporting.layers import in_network_order, kinds_of, precision_map
 from dfq_deploy.reporting.repeating import export_command, neutral
 from exporters.bundle import MANIFEST
 
@@ -399,6 +399,15 @@ def test_layers_are_grouped_by_kind_in_the_order_of_the_network() -> None:
     assert {kinds["norm2d.*.fc"].short, kinds["x.*.fc"].short} == {"norm2d.*.fc", "x.*.fc"}, "two rows of one name"
     rows = precision_map({"a.0.b": "int8", "a.1.b": "fp32"}, {"a.1.b": "why"}, {"a.0.b": "int8", "a.1.b": "int4"})
     assert [(cell.text, cell.reason, cell.differs) for cell in rows[0][1]] == [("8", "", False), ("32", "why", True)]
+
+
+def test_layers_of_two_bundles_are_in_one_order() -> None:
+    model = ["patch", *(f"blocks.{n}.{kind}" for n in (0, 1) for kind in ("qkv", "proj", "fc1", "fc2")), "head"]
+    spared = ("blocks.0.qkv", "blocks.1.fc1")
+    int8 = {layer: "int8" for layer in model if layer not in spared} | dict.fromkeys(spared, "fp32")
+    int4 = {layer: "int4" for layer in model if layer != "patch"} | {"patch": "fp16"}
+    assert in_network_order(int8, int4) == in_network_order(int4, int8) == model
+    assert sorted(in_network_order({}, int8)) == sorted(model), "each once, whatever can be told of the order"
 
 
 def test_a_chart_takes_the_pages_colours_and_any_name() -> None:
