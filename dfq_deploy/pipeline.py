@@ -7,8 +7,12 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 import contextlib
 import errno
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, write_json
@@ -26,8 +30,9 @@ from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
 from dfq_deploy.simulation import Simulation, compare, logits_of
-from dfq_deploy.synthetic import images_for, write_images
+from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace, held
 from exporters.archive import bundle_folder
@@ -81,17 +86,25 @@ def export(
         return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
 
 
-def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
+def generate(recipe: GenerateRecipe, out: str | Path, *, ray: str | None = None, watch: Watch = SILENT) -> ImageSet:
     """Make synthetic images and write them to the file `out`.
 
+    Args:
+        recipe: The model and the method.
+        out: The file; the same bytes with and without a cluster.
+        ray: Address of a Ray cluster that makes the batches, HOST:PORT or `auto`. None: they are made here.
+        watch: Told how it goes.
+
     Raises:
-        DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
+        DeployError: The model cannot be loaded, the generator cannot work on it, `out` cannot be written, or there is
+            no such cluster.
     """
     out = _writable(Path(out))
     watch.stage("model", False)
     model = model_of(recipe)
     watch.stage("images", False)
-    write_images(recipe, model, out, watch)
+    elsewhere = None if ray is None else batches_elsewhere(ray, recipe, model, batches_beside(out))
+    write_images(recipe, model, out, watch, elsewhere=elsewhere)
     return ImageSet.load(out)
 
 
@@ -162,6 +175,7 @@ def check(
     limit: int | None = None,
     checkpoint: Path | None = None,
     verify: str | Path | None = None,
+    ray: str | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
@@ -173,22 +187,32 @@ def check(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
         verify: PEM file with the public key that the bundle must be signed with.
+        ray: Address of a Ray cluster that runs engine, reference and float model on shards of the images, HOST:PORT or
+            `auto`; all its machines find bundle and images here. None: it is done here. The numbers are the same.
         watch: Told how it goes.
 
     Raises:
         BundleError: The bundle is incomplete or altered, not signed with that key, or the weights are others than it
             was made from.
-        DeployError: The images cannot be had, or another run is working in the folder.
+        DeployError: The images cannot be had, another run is working in the folder, or there is no such cluster.
     """
     with bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened):
             model = load_again(opened, manifest, checkpoint)
-            return _check(opened, manifest, model, images=images, limit=limit, watch=watch)
+            share = partial(logits_elsewhere, ray, Path(folder), manifest, checkpoint=checkpoint) if ray else None
+            return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=watch)
 
 
 def _check(
-    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Watch
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    *,
+    images: str | None,
+    limit: int | None,
+    elsewhere: Callable[..., Mapping[str, np.ndarray]] | None = None,
+    watch: Watch,
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
@@ -196,6 +220,7 @@ def _check(
     plan = QuantPlan.load(folder / "plan.safetensors")
     engine, quantized, absent = engine_again(folder, manifest)
     with contextlib.closing(engine):
+        logits = elsewhere and elsewhere(picked.pixels, absent=absent, progress=counting(watch))
         found = evaluate(
             Reference(refined_again(folder, manifest, model), plan, model),
             engine,
@@ -203,6 +228,7 @@ def _check(
             quantized=quantized,
             facts=manifest.engine,
             absent=absent,
+            logits=logits,
             progress=counting(watch),
         )
     found = replace(found, student=manifest.model.student)
