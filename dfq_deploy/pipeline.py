@@ -34,6 +34,7 @@ from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
 from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
+from dfq_deploy.workers import workers_at
 from dfq_deploy.workspace import Workspace, held
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
@@ -100,11 +101,12 @@ def generate(recipe: GenerateRecipe, out: str | Path, *, ray: str | None = None,
             no such cluster.
     """
     out = _writable(Path(out))
-    watch.stage("model", False)
-    model = model_of(recipe)
-    watch.stage("images", False)
-    elsewhere = None if ray is None else batches_elsewhere(ray, recipe, model, batches_beside(out))
-    write_images(recipe, model, out, watch, elsewhere=elsewhere)
+    with workers_at(ray) as workers:
+        watch.stage("model", False)
+        model = model_of(recipe)
+        watch.stage("images", False)
+        elsewhere = None if ray is None else batches_elsewhere(workers, recipe, model, batches_beside(out))
+        write_images(recipe, model, out, watch, elsewhere=elsewhere)
     return ImageSet.load(out)
 
 
@@ -196,11 +198,13 @@ def check(
             was made from.
         DeployError: The images cannot be had, another run is working in the folder, or there is no such cluster.
     """
-    with bundle_folder(Path(folder)) as opened:
+    with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened):
             model = load_again(opened, manifest, checkpoint)
-            share = partial(logits_elsewhere, ray, Path(folder), manifest, checkpoint=checkpoint) if ray else None
+            share = None
+            if ray is not None:
+                share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
             return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=watch)
 
 

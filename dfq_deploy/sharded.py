@@ -27,7 +27,7 @@ from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import engine_again, load_again, refined_again
 from dfq_deploy.recipe import GenerateRecipe
 from dfq_deploy.reference import Reference
-from dfq_deploy.workers import Order, Task, first_error_raised, threads_here
+from dfq_deploy.workers import Order, Task, Workers, first_error_raised, threads_here
 from exporters.archive import bundle_folder
 from exporters.backends import Engine
 from exporters.bundle import Manifest, open_bundle
@@ -35,7 +35,6 @@ from exporters.bundle import Manifest, open_bundle
 __all__ = ["batches_elsewhere", "logits_elsewhere"]
 
 _IMAGES = 8 * AT_ONCE  # that a shard of a check holds; whole batches
-_WORKERS = "dfq_deploy.workers"
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,15 @@ class _Wanted:
     precision: str
 
 
-def batches_elsewhere(address: str, recipe: GenerateRecipe, model: Model, folder: Path) -> Elsewhere:
-    """Who has batches made by the cluster at `address`, and puts them into `folder` as they come."""
+def batches_elsewhere(workers: Workers, recipe: GenerateRecipe, model: Model, folder: Path) -> Elsewhere:
+    """Who has batches made by `workers`, and puts them into `folder` as they come."""
     device = device_named(recipe.device)
     wanted = _Wanted(recipe, model.fingerprint, device, _precision(device))
 
     def make(generator: str, batches: Sequence[tuple[int, int]], progress: Progress) -> None:
         gpus = int(device == "cuda")
         tasks = [Task((generator, first, count), threads_here(), gpus) for first, count in batches]
-        found = pick(_WORKERS, "ray").answers(Order(_made_batch, wanted, tasks), address)
+        found = workers.answers(Order(_made_batch, wanted, tasks))
         for done, (_, files) in enumerate(first_error_raised(found), start=1):
             for name, content in files.items():
                 with written_whole(folder / name) as temporary:
@@ -109,7 +108,7 @@ def _model_of(recipe: GenerateRecipe) -> Model:
 
 
 def logits_elsewhere(
-    address: str,
+    workers: Workers,
     folder: Path,
     manifest: Manifest,
     pixels: Pixels,
@@ -118,10 +117,10 @@ def logits_elsewhere(
     absent: str | None,
     progress: Callable[[int, int], object],
 ) -> Mapping[str, np.ndarray]:
-    """What `logits_of` gives for a bundle and images, computed by the cluster at `address`.
+    """What `logits_of` gives for a bundle and images, computed by `workers`.
 
     Args:
-        address: The cluster.
+        workers: Who computes.
         folder: The bundle, or an archive of one, where every machine finds it.
         manifest: What it holds.
         pixels: The images; files of a folder are read by the machines.
@@ -130,13 +129,13 @@ def logits_elsewhere(
         progress: Called with images done and in all.
 
     Raises:
-        DeployError: A machine does not find the same bundle, weights, images or run-time, or there is no cluster.
+        DeployError: A machine does not find the same bundle, weights, images or run-time.
     """
     bundle = _Bundle(folder, manifest.model_dump_json(), checkpoint, threads_here(), absent)
     on_gpu = absent is None and (manifest.backend != "ort" or manifest.engine.options.provider != "cpu")
     starts = range(0, len(pixels), _IMAGES)
     tasks = [Task((start, min(start + _IMAGES, len(pixels))), threads_here(), int(on_gpu)) for start in starts]
-    found = pick(_WORKERS, "ray").answers(Order(_logits_of_shard, (bundle, pixels), tasks), address)
+    found = workers.answers(Order(_logits_of_shard, (bundle, pixels), tasks))
     shards: dict[int, Mapping[str, np.ndarray]] = {}
     done = 0
     for number, logits in first_error_raised(found):

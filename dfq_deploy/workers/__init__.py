@@ -9,15 +9,17 @@ import os
 import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from calibrators.errors import BackendError, DeployError
+from calibrators.errors import BackendError, DeployError, RecipeError
+from calibrators.registry import pick
 from dfq_deploy.building import made_with
 
-__all__ = ["Order", "Task", "Workers", "answer", "first_error_raised", "threads_here"]
+__all__ = ["Order", "Task", "Workers", "answer", "first_error_raised", "threads_here", "workers_at"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,41 @@ class Order:
 class Workers(Protocol):
     """What each module in this folder offers."""
 
-    def answers(self, order: Order, address: str | None) -> Iterator[tuple[int, Any]]:
+    def connected(self, address: str) -> AbstractContextManager[None]:
+        """A block in which the workers at `address` can be had.
+
+        Raises:
+            BackendError: They cannot.
+        """
+        ...
+
+    def answers(self, order: Order) -> Iterator[tuple[int, Any]]:
         """Number of a task and what it gave, as they are ready; a `DeployError` where it failed, which stops no other.
 
         Raises:
-            DeployError: The workers cannot be had at all.
+            RecipeError: No worker has what a task needs.
         """
         ...
+
+
+@contextlib.contextmanager
+def workers_at(ray: str | None) -> Iterator[Workers]:
+    """Those of the Ray cluster at an address, or of this machine where there is none, while the block lasts.
+
+    Raises:
+        RecipeError: Ray is not installed.
+        BackendError: There is no such cluster.
+    """
+    try:
+        workers: Any = pick(__name__, "processes" if ray is None else "ray")
+    except ModuleNotFoundError as cause:
+        raise RecipeError(
+            what=f"--ray needs the package `{cause.name}`, which is not installed.",
+            why="only several machines need it.",
+            fix="pip install 'dfq-deploy[ray]', on each of them.",
+        ) from cause
+    with workers.connected(ray or ""):
+        yield workers
 
 
 def answer(order: Order, task: Task, versions: Mapping[str, str], folder: str) -> Any:

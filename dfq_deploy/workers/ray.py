@@ -19,7 +19,7 @@ from calibrators.errors import BackendError, RecipeError
 from dfq_deploy.building import made_with
 from dfq_deploy.workers import Order, Task, answer
 
-__all__ = ["answers"]
+__all__ = ["answers", "connected"]
 
 _ANSWERS_WITHIN = 5.0  # seconds, for a machine that is reached
 _LOOK_EVERY = 30.0  # seconds without an answer between two looks at whether there are machines left
@@ -29,25 +29,47 @@ _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)
 _SETTINGS = 4
 
 
-def answers(order: Order, address: str | None) -> Iterator[tuple[int, Any]]:
-    """See `Workers`; `address` is what `ray.init` takes."""
-    assert address is not None
-    with _connected(address):
-        _check_room(order.tasks, address)
-        call = ray.remote(answer).options(max_calls=1 if order.fresh else 0)
-        shared, where = ray.put(order), (made_with(), str(Path.cwd()))
-        waiting = {
-            call.options(num_cpus=task.cpus, num_gpus=task.gpus, memory=int(task.memory * _GIB) or None).remote(
-                shared, task, *where
-            ): number
-            for number, task in enumerate(order.tasks)
-        }
-        while waiting:
-            ready, _ = ray.wait(list(waiting), timeout=_LOOK_EVERY)
-            if not ready:
-                _check_room([order.tasks[number] for number in waiting.values()], address)
-            for one in ready:
-                yield waiting.pop(one), _answer_in(one)
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """See `Workers`; `address` is what `ray.init` takes. A connection that the process has is used, and stays."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if ":" in address:
+            _greet(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (Exception, SystemExit) as cause:
+        raise BackendError(
+            what=f"there is no Ray cluster to be reached at `{address}`.",
+            why=str(cause).strip().split("\n")[0] or type(cause).__name__,
+            fix="start one with `ray start --head` (and `ray start --address HOST:PORT` on each further machine), "
+            "then pass its HOST:PORT, or auto, on one of its machines.",
+        ) from cause
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what Ray tells of machines that were lost is no result
+            yield
+    finally:
+        ray.shutdown()
+
+
+def answers(order: Order) -> Iterator[tuple[int, Any]]:
+    """See `Workers`; inside of `connected`."""
+    _check_room(order.tasks)
+    call = ray.remote(answer).options(max_calls=1 if order.fresh else 0)
+    shared, where = ray.put(order), (made_with(), str(Path.cwd()))
+    waiting = {
+        call.options(num_cpus=task.cpus, num_gpus=task.gpus, memory=int(task.memory * _GIB) or None).remote(
+            shared, task, *where
+        ): number
+        for number, task in enumerate(order.tasks)
+    }
+    while waiting:
+        ready, _ = ray.wait(list(waiting), timeout=_LOOK_EVERY)
+        if not ready:
+            _check_room([order.tasks[number] for number in waiting.values()])
+        for one in ready:
+            yield waiting.pop(one), _answer_in(one)
 
 
 def _answer_in(one: Any) -> Any:
@@ -59,32 +81,6 @@ def _answer_in(one: Any) -> Any:
             why=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}",
             fix="give the command again: what is finished stays; reserve more memory where that ran out.",
         )
-
-
-@contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """A block that is connected with the cluster; a connection that the caller has is used and stays."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        if ":" in address:
-            _greet(address)
-        # What Ray tells on its own, of machines that were lost, is no result: it goes to stderr.
-        with contextlib.redirect_stdout(sys.stderr):
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (Exception, SystemExit) as cause:
-        raise BackendError(
-            what=f"there is no Ray cluster to be reached at `{address}`.",
-            why=str(cause).strip().split("\n")[0] or type(cause).__name__,
-            fix="start one with `ray start --head` (and `ray start --address HOST:PORT` on each further machine), "
-            "then pass its HOST:PORT, or auto, on one of its machines.",
-        ) from cause
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        ray.shutdown()
 
 
 def _greet(address: str) -> None:
@@ -100,7 +96,7 @@ def _greet(address: str) -> None:
             raise ConnectionError(message)
 
 
-def _check_room(tasks: Sequence[Task], address: str) -> None:
+def _check_room(tasks: Sequence[Task]) -> None:
     """Return if each task fits a machine that is there.
 
     Raises:
@@ -112,7 +108,7 @@ def _check_room(tasks: Sequence[Task], address: str) -> None:
         if not any(all(node.get(kind, 0.0) >= amount for kind, amount in asked.items()) for node in there):
             most = {kind: max((node.get(kind, 0.0) for node in there), default=0.0) for kind in asked}
             raise RecipeError(
-                what=f"no machine of the cluster at `{address}` has room for a task of {task.cpus} CPUs, "
+                what=f"no machine of the cluster has room for a task of {task.cpus} CPUs, "
                 f"{task.gpus} GPUs and {task.memory:g} GiB.",
                 why=f"{len(there)} machines are there, with up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and "
                 f"{most['memory'] / _GIB:.1f} GiB.",
