@@ -51,6 +51,7 @@ def export(
     images: str | None = None,
     limit: int | None = None,
     sign: str | Path | None = None,
+    others: Path | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
@@ -61,6 +62,7 @@ def export(
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
         sign: PEM file with the private key that signs the manifest.
+        others: Folder of other bundles, whose finished stages are used where they are the same.
         watch: Told how it goes.
 
     Raises:
@@ -73,7 +75,7 @@ def export(
     model = model_of(recipe)
     if images is not None:
         images_to_judge_by(model, images)  # told now if it is wrong, not at the end
-    with Workspace(out, watch.stage) as work:
+    with Workspace(out, watch.stage, others) as work:
         clear_unfinished(out)
         calibration = images_for(recipe, model, work, watch)
         plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))

@@ -1,9 +1,11 @@
 """A sweep: many exports, each with a folder and a process of its own, and one table over all of them.
 
 What a run came to is kept in the sweep's `work/`, so that a sweep that was stopped goes on with the runs that are
-missing, and with those that failed. Which of them runs when, and where, is the workers' business.
+missing, and with those that failed. Runs that share a stage, such as the images of one model, make it once, if they do
+not make it at the same time. Which of them runs when, and where, is the workers' business.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrators.errors import BackendError, DeployError
+from calibrators.errors import BackendError, DeployError, RecipeError
 from calibrators.files import clear_unfinished, fingerprint_of, write_json
 from dfq_deploy.building import made_with
 from dfq_deploy.messages import notes_in_one_line
@@ -28,6 +30,7 @@ from exporters.bundle import open_bundle
 __all__ = ["sweep"]
 
 _FIGURES = ("verdict", "reason", "n", "images", "top1", "drop", "agreement", "intervals_95", "sqnr_db", "floor_ratio")
+_PATIENCE = 60  # seconds
 
 
 def sweep(
@@ -109,11 +112,20 @@ def _carry_out(asked: _Sweep, name: str, recipe: Recipe) -> dict[str, Any]:
             fix="pass --out with a folder that all of them see.",
         )
     began, folder = time.monotonic(), asked.out / name
+    _wait_until_free(folder)
     with notes_in_one_line():
-        found = export(recipe, folder, images=asked.images, limit=asked.limit).report()
+        found = export(recipe, folder, images=asked.images, limit=asked.limit, others=asked.out).report()
     figures = {figure: found[figure] for figure in _FIGURES}
     size = engine_bytes(folder, open_bundle(folder))
     return {**figures, "bytes": size, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Wait for the process of a machine that was given up, which may have a few seconds to live yet."""
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(RecipeError), held(folder):
+            return
+        time.sleep(1)
 
 
 def _outcome(run: SweepRun, result: Path, error: DeployError | None) -> Outcome:

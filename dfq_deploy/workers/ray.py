@@ -56,7 +56,7 @@ def connected(address: str) -> Iterator[None]:
 def answers(order: Order) -> Iterator[tuple[int, Any]]:
     """See `Workers`; inside of `connected`."""
     _check_room(order.tasks)
-    call = ray.remote(answer).options(max_calls=1 if order.fresh else 0)
+    call = ray.remote(max_calls=1 if order.fresh else 0)(answer)
     shared, where = ray.put(order), (made_with(), str(Path.cwd()))
     waiting = {
         call.options(num_cpus=task.cpus, num_gpus=task.gpus, memory=int(task.memory * _GIB) or None).remote(
