@@ -20,11 +20,9 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
     """`options.count` images of dead leaves for `model`, see `Generator`."""
 
     def one_batch(batch: Batch) -> Optimised:
-        images = []
-        for number in range(batch.size):
-            random = np.random.default_rng([options.seed, batch.first + number])
-            images.append(dead_leaves(random, model.preprocess))
-            batch.progress(number + 1, batch.size, {})
+        numbers = range(batch.first, batch.first + batch.size)
+        images = [dead_leaves(np.random.default_rng([options.seed, number]), model.preprocess) for number in numbers]
+        batch.progress(1, 1, {})
         return Optimised(np.stack(images), "float32", steps=0, first={}, last={}, forward=0, backward=0)
 
     made_by = provenance("dead_leaves", model, options)
