@@ -17,7 +17,7 @@ from rich.text import Text
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
-from dfq_deploy.commands import gating, judging, looking, making, running, serving
+from dfq_deploy.commands import gating, judging, looking, making, running, serving, sweeping
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.recipe_file import fields_in
@@ -51,6 +51,7 @@ app = cyclopts.App(
 app.meta.suppress_keyboard_interrupt = False  # which cyclopts does not pass on
 for _command in (
     making.export,
+    sweeping.sweep,
     making.generate,
     making.calibrate,
     judging.audit,

@@ -49,6 +49,7 @@ def check(
     limit: int | None = None,
     checkpoint: Path | None = None,
     verify: Path | None = None,
+    ray: str | None = None,
 ) -> int:
     """Compare an engine with its PyTorch reference and with the float model.
 
@@ -59,9 +60,12 @@ def check(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now.
         verify: Public key (PEM) that the bundle must be signed with.
+        ray: Address of a Ray cluster that looks at shards of the images, HOST:PORT or auto; the numbers are the same.
     """
     with shown_progress() as watch:
-        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
+        found = dfq.check(
+            folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, ray=ray, watch=watch
+        )
     shown.print_check(found, folder)
     return EXIT[found.verdict]
 
