@@ -82,7 +82,7 @@ def differences(pair: Pair) -> dict[str, Any]:
     precisions = [{layer: own[layer] for layer in names if layer in own} for own in found]
     maps = {
         name: precision_map(own, run.manifest.engine.reasons, other)
-        for name, run, own, other in ((A, first, *precisions), (B, second, *reversed(precisions)))
+        for (name, run), own, other in zip(pair.runs.items(), precisions, reversed(precisions), strict=True)
     }
     pairs = [(layer, *(own.get(layer, NOTHING) for own in precisions)) for layer in names]
     shares = _shares(first, second)
