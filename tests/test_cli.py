@@ -255,11 +255,11 @@ def test_check_says_what_it_found(desk: Path, capsys: pytest.CaptureFixture[str]
 
 def test_bench_shows_each_batch_and_writes_the_figures(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("bundle", "other")
-    command = ["bench", "bundle", "--vs", "other", "--batch", "2,1", "--calls", "3", "--json", "o/bench.json"]
+    command = ["bench", "bundle", "--vs", "other", "--batch", "2,1", "--calls", "8", "--json", "o/bench.json"]
     assert cli.run(command) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.startswith(("bundle ", "other "))]
-    assert [row[:3] for row in rows] == [[name, batch, "3"] for batch in "21" for name in ("bundle", "other")]
+    assert [row[:3] for row in rows] == [[name, batch, "8"] for batch in "21" for name in ("bundle", "other")]
     assert "batch 2: bundle is " in said
     assert "x (" in said
     report = json.loads(Path("o/bench.json").read_text())

@@ -42,7 +42,7 @@ def gate(
             the bundle was calibrated on.
         limit: Use this many of them, evenly spaced.
         baseline: A file that an earlier gate wrote; the engine is compared with it, image by image.
-        update: Write that file from this engine instead, and say what changes; only an engine that passes is written.
+        update: Write that file from this engine instead, and say what changes; a failing engine is not written.
         checkpoint: Where the weights lie now.
         verify: Public key (PEM) that the bundle must be signed with; the gate fails if it is not.
         json: File for the verdict and its checks as JSON.
