@@ -3,15 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
+# What other packages' versions matter to: graphs, run-time, files, server. The rest is ours.
+OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inferring plan qdq runtime serve signing sites \
+  to_onnx trust)
 
-.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency scaling \
-  docs clean
+.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 \
+  latency scaling docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# The oldest versions that pyproject.toml lets in, in an environment of their own.
+test-oldest: .venv-oldest/test.stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --dist worksteal $(OLDEST)
 
 gpu: .venv/test.stamp
 	$(BIN)/pytest tests/gpu -rs
@@ -60,10 +67,17 @@ docs: .venv/docs.stamp
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(OUT)/site
 
 clean:
-	rm -rf .venv .venv-peers $(OUT)
+	rm -rf .venv .venv-oldest .venv-peers $(OUT)
 
 .venv/%.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
+
+.venv-oldest/test.stamp: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	  --only-binary onnxsim --editable '.[test]'
 	touch $@
 
 $(BIN)/python:

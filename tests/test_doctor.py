@@ -15,7 +15,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return versions
 
 
-_WANTED = ["onnxruntime>=1.22", "timm>=1.0.26; extra == 'export'", "ruff>=0.9; extra == 'test'"]
+_WANTED = ["onnxruntime>=1.22", "timm>=1.0.28; extra == 'export'", "ruff>=0.9; extra == 'test'"]
 
 
 def _problems() -> list[Finding]:
@@ -50,11 +50,11 @@ def test_what_is_older_than_the_oldest_tested_is_a_problem(
     found: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pitfalls, "requires", lambda _: _WANTED)
-    found |= {"onnxruntime": "1.22.0", "timm": "1.0.25", "ruff": "0.1"}
+    found |= {"onnxruntime": "1.22.0", "timm": "1.0.27", "ruff": "0.1"}
     (problem,) = _problems()
     assert (problem.subject, problem.text) == (
         "timm",
-        "1.0.25 is older than the tests run with: pip install 'timm>=1.0.26'",
+        "1.0.27 is older than the tests run with: pip install 'timm>=1.0.28'",
     )
 
 

@@ -18,6 +18,7 @@ from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.ranges import Ranges
 from dfq_deploy.cli import run
+from dfq_deploy.gating.baseline import Baseline
 from exporters.bundle import MANIFEST, open_bundle, unseal_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,12 @@ def test_images_of_format_1_are_read() -> None:
     assert (len(images), images.source, images.preprocess) == (2, "synthetic:noise", PREPROCESS)
     assert images.labels is not None
     assert images.labels.tolist() == [0, 2]
+
+
+def test_a_baseline_of_format_1_is_read() -> None:
+    baseline = Baseline.load(GOLDEN / "baseline.json")
+    assert (baseline.format, baseline.model, baseline.mode, baseline.top1) == (1, "tiny", "labels", 50.0)
+    assert baseline.of(["0123456789abcdef", "fedcba9876543210", "0" * 16]).tolist() == [2, 0, -1]
 
 
 def _rewritten(path: Path, old: str, new: str, to: Path) -> Path:
