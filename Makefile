@@ -4,8 +4,8 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency docs \
-  clean
+.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 large latency \
+  docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -49,6 +49,9 @@ float-body: .venv/test.stamp
 
 int4: .venv/test.stamp
 	$(BIN)/python benchmarks/int4.py --out $(OUT)/int4
+
+large: .venv/test.stamp
+	$(BIN)/python benchmarks/large.py --out $(OUT)/large $(FLAGS)
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json

@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from calibrators.errors import RecipeError
+from calibrators.errors import BundleError, RecipeError
 from calibrators.files import clear_unfinished, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -26,14 +26,16 @@ from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.reporting.checked import read_check
 from dfq_deploy.simulation import Simulation, compare, logits_of
+from dfq_deploy.stage_costs import Measured, StageCost
 from dfq_deploy.synthetic import images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace, held
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
-from exporters.signing import signer
+from exporters.signing import Signer, signer
 
 __all__ = ["calibrate", "check", "export", "generate", "simulate"]
 
@@ -63,22 +65,15 @@ def export(
     out = Path(out)
     signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
-    watch.stage("model", False)
-    model = model_of(recipe)
-    if images is not None:
-        images_to_judge_by(model, images)  # told now if it is wrong, not at the end
-    with Workspace(out, watch.stage) as work:
-        clear_unfinished(out)
-        calibration = images_for(recipe, model, work, watch)
-        plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
-        pick("exporters.backends", recipe.backend).check(plan, recipe.options)
-        floats = float_stage(refined, work)
-        if not is_built(out, recipe, plan):
-            watch.stage("engine", False)
-            build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats, sign=signs)
-        elif signs is not None:
-            sign_bundle(out, signs)
-        return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
+    with Measured(watch) as measured:
+        measured.stage("model", False)
+        model = model_of(recipe)
+        if images is not None:
+            images_to_judge_by(model, images)  # told now if it is wrong, not at the end
+        with Workspace(out, measured.stage) as work:
+            clear_unfinished(out)
+            _make(out, recipe, model, work, sign=signs, watch=measured)
+            return _check(out, open_bundle(out), model, images=images, limit=limit, watch=measured)
 
 
 def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
@@ -182,13 +177,26 @@ def check(
     """
     with bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
-        with held(opened):
+        with held(opened), Measured(watch) as measured:
             model = load_again(opened, manifest, checkpoint)
-            return _check(opened, manifest, model, images=images, limit=limit, watch=watch)
+            return _check(opened, manifest, model, images=images, limit=limit, watch=measured)
+
+
+def _make(out: Path, recipe: Recipe, model: Model, work: Workspace, *, sign: Signer | None, watch: Watch) -> None:
+    """Make the bundle in `out`, as far as it is not there yet."""
+    calibration = images_for(recipe, model, work, watch)
+    plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
+    pick("exporters.backends", recipe.backend).check(plan, recipe.options)
+    floats = float_stage(refined, work)
+    if not is_built(out, recipe, plan):
+        watch.stage("engine", False)
+        build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats, sign=sign)
+    elif sign is not None:
+        sign_bundle(out, sign)
 
 
 def _check(
-    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Watch
+    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Measured
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
@@ -205,11 +213,19 @@ def _check(
             absent=absent,
             progress=counting(watch),
         )
-    found = replace(found, student=manifest.model.student)
+    found = replace(found, student=manifest.model.student, stages={**_stages_before(folder), **watch.costs()})
     sheet = draw_disagreements(found.disagreements, picked, folder)
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     write_json(folder / "report.json", {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
+
+
+def _stages_before(folder: Path) -> dict[str, StageCost]:
+    """What stages of earlier runs took to make the bundle in `folder`, as far as its report says."""
+    try:
+        return read_check(folder).stages
+    except BundleError:
+        return {}
 
 
 def _writable(out: Path) -> Path:
