@@ -1,7 +1,7 @@
 """How cost grows with the model: `make large`. Time and peak memory over ViT-T, S, B, L and H, as JSON and a chart.
 
 Each stage is measured, and the exponents of both in the number of parameters are said; Linux only, needs no download.
-Each model is exported in a process of its own, with random weights and four noise images; what else is on the command
+Each model is exported in a process of its own, with random weights and a few noise images; what else is on the command
 line goes to that export. A model that the JSON has already is not run again. Weights are random: neither time nor
 memory depends on their values.
 """
@@ -37,11 +37,11 @@ def parameters_of(name: str) -> int:
         return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
 
 
-def cost_of(name: str, flags: list[str]) -> dict[str, Any]:
+def cost_of(name: str, count: int, flags: list[str]) -> dict[str, Any]:
     """Export a model and return what it took, and what came out."""
     with tempfile.TemporaryDirectory() as folder:
-        asked = ["--model", name, "--random-weights", "--generator", "noise", "--count", "4", "--backend", "ort"]
-        command = [sys.executable, "-m", "dfq_deploy", "export", *asked, *flags, "--out", folder]
+        asked = ["--model", name, "--random-weights", "--generator", "noise", "--count", str(count), "--out", folder]
+        command = [sys.executable, "-m", "dfq_deploy", "export", *asked, *flags]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode not in (0, 2):
             message = f"{' '.join(command)} ended with {ended.returncode}: {ended.stderr[-500:]}"
@@ -57,6 +57,7 @@ def cost_of(name: str, flags: list[str]) -> dict[str, Any]:
         "float_bytes": sizes["work/float-"],
         "engine_bytes": sizes["model.onnx"],
         "verdict": report["verdict"],
+        "images": count,
         "flags": flags,
     }
 
@@ -94,13 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of large.json and large.svg")
     parser.add_argument("--models", default=",".join(MODELS), help="which of them")
+    parser.add_argument("--count", type=int, default=4, help="number of noise images")
     args, flags = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / "large.json"
     costs: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in args.models.split(","):
         if name not in costs:
-            costs[name] = cost_of(MODELS[name], flags)
+            costs[name] = cost_of(MODELS[name], args.count, flags)
             kept.write_text(json.dumps(costs, indent=1))
         found = costs[name]
         print(f"{name}: {found['seconds']:.0f} s, {found['peak_mib']:.0f} MiB, {found['verdict']}", flush=True)

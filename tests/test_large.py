@@ -94,7 +94,7 @@ def test_a_model_that_was_loaded_from_two_files_can_become_one(beside: Path, tmp
 
 def _noise(preprocess: Preprocess) -> ImageSet:
     pixels = np.random.default_rng(0).normal(size=(4, *preprocess.shape)).astype(np.float32)
-    return ImageSet(pixels, preprocess, source="noise", seed=0)
+    return ImageSet.of(pixels, preprocess, source="noise")
 
 
 def test_refined_models_have_no_copy_of_what_they_do_not_change(demo: Model, tmp_path: Path) -> None:
