@@ -27,7 +27,7 @@ MODELS = {
     "ViT-S": "vit_small_patch16_224",
     "ViT-B": "vit_base_patch16_224",
     "ViT-L": "vit_large_patch16_224",
-    "ViT-H": "vit_huge_patch14_224",
+    "ViT-H": "vit_huge_patch14_clip_224.laion2b_ft_in12k_in1k",  # vit_huge_patch14_224 has no classifier
 }
 
 

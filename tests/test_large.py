@@ -65,7 +65,7 @@ def test_weights_beside_the_model_are_files_of_the_bundle(beside: Path) -> None:
 def test_a_bundle_with_weights_beside_the_model_does_all_that_a_bundle_does(beside: Path, tmp_path: Path) -> None:
     dfq.pack(beside, tmp_path / "bundle.zip")
     np.testing.assert_array_equal(_logits(tmp_path / "bundle.zip"), _logits(beside))
-    assert dfq.gate(tmp_path / "bundle.zip", limit=50).verdict != "fail"
+    assert dfq.gate(beside, limit=50).verdict != "fail"
     assert len(dfq.infer(beside, [Image.new("RGB", (40, 30))])) == 1
     assert dfq.bench(beside, batches=(1,), calls=3).paces[0].p50_ms > 0
     assert dfq.check(beside, limit=20).verdict != "fail"
