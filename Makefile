@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 large latency \
+.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 large latency scaling \
   docs clean
 
 demo: .venv/export.stamp
@@ -55,6 +55,9 @@ large: .venv/test.stamp
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
+
+scaling: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --random-weights --out $(OUT)/scaling.json
 
 docs: .venv/docs.stamp
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(OUT)/site

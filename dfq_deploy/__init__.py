@@ -41,6 +41,7 @@ __all__ = [
     "serve",
     "serve_repo",
     "simulate",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
     from dfq_deploy.serving.triton import serve_repo
+    from dfq_deploy.sweeping import sweep
     from dfq_deploy.target import build
 
 _HOMES = {
@@ -97,6 +99,7 @@ _HOMES = {
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",
+    "sweep": "sweeping",
 }
 
 

@@ -15,15 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.disagreements import Disagreement, disagreements
-from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
+from dfq_deploy.logits import logits_of
+from dfq_deploy.measures import Share, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
 from dfq_deploy.stage_costs import StageCost
+from dfq_deploy.statistics import Paired
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
@@ -32,7 +33,6 @@ from exporters.cut import LayerCutter
 __all__ = ["FLOOR_FACTOR", "Check", "Verdict", "evaluate", "floor_verdict", "layer_tolerance"]
 
 FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
-_MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
 # Relative to a layer's largest output. float32 sums of some thousand terms differ by 1e-6; fp16 and bf16 keep 11 and 8
 # bits of a weight, an input and an output.
@@ -111,7 +111,7 @@ def evaluate(
     quantized: ir.Model,
     facts: EngineFacts,
     absent: str | None = None,
-    batch_size: int = 16,
+    logits: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
     see: Callable[[Mapping[str, np.ndarray]], object] = lambda _: None,
 ) -> Check:
@@ -125,23 +125,14 @@ def evaluate(
         facts: How far the engine is, and what its layers are computed in.
         absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in. None if
             it is the engine.
-        batch_size: Images per forward pass.
+        logits: What `logits_of` gives for these images, computed elsewhere. None: it is computed here.
         progress: Called with images done and in all.
         see: Called with the logits (n, classes) of `float`, `reference` and `engine`, and (k, n, classes) of `moved`.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("float", "reference", "engine", "moved")}
     body = facts.options.body
-    moves = _MOVES if body == "fp32" else 1
-    done = 0
-    for batch in images.batches(batch_size):
-        parts["float"].append(reference.float(batch))
-        parts["reference"].append(reference.quantized(batch))
-        parts["moved"].append(np.stack([reference.moved(batch, generator, body) for _ in range(moves)]))
-        parts["engine"].append(engine(batch))
-        done += len(batch)
-        progress(done, len(images))
-    logits = {name: np.concatenate(part, axis=-2).astype(np.float64) for name, part in parts.items()}
+    if logits is None:
+        logits = logits_of(reference, engine, images.pixels, body, progress=progress)
+    logits = {name: values.astype(np.float64) for name, values in logits.items()}
     see(logits)
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
     tolerance = {layer: layer_tolerance(reference.plan, layer, body) for layer in layer_error}
@@ -171,7 +162,7 @@ def _judged(
     if images.labels is not None:
         hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
-        drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
+        drop = Paired.of(hits["float"], hits["engine"]).drop
     none = float(distances["engine_reference"].mean()) <= negligible
     verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
     if not np.isfinite(logits["engine"]).all():

@@ -5,13 +5,15 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 """
 
 import contextlib
-import errno
-import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from calibrators.errors import BundleError, RecipeError
-from calibrators.files import clear_unfinished, write_json
+import numpy as np
+
+from calibrators.errors import BundleError
+from calibrators.files import clear_unfinished, writable, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
@@ -27,11 +29,13 @@ from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.reporting.checked import read_check
+from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
 from dfq_deploy.simulation import Simulation, compare, logits_of
 from dfq_deploy.stage_costs import Measured, StageCost
-from dfq_deploy.synthetic import images_for, write_images
+from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
-from dfq_deploy.workspace import Workspace, held
+from dfq_deploy.workers import workers_at
+from dfq_deploy.workspace import Workspace, held, held_file
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
@@ -47,6 +51,7 @@ def export(
     images: str | None = None,
     limit: int | None = None,
     sign: str | Path | None = None,
+    others: Path | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
@@ -57,6 +62,7 @@ def export(
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
         sign: PEM file with the private key that signs the manifest.
+        others: Folder of other bundles, whose finished stages are used where they are the same.
         watch: Told how it goes.
 
     Raises:
@@ -70,24 +76,33 @@ def export(
         model = model_of(recipe)
         if images is not None:
             images_to_judge_by(model, images)  # told now if it is wrong, not at the end
-        with Workspace(out, measured.stage) as work:
+        with Workspace(out, measured.stage, others) as work:
             clear_unfinished(out)
             _make(out, recipe, model, work, sign=signs, watch=measured)
             return _check(out, open_bundle(out), model, images=images, limit=limit, watch=measured)
 
 
-def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
+def generate(recipe: GenerateRecipe, out: str | Path, *, ray: str | None = None, watch: Watch = SILENT) -> ImageSet:
     """Make synthetic images and write them to the file `out`.
 
+    Args:
+        recipe: The model and the method.
+        out: The file; the same bytes with and without a cluster.
+        ray: Address of a Ray cluster that makes the batches, HOST:PORT or `auto`. None: they are made here.
+        watch: Told how it goes.
+
     Raises:
-        DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
+        DeployError: The model cannot be loaded, the generator cannot work on it, `out` cannot be written, another run
+            is writing it, or there is no such cluster.
     """
-    out = _writable(Path(out))
-    watch.stage("model", False)
-    model = model_of(recipe)
-    watch.stage("images", False)
-    write_images(recipe, model, out, watch)
-    return ImageSet.load(out)
+    out = writable(Path(out))
+    with held_file(out), workers_at(ray) as workers:
+        watch.stage("model", False)
+        model = model_of(recipe)
+        watch.stage("images", False)
+        elsewhere = None if ray is None else batches_elsewhere(workers, recipe, model, batches_beside(out))
+        write_images(recipe, model, out, watch, elsewhere=elsewhere)
+        return ImageSet.load(out)
 
 
 def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT) -> QuantPlan:
@@ -96,7 +111,7 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
     Raises:
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
-    out = _writable(Path(out))
+    out = writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
     model = model_of(recipe)
@@ -157,6 +172,7 @@ def check(
     limit: int | None = None,
     checkpoint: Path | None = None,
     verify: str | Path | None = None,
+    ray: str | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
@@ -168,18 +184,23 @@ def check(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
         verify: PEM file with the public key that the bundle must be signed with.
+        ray: Address of a Ray cluster that runs engine, reference and float model on shards of the images, HOST:PORT or
+            `auto`; all its machines find bundle and images here. None: it is done here. The numbers are the same.
         watch: Told how it goes.
 
     Raises:
         BundleError: The bundle is incomplete or altered, not signed with that key, or the weights are others than it
             was made from.
-        DeployError: The images cannot be had, or another run is working in the folder.
+        DeployError: The images cannot be had, another run is working in the folder, or there is no such cluster.
     """
-    with bundle_folder(Path(folder)) as opened:
+    with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened), Measured(watch) as measured:
             model = load_again(opened, manifest, checkpoint)
-            return _check(opened, manifest, model, images=images, limit=limit, watch=measured)
+            share = None
+            if ray is not None:
+                share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
+            return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=measured)
 
 
 def _make(out: Path, recipe: Recipe, model: Model, work: Workspace, *, sign: Signer | None, watch: Watch) -> None:
@@ -196,7 +217,14 @@ def _make(out: Path, recipe: Recipe, model: Model, work: Workspace, *, sign: Sig
 
 
 def _check(
-    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Measured
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    *,
+    images: str | None,
+    limit: int | None,
+    elsewhere: Callable[..., Mapping[str, np.ndarray]] | None = None,
+    watch: Measured,
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
@@ -204,6 +232,7 @@ def _check(
     plan = QuantPlan.load(folder / "plan.safetensors")
     engine, quantized, absent = engine_again(folder, manifest)
     with contextlib.closing(engine):
+        logits = elsewhere and elsewhere(picked.pixels, absent=absent, progress=counting(watch))
         found = evaluate(
             Reference(refined_again(folder, manifest, model), plan, model),
             engine,
@@ -211,6 +240,7 @@ def _check(
             quantized=quantized,
             facts=manifest.engine,
             absent=absent,
+            logits=logits,
             progress=counting(watch),
         )
     found = replace(found, student=manifest.model.student, stages={**_stages_before(folder), **watch.costs()})
@@ -226,16 +256,3 @@ def _stages_before(folder: Path) -> dict[str, StageCost]:
         return read_check(folder).stages
     except BundleError:
         return {}
-
-
-def _writable(out: Path) -> Path:
-    """`out`, which can become a file: found out before anyone waits for what goes into it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
-    except OSError as cause:
-        raise RecipeError(
-            what=f"`{out}` cannot be written.", why=f"{cause}.", fix="pass another file with --out."
-        ) from cause
-    return out
