@@ -8,7 +8,7 @@ OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inf
   to_onnx trust)
 
 .PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 \
-  latency scaling docs clean
+  large latency scaling coverage docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -56,6 +56,9 @@ float-body: .venv/test.stamp
 
 int4: .venv/test.stamp
 	$(BIN)/python benchmarks/int4.py --out $(OUT)/int4
+
+large: .venv/test.stamp
+	$(BIN)/python benchmarks/large.py --out $(OUT)/large $(FLAGS)
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json

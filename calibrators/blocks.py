@@ -74,6 +74,8 @@ def reconstruct(
 
     def arrive(name: str, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         del blocks[name].forward  # from here on it computes as its class does
+        own = {key: value.clone() for key, value in blocks[name].state_dict().items()}  # others may share what it has
+        blocks[name].load_state_dict(own, assign=True)
         compute = functools.partial(_computed, blocks[name], rest, more)
         block = Block(blocks[name], name, compute, x, wanted.pop(name), settled)
         for one in names:

@@ -6,6 +6,7 @@ if the layers that read it undo that: the model computes the same, and its activ
 by what passes through the model, and each is proved by computation before anybody uses it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from calibrators.sites import SitedLinear
 
-__all__ = ["UNCHANGED", "Fold", "find_folds", "layers_of", "moved", "outputs_of"]
+__all__ = ["UNCHANGED", "Fold", "find_folds", "give", "layers_of", "moved", "outputs_of", "put_back", "weights_at"]
 
 UNCHANGED = 1e-5  # of the largest output: float32 sums in another order differ by 1e-6
+
+
+Weights = list[tuple[nn.Module, dict[str, nn.Parameter]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +40,41 @@ class Fold:
 
     def divide(self, factors: Tensor) -> None:
         """Divide the activation by `factors`, (channels,), and multiply the readers' weight columns by them."""
-        weight, bias = self._parameters()
-        weight /= factors if weight.ndim == 1 else factors[:, None]
-        bias /= factors
+        assert self.producer.weight is not None and self.producer.bias is not None
+        weight, bias = self.producer.weight.detach().clone(), self.producer.bias.detach().clone()
+        weight[self.rows] /= factors if weight.ndim == 1 else factors[:, None]
+        bias[self.rows] /= factors
+        give(self.producer, weight=weight, bias=bias)
         for reader in self.readers:
-            reader.weight.data *= factors
+            give(reader, weight=reader.weight.detach() * factors)
 
     def lower(self, offsets: Tensor) -> None:
         """Take `offsets`, (channels,), off the activation, and add what they contribute to the readers' biases."""
-        self._parameters()[1].sub_(offsets)
+        assert self.producer.bias is not None
+        bias = self.producer.bias.detach().clone()
+        bias[self.rows] -= offsets
+        give(self.producer, bias=bias)
         for reader in self.readers:
             assert reader.bias is not None
-            reader.bias.data += reader.weight.data @ offsets
+            give(reader, bias=reader.bias.detach() + reader.weight.detach() @ offsets)
 
-    def _parameters(self) -> tuple[Tensor, Tensor]:
-        assert self.producer.weight is not None and self.producer.bias is not None
-        return self.producer.weight.data[self.rows], self.producer.bias.data[self.rows]
+
+def give(layer: nn.Module, **tensors: Tensor) -> None:
+    """Give `layer` these weights in place of its own, which stay as they are for whoever else has them."""
+    for name, tensor in tensors.items():
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def weights_at(folds: Sequence[Fold]) -> Weights:
+    """The weights that `folds` change, for `put_back`."""
+    layers = dict.fromkeys(layer for fold in folds for layer in (fold.producer, *fold.readers))
+    return [(layer, dict(layer.named_parameters(recurse=False))) for layer in layers]
+
+
+def put_back(weights: Weights) -> None:
+    """Give layers the weights again that they had."""
+    for layer, tensors in weights:
+        give(layer, **tensors)
 
 
 def layers_of(module: nn.Module) -> dict[str, SitedLinear]:
@@ -133,7 +156,7 @@ def _same_tokens(one: Tensor, other: Tensor) -> bool:
 
 def _proved(module: nn.Module, images: Tensor, folds: list[Fold]) -> bool:
     """Whether random factors and offsets at `folds` leave the outputs as they are; weights are put back."""
-    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    kept = weights_at(folds)
     generator = torch.Generator().manual_seed(0)
     before = outputs_of(module, images)
     for fold in folds:
@@ -141,5 +164,5 @@ def _proved(module: nn.Module, images: Tensor, folds: list[Fold]) -> bool:
         fold.divide(0.5 + torch.rand(width, generator=generator))
         fold.lower(torch.rand(width, generator=generator))
     same = moved(before, outputs_of(module, images)) < UNCHANGED
-    module.load_state_dict(kept)
+    put_back(kept)
     return same

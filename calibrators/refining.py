@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calibrators.errors import CalibrationWarning, PlanError
-from calibrators.folds import UNCHANGED, Fold, find_folds, layers_of, moved, outputs_of
+from calibrators.folds import UNCHANGED, Fold, find_folds, give, layers_of, moved, outputs_of, put_back, weights_at
 from calibrators.images import ImageSet
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen
@@ -29,7 +29,8 @@ __all__ = ["correct", "kind_of", "transform"]
 
 Kind = Literal["transform", "correct", "reconstruct"]
 
-_ROWS = 4096  # tokens kept per fold
+_ROWS = 4096  # tokens kept per fold, or as many as make this many bytes at all folds together, if these are fewer
+_ROWS_BYTES = 2**30
 _IMAGES = 64  # that corrections look at; their memory grows with the number
 
 
@@ -71,14 +72,15 @@ def transform(
             CalibrationWarning,
             stacklevel=2,
         )
-    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    kept = weights_at(folds)
     before = outputs_of(module, probe)
     for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):
         for name in names:
             _apply(fold, sample, pick("calibrators.refine", name), scheme, blocks)
+        sample.rows.clear()
     how_far = moved(before, outputs_of(module, probe))
     if not how_far < UNCHANGED:  # NaN is no less
-        module.load_state_dict(kept)
+        put_back(kept)
         raise PlanError(
             what=f"the passes {', '.join(names)} would change what the float model computes.",
             why=f"its outputs move by {how_far:.1e} of the largest, and {UNCHANGED:.0e} is rounding.",
@@ -100,7 +102,7 @@ def correct(
     halves = [_Halves(name, layer, plan, passes, len(pixels)) for name, layer in layers_of(module).items()]
     _round_operands(module, plan)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             module(torch.cat([pixels, pixels]))
     finally:
         for half in halves:
@@ -136,8 +138,8 @@ class _Halves:
         self._layer = layer
         self._passes = passes
         self._images = images
-        self._float = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
-        self._weight: Tensor | None = None  # as the quantized model has it
+        self._float = layer.weight, layer.bias
+        self._corrected = False
         layer.forward = self._forward  # type: ignore[method-assign]
 
     def close(self) -> None:
@@ -149,13 +151,14 @@ class _Halves:
             return F.linear(x, self._layer.weight, self._layer.bias)
         floats, quantized = x.chunk(2)
         wanted = F.linear(floats, *self._float)
-        if self._weight is None:
-            self._weight = self._corrected(quantized, wanted)
+        if not self._corrected:
+            self._correct(quantized, wanted)
+        weight = rounded(self._layer.weight, self.settled[f"{self._name}.weight"])
         if qparams := self.settled.get(f"{self._name}.input"):
             quantized = rounded(quantized, qparams)
-        return torch.cat([wanted, F.linear(quantized, self._weight, self._layer.bias)])
+        return torch.cat([wanted, F.linear(quantized, weight, self._layer.bias)])
 
-    def _corrected(self, arriving: Tensor, wanted: Tensor) -> Tensor:
+    def _correct(self, arriving: Tensor, wanted: Tensor) -> None:
         layer = Layer(
             weight=self._float[0],
             bias=self._float[1],
@@ -171,10 +174,10 @@ class _Halves:
         self.settled[f"{self._name}.weight"] = layer.qparams
         if layer.input_qparams is not None:
             self.settled[f"{self._name}.input"] = layer.input_qparams
-        self._layer.weight.copy_(layer.weight)
-        if layer.bias is not None and self._layer.bias is not None:
-            self._layer.bias.copy_(layer.bias)
-        return layer.rounded()
+        give(self._layer, weight=layer.weight)
+        if layer.bias is not None:
+            give(self._layer, bias=layer.bias)
+        self._corrected = True
 
 
 @dataclass
@@ -193,10 +196,11 @@ def _sampled(module: nn.Module, images: ImageSet, folds: Sequence[Fold], batch_s
     """What passes each fold on all of `images`."""
     nothing = [torch.full((fold.readers[0].in_features,), torch.inf) for fold in folds]
     found = {fold: _Sample([], no, -no) for fold, no in zip(folds, nothing, strict=True)}
+    most = min(_ROWS, _ROWS_BYTES // max(1, 4 * sum(map(len, nothing))))
 
     def read(fold: Fold, _reader: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
-        step = max(1, len(tokens) * len(images) // (min(batch_size, len(images)) * _ROWS))
+        step = max(1, len(tokens) * len(images) // (min(batch_size, len(images)) * most))
         found[fold].rows.append(tokens[::step].clone())
 
     def made(fold: Fold, _producer: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -10,7 +10,7 @@ several moves.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from dfq_deploy.disagreements import Disagreement, disagreements
 from dfq_deploy.logits import logits_of
 from dfq_deploy.measures import Share, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
+from dfq_deploy.stage_costs import StageCost
 from dfq_deploy.statistics import Paired
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
@@ -66,6 +67,7 @@ class Check:
         negligible: Whether the engine's distance is so small a share of what quantization changes that it is none.
         disagreed: On how many images the engine decides otherwise than float or the reference.
         disagreements: Up to 24 of them.
+        stages: What each stage took that led here.
     """
 
     n: int
@@ -86,6 +88,7 @@ class Check:
     negligible: bool = False
     disagreed: int = 0
     disagreements: tuple[Disagreement, ...] = ()
+    stages: Mapping[str, StageCost] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
@@ -96,6 +99,7 @@ class Check:
             "agreement": {k: v.percent for k, v in self.agreement.items()},
             "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},
             "engine": self.engine.report(),
+            "stages": {name: cost._asdict() for name, cost in self.stages.items()},
         }
 
 

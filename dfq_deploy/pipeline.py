@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calibrators.errors import BundleError
 from calibrators.files import clear_unfinished, writable, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -27,8 +28,10 @@ from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.reporting.checked import read_check
 from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
 from dfq_deploy.simulation import Simulation, compare, logits_of
+from dfq_deploy.stage_costs import Measured, StageCost
 from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workers import workers_at
@@ -36,7 +39,7 @@ from dfq_deploy.workspace import Workspace, held, held_file
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
-from exporters.signing import signer
+from exporters.signing import Signer, signer
 
 __all__ = ["calibrate", "check", "export", "generate", "simulate"]
 
@@ -68,22 +71,15 @@ def export(
     out = Path(out)
     signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
-    watch.stage("model", False)
-    model = model_of(recipe)
-    if images is not None:
-        images_to_judge_by(model, images)  # told now if it is wrong, not at the end
-    with Workspace(out, watch.stage, others) as work:
-        clear_unfinished(out)
-        calibration = images_for(recipe, model, work, watch)
-        plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
-        pick("exporters.backends", recipe.backend).check(plan, recipe.options)
-        floats = float_stage(refined, work)
-        if not is_built(out, recipe, plan):
-            watch.stage("engine", False)
-            build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats, sign=signs)
-        elif signs is not None:
-            sign_bundle(out, signs)
-        return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
+    with Measured(watch) as measured:
+        measured.stage("model", False)
+        model = model_of(recipe)
+        if images is not None:
+            images_to_judge_by(model, images)  # told now if it is wrong, not at the end
+        with Workspace(out, measured.stage, others) as work:
+            clear_unfinished(out)
+            _make(out, recipe, model, work, sign=signs, watch=measured)
+            return _check(out, open_bundle(out), model, images=images, limit=limit, watch=measured)
 
 
 def generate(recipe: GenerateRecipe, out: str | Path, *, ray: str | None = None, watch: Watch = SILENT) -> ImageSet:
@@ -199,12 +195,25 @@ def check(
     """
     with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
-        with held(opened):
+        with held(opened), Measured(watch) as measured:
             model = load_again(opened, manifest, checkpoint)
             share = None
             if ray is not None:
                 share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
-            return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=watch)
+            return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=measured)
+
+
+def _make(out: Path, recipe: Recipe, model: Model, work: Workspace, *, sign: Signer | None, watch: Watch) -> None:
+    """Make the bundle in `out`, as far as it is not there yet."""
+    calibration = images_for(recipe, model, work, watch)
+    plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
+    pick("exporters.backends", recipe.backend).check(plan, recipe.options)
+    floats = float_stage(refined, work)
+    if not is_built(out, recipe, plan):
+        watch.stage("engine", False)
+        build_bundle(out, recipe, model, refined, weights, plan=plan, images=calibration, floats=floats, sign=sign)
+    elif sign is not None:
+        sign_bundle(out, sign)
 
 
 def _check(
@@ -215,7 +224,7 @@ def _check(
     images: str | None,
     limit: int | None,
     elsewhere: Callable[..., Mapping[str, np.ndarray]] | None = None,
-    watch: Watch,
+    watch: Measured,
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
@@ -234,8 +243,16 @@ def _check(
             logits=logits,
             progress=counting(watch),
         )
-    found = replace(found, student=manifest.model.student)
+    found = replace(found, student=manifest.model.student, stages={**_stages_before(folder), **watch.costs()})
     sheet = draw_disagreements(found.disagreements, picked, folder)
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     write_json(folder / "report.json", {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
+
+
+def _stages_before(folder: Path) -> dict[str, StageCost]:
+    """What stages of earlier runs took to make the bundle in `folder`, as far as its report says."""
+    try:
+        return read_check(folder).stages
+    except BundleError:
+        return {}

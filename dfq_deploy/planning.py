@@ -20,7 +20,7 @@ from dfq_deploy.choices import blocks_of, passes_of, scheme_of
 from dfq_deploy.formats import Job, formats_of
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
-from dfq_deploy.refined import copy_of, load_refined, load_scales, save_refined, save_weights
+from dfq_deploy.refined import load_refined, load_scales, save_refined, save_weights, shared_copy_of
 
 __all__ = ["plan_of", "student_for", "suited"]
 
@@ -67,7 +67,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
     refined, weights = _with_student(job)
 
     def fold(path: Path) -> None:
-        folded = copy_of(refined)
+        folded = shared_copy_of(refined)
         transform(folded.module, images, transforms, scheme, blocks)
         save_refined(path, model, folded)
 
@@ -83,7 +83,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
         stage: str, names: list[str], change: Callable[[Model], Mapping[str, QParams]]
     ) -> tuple[QuantPlan, Model]:
         def make(path: Path) -> None:
-            copied = copy_of(refined)
+            copied = shared_copy_of(refined)
             sites = change(copied)
             save_refined(path, model, copied, sites)
 

@@ -1,6 +1,7 @@
 """The model with other weights, a student's or from refine passes: a copy, beside the float model that judges all.
 
-Its changed tensors are one safetensors file. The scales that the corrections settled lie in the same file.
+Its changed tensors are one safetensors file, which is read where it lies; what did not change the two share. The scales
+that the corrections settled lie in the same file.
 """
 
 import copy
@@ -20,7 +21,16 @@ from calibrators.files import fingerprint_of, written_whole
 from calibrators.plan import QParams
 from dfq_deploy.models import Model
 
-__all__ = ["changed_weights", "copy_of", "load_refined", "load_scales", "save_refined", "save_weights", "with_weights"]
+__all__ = [
+    "changed_weights",
+    "copy_of",
+    "load_refined",
+    "load_scales",
+    "save_refined",
+    "save_weights",
+    "shared_copy_of",
+    "with_weights",
+]
 
 _SCALES = (".scale", ".zero_point")  # endings of the names that are no tensor of the model
 
@@ -28,6 +38,12 @@ _SCALES = (".scale", ".zero_point")  # endings of the names that are no tensor o
 def copy_of(model: Model) -> Model:
     """The model with weights of its own."""
     return replace(model, module=copy.deepcopy(model.module))
+
+
+def shared_copy_of(model: Model) -> Model:
+    """The model with layers of its own that have the same tensors: to be given others, not to be changed in place."""
+    tensors = (*model.module.parameters(), *model.module.buffers())
+    return replace(model, module=copy.deepcopy(model.module, {id(tensor): tensor for tensor in tensors}))
 
 
 def changed_weights(model: Model, refined: Model) -> dict[str, np.ndarray]:
@@ -48,7 +64,7 @@ def save_refined(path: Path, model: Model, refined: Model, sites: Mapping[str, Q
 def save_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Write tensors by name."""
     with written_whole(path) as temporary:
-        save_file({name: np.array(value, order="C") for name, value in weights.items()}, temporary)
+        save_file({name: np.asarray(value, order="C") for name, value in weights.items()}, temporary)
 
 
 def load_refined(model: Model, path: Path) -> Model:
@@ -66,13 +82,13 @@ def with_weights(model: Model, weights: Mapping[str, torch.Tensor], source: str)
 
     Args:
         model: The model.
-        weights: Tensors by name.
+        weights: Tensors by name; the result has them, not copies.
         source: What holds them, for people.
 
     Raises:
         BundleError: They are those of another model.
     """
-    refined = copy_of(model)
+    refined = shared_copy_of(model)
     digest = hashlib.sha256()
     state = refined.module.state_dict()
     for name, value in sorted(weights.items()):
@@ -82,8 +98,9 @@ def with_weights(model: Model, weights: Mapping[str, torch.Tensor], source: str)
                 why=f"`{model.name}` has no tensor `{name}` of shape {tuple(value.shape)}.",
                 fix="export again.",
             )
-        state[name].copy_(value)
         digest.update(name.encode() + value.numpy().tobytes())
+    given = {name: value.to(state[name].dtype) for name, value in weights.items()}
+    refined.module.load_state_dict(given, strict=False, assign=True)
     return replace(refined, fingerprint=fingerprint_of([model.fingerprint, digest.hexdigest()]))
 
 

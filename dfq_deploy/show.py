@@ -77,6 +77,9 @@ def print_check(found: "Check", folder: Path) -> None:
         _console.print("{} loses {:.2f} points against float ({:.2f} to {:.2f})".format(found.ran, *found.drop))
     if found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
+    peaks = ", ".join(f"{name} {cost.peak_mib:.0f}" for name, cost in found.stages.items() if cost.peak_mib)
+    if peaks:
+        _console.print(f"peak memory, MiB: {peaks}")
     _console.print(Text.assemble((found.verdict, _COLOURS[found.verdict]), f": {found.reason}"))
     if folder.is_dir():
         _console.print(f"report: {folder / 'report.json'}")

@@ -40,7 +40,8 @@ class LayerCutter:
             feeds[str(value.name)] = operand.astype(dtype.numpy())
         for value in (output for inner in graph for output in inner.outputs):
             value.shape = None  # recorded for the whole model; an operand may come with one axis less
-        proto = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version)).SerializeToString()
+        cut = ir.external_data.load_to_model(ir.Model(graph, ir_version=self._model.ir_version))  # it lies in no folder
+        proto = ir.to_proto(cut).SerializeToString()
         options = session_options(exact=self._exact)
         session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         found: np.ndarray = session.run(None, feeds)[0]

@@ -32,6 +32,7 @@ __all__ = ["OPSET", "export_float", "save_model", "torch_parity"]
 # ORT 1.27 to 1.31 cannot load S8 Q/DQ with a quantized Conv at opset 21 (FACTS.md).
 OPSET = 20
 _EXTERNAL_DATA_FROM_BYTES = 1 << 31  # protobuf's limit for one message
+_STREAMED_FROM_BYTES = 1 << 28  # of a float model: in one file its weights would be in memory three times to be written
 
 
 def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
@@ -40,7 +41,7 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     Args:
         module: A sited model in evaluation mode.
         example: Images to trace with, (2 or more, C, H, W) float32.
-        path: Where the model goes.
+        path: Where the model goes; its weights go beside it if they are many.
 
     Raises:
         ExportError: torch's exporter cannot express the model, or a site got lost on the way.
@@ -57,17 +58,20 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
             why="the exporter or the simplifier merged its layer into another one.",
             fix="spare the layer, or report this model.",
         )
-    save_model(model, path)
+    save_model(model, path, external_data_from_bytes=_STREAMED_FROM_BYTES)
 
 
-def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int = _EXTERNAL_DATA_FROM_BYTES) -> None:
-    """Write `model` to `path`; from `external_data_from_bytes` on, weights go to `<path>.data` beside it.
+def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int | None = None) -> None:
+    """Write `model` to `path`; from `external_data_from_bytes` on, or 2 GiB, weights go to `<path>.data` beside it.
 
     Raises:
         ExportError: It is no valid ONNX; nothing is written then.
     """
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = f"{path.name}.data" if size >= external_data_from_bytes else None
+    least = _EXTERNAL_DATA_FROM_BYTES if external_data_from_bytes is None else external_data_from_bytes
+    external = f"{path.name}.data" if size >= least else None
+    if external is None:
+        ir.external_data.load_to_model(model)  # what it was loaded from lies elsewhere
     with written_whole(path) as temporary:
         ir.save(model, temporary, external_data=external)
         try:
@@ -82,7 +86,9 @@ def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int = _
 
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     """Largest difference between `path` in ONNX Runtime and `module` on `images`, relative to the largest logit."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of all weights, for three images
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": images})[0]
     with torch.inference_mode():
         wanted = module(torch.from_numpy(images)).numpy()
@@ -162,8 +168,7 @@ def _name_consumer(marked: ir.Value, site: str, source: ir.Value, graph: ir.Grap
         assert source.const_value is not None
         source.name = site
         if node.op_type == "Transpose":  # MatMul takes (in, out): keep the weight that way
-            stored = source.const_value.numpy().T
-            folded = ir.val(site, const_value=ir.tensor(np.ascontiguousarray(stored), name=site))
+            folded = ir.val(site, const_value=_transposed(source.const_value, site))
             graph.initializers.pop(site, None)
             graph.initializers[site] = folded
             transposed = node.outputs[0]
@@ -176,6 +181,11 @@ def _name_consumer(marked: ir.Value, site: str, source: ir.Value, graph: ir.Grap
         node.name = layer_of(site)
     if not source.is_graph_input() and not source.is_initializer() and not _is_site(source.name):
         source.name = site
+
+
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor with its axes exchanged: a view of it, copied only when it is written."""
+    return ir.tensor(tensor.numpy().T, name=name)
 
 
 def _is_site(name: str | None) -> bool:
@@ -192,10 +202,9 @@ def _split_gemm(model: ir.Model) -> None:
         x, weight, bias = [*gemm.inputs, None][:3]
         if x is None or weight is None or weight.const_value is None:
             continue
-        stored = weight.const_value.numpy()
         if gemm.attributes.get_int("transB", 0):
-            weight.const_value = ir.tensor(np.ascontiguousarray(stored.T), name=weight.name)
-            weight.shape = ir.Shape(stored.T.shape)
+            weight.const_value = _transposed(weight.const_value, str(weight.name))
+            weight.shape = ir.Shape(weight.const_value.shape.numpy())
         axis = ir.val(f"{gemm.name}.axis", const_value=ir.tensor(np.array([1]), name=f"{gemm.name}.axis"))
         graph.initializers[f"{gemm.name}.axis"] = axis
         nodes = [ir.node("Unsqueeze", [x, axis], name=f"{gemm.name}.unsqueeze")]

@@ -328,7 +328,7 @@ def test_refined_weights_of_another_model_are_refused(demo: Model, tmp_path: Pat
     save_refined(tmp_path / "refined.safetensors", other, changed)
     with pytest.raises(BundleError, match="holds weights of another model"):
         load_refined(demo, tmp_path / "refined.safetensors")
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match="are not here"):
         load_refined(demo, tmp_path / "gone.safetensors")
 
 

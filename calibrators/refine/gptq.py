@@ -27,8 +27,6 @@ _COLUMNS = 64  # whose corrections are gathered before the rest of the weight ta
 def correct(layer: Layer) -> None:
     """Set the weight."""
     tokens, width = layer.arriving.shape
-    inputs = layer.weighed.double()
-    hessian = inputs.T @ inputs
     if tokens < width:
         warnings.warn(
             f"{layer.name}: {tokens} tokens of {layer.images} images are few for {width} input channels: gptq hardly "
@@ -36,16 +34,25 @@ def correct(layer: Layer) -> None:
             CalibrationWarning,
             stacklevel=2,
         )
+    layer.weight = _rounded(layer, *_spread(layer))
+
+
+def _spread(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the Hessian's inverse, and the order of columns that it is in."""
+    tokens, width = layer.arriving.shape
+    inputs = layer.weighed.double()
+    hessian = inputs.T @ inputs
+    del inputs  # for a layer of 5120 inputs each matrix takes 210 MB
     diagonal = hessian.diagonal().clone()
     hessian *= _OFF_DIAGONAL * tokens / (tokens + width)
     hessian.diagonal().copy_(diagonal + (_DAMPING * float(diagonal.mean()) or 1.0))
     order = diagonal.argsort(descending=True)
-    layer.weight = _rounded(layer, hessian[order][:, order], order)
+    hessian = hessian[order[:, None], order]
+    return torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), order
 
 
-def _rounded(layer: Layer, hessian: Tensor, order: Tensor) -> Tensor:
-    """The weight on its codes; `hessian` is in the order of columns."""
-    spread = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+def _rounded(layer: Layer, spread: Tensor, order: Tensor) -> Tensor:
+    """The weight on its codes."""
     scale, zero = (torch.from_numpy(part).expand_as(layer.weight)[:, order].double() for part in layer.qparams.along(2))
     weight = layer.weight[:, order].double()
     for start in range(0, weight.shape[1], _COLUMNS):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrators.errors import BundleError
 from calibrators.files import sha256_of
+from dfq_deploy.stage_costs import StageCost
 from exporters.bundle import MANIFEST, Manifest
 
 __all__ = [
@@ -64,6 +65,7 @@ class Checked(_Read):
         of: Fingerprint of the images, SHA-256 of the bundle's files and of the sheet of disagreements; empty where an
             earlier version checked.
         asked: What the check was told to use; None where an earlier version checked.
+        stages: What each stage took that led there.
     """
 
     n: int
@@ -83,6 +85,7 @@ class Checked(_Read):
     disagreements: tuple[Shown, ...] = ()
     of: dict[str, str] = {}
     asked: _Asked | None = None
+    stages: dict[str, StageCost] = {}
 
     def share(self, name: str) -> Interval | None:
         """A percentage with its interval: `top1_engine`, `engine_float`, …; None where it was not measured."""
