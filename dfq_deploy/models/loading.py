@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,10 +69,8 @@ def load_model(
             _draw_norms_and_biases(module, seed)
     module.eval().requires_grad_(False)
     preprocess = _preprocess(module)
-    if size is not None:
-        _check_size(name, module, preprocess)
     fingerprint = _fingerprint(name, module, size)
-    attach_sites(module)
+    attach_sites(module, leave=_run_again(name, module, preprocess))
     _fix_image_range(module, preprocess)
     for family in names(_FAMILIES):
         pick(_FAMILIES, family).attach_attention(module)
@@ -193,13 +192,23 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _check_size(name: str, module: nn.Module, preprocess: Preprocess) -> None:
-    """Return if the model takes an image of its size: what windows and strides do not divide shows when one passes."""
-    try:
-        with torch.inference_mode():
+def _run_again(name: str, module: nn.Module, preprocess: Preprocess) -> frozenset[str]:
+    """The layers that run several times in a pass: they stay float, since a site is one tensor.
+
+    Raises:
+        ModelError: An image of that size does not pass: windows or strides do not divide it.
+    """
+    calls: Counter[str] = Counter()
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for layer, inner in module.named_modules():
+            if type(inner) in (nn.Linear, nn.Conv2d):
+                hook = inner.register_forward_pre_hook(lambda _layer, _inputs, layer=layer: calls.update([layer]))
+                hooks.callback(hook.remove)
+        try:
             module(torch.zeros(1, *preprocess.shape))
-    except Exception as cause:  # of a shape that does not fit, from any layer
-        raise _wrong_size(name, preprocess.size, cause) from cause
+        except Exception as cause:  # of a shape that does not fit, from any layer
+            raise _wrong_size(name, preprocess.size, cause) from cause
+    return frozenset(layer for layer, times in calls.items() if times > 1)
 
 
 def _wrong_size(name: str, size: tuple[int, int], cause: Exception) -> ModelError:
