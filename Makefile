@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency docs \
+.PHONY: demo test gpu lint bench bench-peers bench-serving coverage accuracy simulated spdfq generators float-body int4 latency docs \
   clean
 
 demo: .venv/export.stamp
@@ -31,6 +31,9 @@ bench-peers: .venv/test.stamp
 
 bench-serving: .venv/test.stamp
 	$(BIN)/python benchmarks/serving.py --out $(OUT)/serving.json
+
+coverage: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage --out $(OUT)/coverage $(FLAGS)
 
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy

@@ -8,6 +8,7 @@ run a tenth of the rows, another one for each commit.
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import shutil
@@ -199,7 +200,91 @@ def tenth(commit: str) -> dict[str, str]:
 
 def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Results by family as the page of the documentation."""
-    return ""
+    notes: list[str] = []
+    lines = [_line(family, found[family], notes) for family in ROWS]
+    head = "| " + " | ".join(_COLUMNS) + " |\n|" + "---|" * len(_COLUMNS)
+    done = {family: row for family, row in found.items() if row.get("verdict") in ("pass", "undecided")}
+    built = sum(row["rtx"].get("state") == "built" for row in done.values())
+    with_attention, cnns = (sum(family in done for family in group) for group in (ATTENTION, CNNS))
+    failed = sum(row.get("verdict") == "fail" for row in found.values())
+    dates = sorted(row["date"] for row in found.values() if "date" in row)
+    versions = ", ".join(f"{name} {found[next(iter(found))]['versions'].get(name, '-')}" for name in _VERSIONS)
+    return _PAGE.format(
+        counts=f"{with_attention} of {len(ATTENTION)} families with attention "
+        f"({with_attention / len(ATTENTION):.0%}) and {cnns} of {len(CNNS)} CNNs export and check, {failed} fail; "
+        f"{built} build for TensorRT for RTX",
+        made=f"{dates[0]} to {dates[-1]}, {versions}",
+        count=_COUNT,
+        table="\n".join([head, *lines]),
+        notes="\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1)),
+    )
+
+
+_COLUMNS = ("family", "model", "image", "M", "sites", "parity", "INT8 + float", "engine", "floors", "top-1", "RTX", "s")
+_PAGE = """# Coverage of timm
+
+<!-- Written by `make coverage`. -->
+
+{counts}.
+
+Each row is the smallest member of a family, with random weights, norms and biases among them, so that nothing rests on
+one that is 0 or 1: what works here is the pipeline, and of accuracy the table says nothing. A row is
+
+    dfq-deploy export --model NAME --random-weights --generator noise --count {count} --refine none --spare massive
+
+with `--backend ort`, checked on the images that it was calibrated on, and once more with `--backend rtx --target sm89`,
+which builds the engine with no GPU and has not run it. Measured {made}; one thread. CI runs a tenth of the rows on
+every push, another one for each commit; `make coverage` runs all.
+
+*Image* is height x width, *M* millions of parameters, *sites* how many places can be quantized, *parity* how far the float
+ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors* is the
+engine's distance from its reference over the reference's from itself when its input moves by 1e-6, with its interval; an
+engine is *undecided* where that reaches beyond 2 on both sides. *Top-1* is how often engine and reference agree, in
+percent. *s* is seconds of CPU time for the whole row.
+
+{table}
+
+Notes:
+
+{notes}
+"""
+
+
+def _line(family: str, row: Mapping[str, Any], notes: list[str]) -> str:
+    model = f"`{ROWS[family]}`"
+    if "verdict" not in row:
+        cells = [family, model, *[""] * 5, f"refused{_note(row, notes)}", *[""] * 3, f"{row.get('cpu_seconds', 0):.0f}"]
+        return f"| {' | '.join(cells)} |"
+    value, low, high = row["floor_ratio"]
+    layers = dict(row["layers"])
+    quantized = layers.pop("int8", 0)
+    ends = "" if high is None or not math.isfinite(high) else f" ({low:.1f} to {high:.1f})"
+    note = "" if row["verdict"] == "pass" or ends else _note({"why": row["reason"]}, notes)
+    rtx = row["rtx"]
+    cells = [
+        family,
+        model,
+        "x".join(map(str, row["size"])),
+        f"{row['parameters'] / 1e6:.1f}",
+        str(row["sites"]),
+        f"{row['parity']:.0e}",
+        f"{quantized} + {sum(layers.values())}",
+        row["verdict"] + note,
+        f"{value:.1f}{ends}",
+        f"{row['agreement']:.0f}",
+        f"{rtx['layers'].get('int8', 0)} INT8" if rtx.get("state") == "built" else f"no{_note(rtx, notes)}",
+        f"{row['cpu_seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _note(error: Mapping[str, Any], notes: list[str]) -> str:
+    """A reference to what is told below the table."""
+    said = " ".join(str(error[part]) for part in ("what", "why", "note") if error.get(part))
+    said = " ".join(said.split()).replace("|", "\\|")
+    if said not in notes:
+        notes.append(said)
+    return f" ({notes.index(said) + 1})"
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _fitted(module: nn.Module, weights: dict[str, Tensor], *, resize: bool) -> dict[str, Tensor]:
-    """`weights` under timm's names: original releases are translated by the model's own filter, which resamples, too."""
+    """`weights` under timm's names: original releases pass the model's own filter, which resamples, too."""
     filter_fn = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     wanted = module.state_dict()
     named = weights.keys() == wanted.keys()
