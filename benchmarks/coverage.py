@@ -8,7 +8,6 @@ run a tenth of the rows, another one for each commit.
 
 import argparse
 import json
-import math
 import multiprocessing
 import resource
 import shutil
@@ -236,11 +235,11 @@ with `--backend ort`, checked on the images that it was calibrated on, and once 
 which builds the engine with no GPU and has not run it. Measured {made}; one thread. CI runs a tenth of the rows on
 every push, another one for each commit; `make coverage` runs all.
 
-*Image* is height x width, *M* millions of parameters, *sites* how many places can be quantized, *parity* how far the float
-ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors* is the
-engine's distance from its reference over the reference's from itself when its input moves by 1e-6, with its interval; an
-engine is *undecided* where that reaches beyond 2 on both sides. *Top-1* is how often engine and reference agree, in
-percent. *s* is seconds of CPU time for the whole row.
+*Image* is height x width, *M* millions of parameters, *sites* how many places can be quantized, *parity* how far the
+float ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors* is
+the engine's distance from its reference over the reference's from itself when its input moves by 1e-6, with its interval;
+an engine is *undecided* where 2 lies within. *Top-1* is how often engine and reference agree, in percent. *RTX* counts
+the layers that the built engine computes in INT8. *s* is seconds of CPU time for the whole row.
 
 {table}
 
@@ -251,31 +250,26 @@ Notes:
 
 
 def _line(family: str, row: Mapping[str, Any], notes: list[str]) -> str:
-    model = f"`{ROWS[family]}`"
-    if "verdict" not in row:
-        cells = [family, model, *[""] * 5, f"refused{_note(row, notes)}", *[""] * 3, f"{row.get('cpu_seconds', 0):.0f}"]
-        return f"| {' | '.join(cells)} |"
-    value, low, high = row["floor_ratio"]
-    layers = dict(row["layers"])
-    quantized = layers.pop("int8", 0)
-    ends = "" if high is None or not math.isfinite(high) else f" ({low:.1f} to {high:.1f})"
-    note = "" if row["verdict"] == "pass" or ends else _note({"why": row["reason"]}, notes)
-    rtx = row["rtx"]
-    cells = [
-        family,
-        model,
-        "x".join(map(str, row["size"])),
-        f"{row['parameters'] / 1e6:.1f}",
-        str(row["sites"]),
-        f"{row['parity']:.0e}",
-        f"{quantized} + {sum(layers.values())}",
-        row["verdict"] + note,
-        f"{value:.1f}{ends}",
-        f"{row['agreement']:.0f}",
-        f"{rtx['layers'].get('int8', 0)} INT8" if rtx.get("state") == "built" else f"no{_note(rtx, notes)}",
-        f"{row['cpu_seconds']:.0f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    cells = [family, f"`{ROWS[family]}`"]
+    if "verdict" in row:
+        value, low, high = row["floor_ratio"]
+        layers = dict(row["layers"])
+        quantized = layers.pop("int8", 0)
+        rtx = row["rtx"]
+        cells += [
+            "x".join(map(str, row["size"])),
+            f"{row['parameters'] / 1e6:.1f}",
+            str(row["sites"]),
+            f"{row['parity']:.0e}",
+            f"{quantized} + {sum(layers.values())}",
+            row["verdict"],
+            f"{value:.1f} ({low:.1f} to {high:.1f})",
+            f"{row['agreement']:.0f}",
+            f"{rtx['layers']['int8']} INT8" if rtx.get("state") == "built" else f"no{_note(rtx, notes)}",
+        ]
+    else:
+        cells += [*[""] * 5, f"refused{_note(row, notes)}", *[""] * 3]
+    return f"| {' | '.join([*cells, str(round(row.get('cpu_seconds', 0)))])} |"
 
 
 def _note(error: Mapping[str, Any], notes: list[str]) -> str:

@@ -166,20 +166,26 @@ def rounded(values: Tensor, qparams: QParams) -> Tensor:
 def attach_sites(module: nn.Module, leave: Collection[str] = ()) -> None:
     """Give every plain Linear and Conv2d of `module` its sites, in place; weights and state keys stay as they are.
 
-    Subclasses with a forward of their own keep it and get no site, and neither do the layers that `leave` names.
+    Subclasses with a forward of their own keep it and get no site, and neither do the layers that `leave` names, nor
+    convolutions that pad one side more than the other: an exporter makes several operators of them.
     """
     for name, layer in list(module.named_modules()):
         if name in leave:
             continue
         if type(layer) is nn.Linear:
             layer.__class__ = SitedLinear  # keeps parameters, hooks and every reference to the layer
-        elif type(layer) is nn.Conv2d:
+        elif type(layer) is nn.Conv2d and not _pads_unevenly(layer):
             layer.__class__ = SitedConv2d
             layer.output_site = QuantSite(f"{name}.output", "output")
         else:
             continue
         layer.input_site = QuantSite(f"{name}.input", "input")
         layer.weight_site = QuantSite(f"{name}.weight", "weight", axis=0)
+
+
+def _pads_unevenly(layer: nn.Conv2d) -> bool:
+    reach = [(size - 1) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    return layer.padding == "same" and any(pixels % 2 for pixels in reach)
 
 
 def sites_of(module: nn.Module) -> dict[str, QuantSite]:

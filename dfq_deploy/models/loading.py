@@ -199,7 +199,7 @@ def _run_again(name: str, module: nn.Module, preprocess: Preprocess) -> frozense
         ModelError: An image of that size does not pass: windows or strides do not divide it.
     """
     calls: Counter[str] = Counter()
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
         for layer, inner in module.named_modules():
             if type(inner) in (nn.Linear, nn.Conv2d):
                 hook = inner.register_forward_pre_hook(lambda _layer, _inputs, layer=layer: calls.update([layer]))
