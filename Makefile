@@ -39,6 +39,9 @@ bench-peers: .venv/test.stamp
 bench-serving: .venv/test.stamp
 	$(BIN)/python benchmarks/serving.py --out $(OUT)/serving.json
 
+coverage: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage --out $(OUT)/coverage $(FLAGS)
+
 accuracy: .venv/test.stamp
 	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
 

@@ -41,10 +41,10 @@ class Preprocess:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.crop_mode not in ("center", "squash") or (self.crop_mode == "center" and self.size[0] != self.size[1]):
+        if self.crop_mode not in ("center", "squash"):
             raise ImagesError(
-                what=f"preprocessing with crop mode `{self.crop_mode}` at {self.size} is not supported.",
-                why="only `center` with a square input and `squash` are built.",
+                what=f"preprocessing with crop mode `{self.crop_mode}` is not supported.",
+                why="only `center` and `squash` are built.",
                 fix="use a variant of the model with one of those.",
             )
         edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
@@ -104,7 +104,10 @@ class Preprocess:
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         target_h, target_w = (math.floor(edge / self.crop_pct) for edge in self.size)
-        if self.crop_mode == "center":  # the shorter edge meets the target, the other follows
+        if self.crop_mode == "center":  # one edge meets the target, the other, which is longer than its own, follows
+            if target_h != target_w:
+                ratio = min(height / target_h, width / target_w)
+                return round(width / ratio), round(height / ratio)
             if width <= height:
                 target_h = int(target_w * height / width)
             else:

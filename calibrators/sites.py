@@ -8,7 +8,7 @@ ranges and plans and the name of the tensor in ONNX.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
@@ -163,21 +163,29 @@ def rounded(values: Tensor, qparams: QParams) -> Tensor:
     return found.to(values.dtype)
 
 
-def attach_sites(module: nn.Module) -> None:
+def attach_sites(module: nn.Module, leave: Collection[str] = ()) -> None:
     """Give every plain Linear and Conv2d of `module` its sites, in place; weights and state keys stay as they are.
 
-    Subclasses with a forward of their own keep it and get no site.
+    Subclasses with a forward of their own keep it and get no site, and neither do the layers that `leave` names, nor
+    convolutions that pad one side more than the other: an exporter makes several operators of them.
     """
     for name, layer in list(module.named_modules()):
+        if name in leave:
+            continue
         if type(layer) is nn.Linear:
             layer.__class__ = SitedLinear  # keeps parameters, hooks and every reference to the layer
-        elif type(layer) is nn.Conv2d:
+        elif type(layer) is nn.Conv2d and not _pads_unevenly(layer):
             layer.__class__ = SitedConv2d
             layer.output_site = QuantSite(f"{name}.output", "output")
         else:
             continue
         layer.input_site = QuantSite(f"{name}.input", "input")
         layer.weight_site = QuantSite(f"{name}.weight", "weight", axis=0)
+
+
+def _pads_unevenly(layer: nn.Conv2d) -> bool:
+    reach = [(size - 1) * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    return layer.padding == "same" and any(pixels % 2 for pixels in reach)
 
 
 def sites_of(module: nn.Module) -> dict[str, QuantSite]:

@@ -33,6 +33,7 @@ from exporters.cut import LayerCutter
 __all__ = ["FLOOR_FACTOR", "Check", "Verdict", "evaluate", "floor_verdict", "layer_tolerance"]
 
 FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
+_FEWEST = 6  # images: were all on one side, that is 2 * (1/2)^n by chance, under 5 % from here on
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
 # Relative to a layer's largest output. float32 sums of some thousand terms differ by 1e-6; fp16 and bf16 keep 11 and 8
 # bits of a weight, an input and an output.
@@ -262,12 +263,15 @@ def _per_image(values: np.ndarray) -> np.ndarray:
 
 
 def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean of `a` over mean of `b` with the interval of a paired bootstrap."""
+    """Mean of `a` over mean of `b` with the interval of a paired bootstrap, which is open where the images are too few.
+
+    A bootstrap knows no values but those that it saw: what four images happened to have says little of others.
+    """
 
     def ratio(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.asarray(first.mean(axis) / np.maximum(second.mean(axis), 1e-15))
 
-    if len(a) < 2 or np.isnan(a).any():
+    if len(a) < _FEWEST or np.isnan(a).any():
         return float(ratio(a, b)), 0.0, float("inf")
     interval = stats.bootstrap(
         (a, b), ratio, paired=True, method="percentile", batch=100, rng=np.random.default_rng(_SEED)

@@ -25,6 +25,7 @@ from dfq_deploy.assignment import Assignment, Budget, apply, assign, noisy_layer
 from dfq_deploy.building import float_stage, layer_times, made_with
 from dfq_deploy.choices import blocks_of, blocks_up_to, collector_of, observer_of, placement_of, scheme_of
 from dfq_deploy.models import Model
+from dfq_deploy.readers import read_by_several
 from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.watch import Watch, counting
@@ -123,13 +124,16 @@ def formats_from(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> Quant
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks_of(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
+    outputs = placement.convolution_outputs and not scheme.simulated
     if _WORDS & set(asked):
         spare |= layers_to_spare(model, scheme, first_layer=placement.first_layer, measured=recipe.auto)
+        if outputs and scheme.activation is not None and not scheme.dynamic:
+            spare |= read_by_several(model)
     plan = make_plan(
         ranges,
         scheme,
         attention=recipe.attention or scheme.simulated,
-        outputs=placement.convolution_outputs and not scheme.simulated,
+        outputs=outputs,
         spare=spare,
         ends=ends,
     )

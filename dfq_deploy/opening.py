@@ -14,6 +14,7 @@ from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.recipe import size_of
 from dfq_deploy.refined import load_refined
 from exporters.backends import Engine
 from exporters.bundle import Manifest
@@ -45,7 +46,11 @@ def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Mod
     facts = manifest.model
     recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
     model = load_model(
-        facts.name, checkpoint=checkpoint or recorded, random_weights=facts.random_weights, seed=facts.seed
+        facts.name,
+        checkpoint=checkpoint or recorded,
+        random_weights=facts.random_weights,
+        seed=facts.seed,
+        size=size_of(str(manifest.recipe.get("size", ""))),
     )
     if model.fingerprint != facts.fingerprint:
         raise BundleError(

@@ -24,6 +24,7 @@ __all__ = [
     "ProviderName",
     "Recipe",
     "SimulateRecipe",
+    "size_of",
 ]
 
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
@@ -67,6 +68,9 @@ class ModelRecipe:
     """Use random weights: the pipeline runs, the accuracy is meaningless."""
     seed: int = 0
     """Seed of the synthetic images and of random weights."""
+    size: str = ""
+    """Height and width of the images, such as 192 or 224x160; without it the model's own. Position embeddings of
+    trained weights are resampled."""
 
     def __post_init__(self) -> None:
         _check(
@@ -82,6 +86,7 @@ class ModelRecipe:
             "both name weights.",
             "one of them",
         )
+        size_of(self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +269,19 @@ class Recipe(CalibrateRecipe):
         """The fields as JSON and TOML know them; what is not set is left out."""
         texts = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         return {k: v for k, v in texts.items() if v is not None}
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """Height and width as --size has them; None where it is empty.
+
+    Raises:
+        RecipeError: It is no size.
+    """
+    edges = text.split("x")
+    sound = len(edges) <= 2 and all(edge.isdecimal() and edge.isascii() and 0 < len(edge) < 6 for edge in edges)
+    sound = not text or (sound and all(map(int, edges)))
+    _check(sound, f"--size {text} is no size.", "it is one edge, or height x width, in pixels.", "192 or 224x160")
+    return (int(edges[0]), int(edges[-1])) if text else None
 
 
 def _check(holds: bool, what: str, why: str, instead: str) -> None:

@@ -108,7 +108,7 @@ class Reference:
         """Run `images` under the plan and show `see` each planned layer: name, operands before rounding, output."""
         hooks = []
         for layer in self.plan.layers:
-            if layer.endswith((".qk", ".av")):
+            if f"{layer}.lhs" in self.plan.sites:  # an attention's matmul
                 attention, _, matmul = layer.rpartition(".")
                 sites = self._module.get_submodule(attention).sites
                 pair = getattr(sites, f"{matmul}_lhs"), getattr(sites, f"{matmul}_rhs")

@@ -29,8 +29,6 @@ _STREAM_BULK = 0.999  # of the residual stream's: four such tokens, as ViT-Ti ha
 _LIMIT = 16.0  # largest value over the bulk's: from here on, INT8 leaves the bulk fewer than 8 codes on either side
 _NAMED = 3  # channels named in a text
 
-_CONSTANT = "its input does not depend on the image"
-
 
 @dataclass(frozen=True)
 class Massive:
@@ -89,16 +87,18 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool, mea
     if scheme.activation is None:
         return {}
     found: dict[str, str] = {}
+    constant = _constant(model)
 
     def look(name: str, layer: nn.Module, values: Tensor) -> None:
         if len(values) == 1:  # of a batch of _IMAGES
-            found[name] = _CONSTANT
+            constant.add(name)
         elif massive := _massive(name, layer, values):
             found[name] = f"its input {massive}"
 
     _show_noise(model, (SitedLinear, SitedConv2d), look)
     if measured or scheme.simulated or scheme.activation.mantissa is not None:
-        found = {layer: reason for layer, reason in found.items() if reason == _CONSTANT}
+        found.clear()
+    found |= dict.fromkeys(constant, "its input does not depend on the image")
     if scheme.simulated:
         return found
     if not measured:
@@ -124,8 +124,25 @@ def massive_activations(model: Model) -> list[Massive]:
     return found
 
 
+def _constant(model: Model) -> set[str]:
+    """The layers that read the same of two images."""
+    sums: list[dict[str, tuple[float, float]]] = [{}, {}]
+    for seed, read in enumerate(sums):
+
+        def add_up(name: str, _layer: nn.Module, values: Tensor, read: dict[str, tuple[float, float]] = read) -> None:
+            read[name] = float(values.double().sum()), float(values.double().square().sum())
+
+        _show_noise(model, (SitedLinear, SitedConv2d), add_up, images=1, seed=seed)
+    return {name for name, first in sums[0].items() if first == sums[1][name]}
+
+
 def _show_noise(
-    model: Model, kinds: tuple[type[nn.Module], ...], look: Callable[[str, nn.Module, Tensor], None]
+    model: Model,
+    kinds: tuple[type[nn.Module], ...],
+    look: Callable[[str, nn.Module, Tensor], None],
+    *,
+    images: int = _IMAGES,
+    seed: int = 0,
 ) -> None:
     """Pass noise images through `model` and show `look` each module of these kinds: name, module, input."""
 
@@ -135,7 +152,7 @@ def _show_noise(
     modules = [(name, module) for name, module in model.module.named_modules() if isinstance(module, kinds)]
     hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules]
     low, high = map(torch.from_numpy, model.preprocess.bounds)
-    noise = torch.randn(_IMAGES, *model.preprocess.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images, *model.preprocess.shape, generator=torch.Generator().manual_seed(seed))
     try:
         with torch.inference_mode():
             model.module(noise.clamp(low, high))

@@ -135,7 +135,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "missing": (lambda w: _without(w, "norm.bias"), "1 tensors are missing (norm.bias)"),
     "left over": (lambda w: w | {"spare": torch.zeros(2)}, "1 are left over (spare)"),
     "shape": (lambda w: w | {"norm.bias": torch.zeros(63)}, "another architecture"),
-    "classes": (lambda w: w | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}, "number of classes"),
+    "classes": (lambda w: w | {"head.bias": torch.zeros(10)}, "number of classes"),
+    "size": (lambda w: w | {"pos_embed": torch.zeros(1, 50, 64)}, "another architecture"),
     "nan": (lambda w: w | {"norm.bias": torch.full((64,), np.nan)}, "the file is damaged"),
     "inf": (lambda w: w | {"norm.bias": torch.full((64,), -np.inf)}, "the file is damaged"),
     "other model": (
@@ -167,6 +168,33 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path: Path, content: Any)
 def test_a_text_file_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("hello")
     assert name in _refusal(lambda: load_model("test_vit", checkpoint=tmp_path / name)).what
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("test_vit", {"num_classes": 7, "in_chans": 5}),
+        ("levit_128s", {"num_classes": 7}),
+        ("resnet18", {"in_chans": 1}),
+        ("eva02_tiny_patch14_224", {"num_classes": 3}),
+    ],
+)
+def test_classes_and_channels_are_those_of_the_checkpoint(name: str, change: dict[str, int], file: Path) -> None:
+    wanted = timm.create_model(name, **change).state_dict()
+    loaded = load_model(name, checkpoint=_save(wanted, file))
+    assert (loaded.classes, loaded.preprocess.shape[0]) == (change.get("num_classes", 1000), change.get("in_chans", 3))
+    assert loaded.module(torch.zeros(2, *loaded.preprocess.shape)).shape == (2, loaded.classes)
+    kept = loaded.module.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in wanted.items() if key in kept)
+    assert (
+        np.allclose(
+            loaded.preprocess.mean,
+            np.mean(
+                load_model(name.replace("eva02_tiny_patch14_224", "test_vit"), random_weights=True).preprocess.mean
+            ),
+        )
+        or loaded.preprocess.shape[0] == 3
+    )
 
 
 class _Bomb:

@@ -4,6 +4,7 @@ Every way in which a file can fail to fit is told with the tensor's name; nothin
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 
 from calibrators.errors import ModelError
 
-__all__ = ["load_checkpoint"]
+__all__ = ["first_line", "load_checkpoint"]
 
 
-def load_checkpoint(module: nn.Module, path: Path) -> None:
-    """Load the weights in `path` into `module`, all of them or none.
+def load_checkpoint(make: Callable[..., nn.Module], path: Path, *, resize: bool = False) -> nn.Module:
+    """The model that `make` gives with the weights in `path`, all of them or none.
+
+    A head of other classes and a first convolution of other channels make the model one with those.
+
+    Args:
+        make: Makes the model; takes `num_classes` and `in_chans`.
+        path: The file.
+        resize: Resample what depends on the size of the images; else it must fit.
 
     Raises:
         ModelError: The file is missing, truncated or unsafe, or a tensor is missing, left over, of another shape,
@@ -29,14 +37,20 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
             why="the file does not exist.",
             fix="check --checkpoint.",
         )
+    module = make()
     if path.suffix == ".npz":
         _load_npz(module, path)
         _check_values(module.state_dict(), path)
-        return
-    weights = _fitted(module, _read(path))
+        return module
+    held = _read(path)
+    weights = _fitted(module, held, resize=resize)
+    if changes := _changes(module, weights):
+        module = make(**changes)
+        weights = _fitted(module, held, resize=resize)
     _check_values(weights, path)
     _check_names_and_shapes(module, weights, path)
     module.load_state_dict(weights, strict=True)
+    return module
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -47,21 +61,37 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as cause:  # bytes that are no checkpoint raise whatever they lead the readers to
         raise ModelError(
             what=f"`{path}` cannot be read as weights.",
-            why=f"it is truncated, not a checkpoint, or holds more than tensors ({_first_line(cause)}).",
+            why=f"it is truncated, not a checkpoint, or holds more than tensors ({first_line(cause)}).",
             fix="pass a whole .safetensors, .pth or .npz file with a state dict.",
         ) from cause
     return dict(weights)
 
 
-def _fitted(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under timm's names: original releases are translated by the model's own filter."""
+def _fitted(module: nn.Module, weights: dict[str, Tensor], *, resize: bool) -> dict[str, Tensor]:
+    """`weights` under timm's names: original releases pass the model's own filter, which resamples, too."""
     filter_fn = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    if filter_fn is None or set(weights) == set(module.state_dict()):
+    wanted = module.state_dict()
+    named = weights.keys() == wanted.keys()
+    if filter_fn is None or (named and not (resize and any(weights[k].shape != wanted[k].shape for k in wanted))):
         return weights
     try:
         return dict(filter_fn(weights, module))
     except (KeyError, RuntimeError, AttributeError, AssertionError):
         return weights  # another model's weights: the comparison of names tells it better
+
+
+def _changes(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, int]:
+    """What `weights` have other than `module`: `num_classes` by the classifier, `in_chans` by the first convolution."""
+    facts, own = getattr(module, "pretrained_cfg", {}), module.state_dict()
+    found = {}
+    for change, axis, places in (("num_classes", 0, facts.get("classifier")), ("in_chans", 1, facts.get("first_conv"))):
+        for place in (places,) if isinstance(places, str) else places or ():
+            there, here = weights.get(f"{place}.weight"), own.get(f"{place}.weight")
+            if there is None or (here is None and axis) or (here is not None and here.ndim != there.ndim):
+                continue
+            if here is None or here.shape[axis] != there.shape[axis]:
+                found[change] = there.shape[axis]
+    return found
 
 
 def _load_npz(module: nn.Module, path: Path) -> None:
@@ -80,7 +110,7 @@ def _load_npz(module: nn.Module, path: Path) -> None:
     except Exception as cause:  # bytes that are no archive, or of another model, raise whatever they lead timm to
         raise ModelError(
             what=f"`{path}` cannot be loaded into this model.",
-            why=f"{type(cause).__name__}: {_first_line(cause)}.",
+            why=f"{type(cause).__name__}: {first_line(cause)}.",
             fix="pass Google's .npz of the same architecture and number of classes, or a .safetensors file.",
         ) from cause
 
@@ -118,5 +148,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
 
 
-def _first_line(cause: Exception) -> str:
+def first_line(cause: Exception) -> str:
+    """The first line of an error's message, cut to a readable length."""
     return str(cause).strip().split("\n")[0][:200]

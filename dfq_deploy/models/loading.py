@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -18,46 +20,57 @@ from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
 from calibrators.sites import SitedConv2d, SitedLinear, attach_sites
 from dfq_deploy.models import ALIASES, Model
-from dfq_deploy.models.checkpoint import load_checkpoint
+from dfq_deploy.models.checkpoint import first_line, load_checkpoint
 from dfq_deploy.models.hub import check_hub
-from dfq_deploy.recipe import ModelRecipe
+from dfq_deploy.recipe import ModelRecipe, size_of
 
 __all__ = ["load_model", "model_of"]
 
 _DEMO = Path(__file__).parent / "demo"
+_DEMO_LAYERS = {"classifier": "head", "first_conv": "patch_embed.proj"}
 _FAMILIES = "dfq_deploy.models.families"
 
 
-def load_model(name: str, *, checkpoint: Path | None = None, random_weights: bool = False, seed: int = 0) -> Model:
+def load_model(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+) -> Model:
     """The model `name` with its weights, sited.
 
     Args:
         name: A timm name, one of `ALIASES`, or `demo`.
-        checkpoint: Weights to use instead of the hub's.
+        checkpoint: Weights to use instead of the hub's; of other classes or channels, too.
         random_weights: Use no trained weights at all; norms and biases are drawn too.
         seed: Seed of the random weights.
+        size: Height and width of its images, if not the model's own; what depends on them is resampled.
 
     Raises:
-        ModelError: The name is unknown, the weights can't be had, or they do not fit.
+        ModelError: The name is unknown, the weights can't be had, they do not fit, or images of that size do not.
     """
     name = ALIASES.get(name, name)
     hub = checkpoint is None and not random_weights
     if name == "demo":
-        module, preprocess, labelled = _demo(seed), _DEMO_PREPROCESS, _DEMO / "held_back.npz"
+        make, labelled = functools.partial(_demo, seed, size), _DEMO / "held_back.npz"
         checkpoint = _DEMO / "weights.safetensors" if hub else checkpoint
     else:
         _check_name(name)
         if hub:
             check_hub(name)
-        module = _create(name, pretrained=hub, seed=seed)
-        preprocess, labelled = _preprocess(module), None
+        make, labelled = functools.partial(_create, name, pretrained=hub, seed=seed, size=size), None
     if checkpoint is not None:
-        load_checkpoint(module, checkpoint)
-    elif random_weights:
-        _draw_norms_and_biases(module, seed)
+        module = load_checkpoint(make, checkpoint, resize=size is not None)
+    else:
+        module = make()
+        if random_weights:
+            _draw_norms_and_biases(module, seed)
     module.eval().requires_grad_(False)
-    fingerprint = _fingerprint(name, module)
-    attach_sites(module)
+    preprocess = _preprocess(module)
+    fingerprint = _fingerprint(name, module, size)
+    attach_sites(module, leave=_run_again(name, module, preprocess))
     _fix_image_range(module, preprocess)
     for family in names(_FAMILIES):
         pick(_FAMILIES, family).attach_attention(module)
@@ -81,7 +94,11 @@ def model_of(recipe: ModelRecipe) -> Model:
         ModelError: The name is unknown, the weights can't be had, or they do not fit.
     """
     return load_model(
-        recipe.model, checkpoint=recipe.checkpoint, random_weights=recipe.random_weights, seed=recipe.seed
+        recipe.model,
+        checkpoint=recipe.checkpoint,
+        random_weights=recipe.random_weights,
+        seed=recipe.seed,
+        size=size_of(recipe.size),
     )
 
 
@@ -111,26 +128,42 @@ def _check_name(name: str) -> None:
         )
 
 
-def _create(name: str, *, pretrained: bool, seed: int) -> nn.Module:
+def _create(name: str, *, pretrained: bool, seed: int, size: tuple[int, int] | None, **changes: int) -> nn.Module:
+    """The model `name` of timm with its first weights; `changes` are `num_classes` and `in_chans`, if not its own."""
+    overlay = None if size is None else {"input_size": (changes.get("in_chans", 3), *size)}
     try:
         with _seeded(seed):
-            module: nn.Module = timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError) as cause:
+            module: nn.Module = timm.create_model(
+                name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **changes
+            )
+    except Exception as cause:  # constructors that are asked for what they cannot do raise whatever they like
+        if size is not None:
+            raise _wrong_size(name, size, cause) from cause
+        asked = " and ".join(f"{what}={value}" for what, value in changes.items())
         raise ModelError(
-            what=f"`{name}` could not be created.",
-            why=str(cause),
-            fix="pass --checkpoint FILE with its weights.",
+            what=f"`{name}` could not be created{asked and f' with {asked}, as the checkpoint has it'}.",
+            why=first_line(cause),
+            fix="pass a checkpoint with timm's own." if asked else "pass --checkpoint FILE with its weights.",
         ) from cause
+    if "in_chans" in changes:
+        module.pretrained_cfg["input_size"] = (changes["in_chans"], *module.pretrained_cfg["input_size"][1:])
     return module
 
 
-_DEMO_PREPROCESS = Preprocess((32, 32), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
-
-
-def _demo(seed: int) -> nn.Module:
+def _demo(seed: int, size: tuple[int, int] | None, **changes: int) -> nn.Module:
     """The digits demo: a ViT of 0.2 M parameters, see examples/train_demo.py."""
+    size, sizes = size or (32, 32), {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
     with _seeded(seed):
-        return VisionTransformer(img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+        module = VisionTransformer(img_size=size, **sizes, **{"num_classes": 10, **changes})
+    shape = (changes.get("in_chans", 3), *size)
+    module.pretrained_cfg = {
+        "input_size": shape,
+        "crop_pct": 1.0,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        **_DEMO_LAYERS,
+    }
+    return module
 
 
 @contextlib.contextmanager
@@ -143,13 +176,46 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _preprocess(module: nn.Module) -> Preprocess:
     facts = resolve_model_data_config(module)
+    channels, height, width = facts["input_size"]
     return Preprocess(
-        size=tuple(facts["input_size"][1:]),
+        size=(height, width),
         crop_pct=facts["crop_pct"],
         crop_mode=facts["crop_mode"],
         interpolation=facts["interpolation"],
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
+        mean=_per_channel(facts["mean"], channels),
+        std=_per_channel(facts["std"], channels),
+    )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """`values` of red, green and blue; where the model reads other channels, their mean for each."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _run_again(name: str, module: nn.Module, preprocess: Preprocess) -> frozenset[str]:
+    """The layers that run several times in a pass: they stay float, since a site is one tensor.
+
+    Raises:
+        ModelError: An image of that size does not pass: windows or strides do not divide it.
+    """
+    calls: Counter[str] = Counter()
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for layer, inner in module.named_modules():
+            if type(inner) in (nn.Linear, nn.Conv2d):
+                hook = inner.register_forward_pre_hook(lambda _layer, _inputs, layer=layer: calls.update([layer]))
+                hooks.callback(hook.remove)
+        try:
+            module(torch.zeros(1, *preprocess.shape))
+        except Exception as cause:  # of a shape that does not fit, from any layer
+            raise _wrong_size(name, preprocess.size, cause) from cause
+    return frozenset(layer for layer, times in calls.items() if times > 1)
+
+
+def _wrong_size(name: str, size: tuple[int, int], cause: Exception) -> ModelError:
+    return ModelError(
+        what=f"`{name}` takes no images of {size[0]}x{size[1]}.",
+        why=f"{type(cause).__name__}: {first_line(cause)}",
+        fix="pass a --size that its patches, strides and windows divide, or none for its own.",
     )
 
 
@@ -187,8 +253,8 @@ def _classifiers(module: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fingerprint(name: str, module: nn.Module) -> str:
-    digest = hashlib.sha256(name.encode())
+def _fingerprint(name: str, module: nn.Module, size: tuple[int, int] | None) -> str:
+    digest = hashlib.sha256((name if size is None else f"{name} at {size[0]}x{size[1]}").encode())
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
