@@ -8,7 +8,7 @@ ranges and plans and the name of the tensor in ONNX.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
@@ -163,12 +163,14 @@ def rounded(values: Tensor, qparams: QParams) -> Tensor:
     return found.to(values.dtype)
 
 
-def attach_sites(module: nn.Module) -> None:
+def attach_sites(module: nn.Module, leave: Collection[str] = ()) -> None:
     """Give every plain Linear and Conv2d of `module` its sites, in place; weights and state keys stay as they are.
 
-    Subclasses with a forward of their own keep it and get no site.
+    Subclasses with a forward of their own keep it and get no site, and neither do the layers that `leave` names.
     """
     for name, layer in list(module.named_modules()):
+        if name in leave:
+            continue
         if type(layer) is nn.Linear:
             layer.__class__ = SitedLinear  # keeps parameters, hooks and every reference to the layer
         elif type(layer) is nn.Conv2d:

@@ -41,6 +41,7 @@ __all__ = [
     "serve",
     "serve_repo",
     "simulate",
+    "wrap",
 ]
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.inferring import infer
     from dfq_deploy.layer_costs import sensitivity
+    from dfq_deploy.models.wrapping import wrap
     from dfq_deploy.packing import pack
     from dfq_deploy.pipeline import calibrate, check, export, generate, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
@@ -97,6 +99,7 @@ _HOMES = {
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",
+    "wrap": "models.wrapping",
 }
 
 

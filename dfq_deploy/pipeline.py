@@ -1,14 +1,18 @@
 """The stages, read top to bottom: model, images, ranges, plan, float ONNX, quantized ONNX, engine, check.
 
 Each stage takes artefacts and gives an artefact. What is already done is the workspace's business, what is printed the
-command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it.
+command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it. From Python, a model that
+`wrap` made stands in for the recipe that names one, with the recipe's other fields beside it.
 """
 
 import contextlib
 import errno
 import os
+from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, write_json
@@ -24,9 +28,9 @@ from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by, load_again, refined_again
 from dfq_deploy.planning import plan_of
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe, SimulateRecipe
 from dfq_deploy.reference import Reference
-from dfq_deploy.simulation import Simulation, compare, logits_of
+from dfq_deploy.simulation import Simulation, compare, rows_for
 from dfq_deploy.synthetic import images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace, held
@@ -37,34 +41,45 @@ from exporters.signing import signer
 
 __all__ = ["calibrate", "check", "export", "generate", "simulate"]
 
+_Asked = TypeVar("_Asked", bound=ModelRecipe)
+
 
 def export(
-    recipe: Recipe,
+    recipe: Recipe | Model,
     out: str | Path,
     *,
     images: str | None = None,
     limit: int | None = None,
     sign: str | Path | None = None,
     watch: Watch = SILENT,
+    **fields: Any,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
 
     Args:
-        recipe: The run.
+        recipe: The run; or a model from `wrap`.
         out: The bundle's folder; finished stages of an earlier run in it are used again.
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
         sign: PEM file with the private key that signs the manifest.
         watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `Recipe` that are not its defaults.
 
     Raises:
         DeployError: A stage could not be carried out; what was finished stays.
     """
+    recipe, given = _asked(recipe, Recipe, fields)
     out = Path(out)
     signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
+    if recipe.backend != "ort" and len(model.outputs) > 1:
+        raise RecipeError(
+            what=f"backend `{recipe.backend}` cannot run `{model.name}`: it has {len(model.outputs)} outputs.",
+            why="what loads TensorRT's engines here reads one.",
+            fix="use --backend ort, or wrap a module with one output.",
+        )
     if images is not None:
         images_to_judge_by(model, images)  # told now if it is wrong, not at the end
     with Workspace(out, watch.stage) as work:
@@ -81,30 +96,34 @@ def export(
         return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
 
 
-def generate(recipe: GenerateRecipe, out: str | Path, *, watch: Watch = SILENT) -> ImageSet:
-    """Make synthetic images and write them to the file `out`.
+def generate(recipe: GenerateRecipe | Model, out: str | Path, *, watch: Watch = SILENT, **fields: Any) -> ImageSet:
+    """Make synthetic images and write them to the file `out`; `recipe` and `fields` as of `export`.
 
     Raises:
         DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
     """
+    recipe, given = _asked(recipe, GenerateRecipe, fields)
     out = _writable(Path(out))
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
     watch.stage("images", False)
     write_images(recipe, model, out, watch)
     return ImageSet.load(out)
 
 
-def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT) -> QuantPlan:
+def calibrate(recipe: CalibrateRecipe | Model, out: str | Path, *, watch: Watch = SILENT, **fields: Any) -> QuantPlan:
     """Make a plan and write it to the file `out`; finished stages are kept beside it, in `work/`.
+
+    `recipe` and `fields` are as of `export`.
 
     Raises:
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
+    recipe, given = _asked(recipe, CalibrateRecipe, fields)
     out = _writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
         plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
@@ -113,30 +132,34 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
 
 
 def simulate(
-    recipe: CalibrateRecipe,
+    recipe: CalibrateRecipe | Model,
     out: str | Path,
     *,
     images: str | None = None,
     limit: int | None = None,
     watch: Watch = SILENT,
+    **fields: Any,
 ) -> Simulation:
     """Compute in PyTorch what the model is worth under the plan that `recipe` describes; no engine is made.
 
     Args:
-        recipe: The model, the images and the number formats, those included that no run-time has kernels for.
+        recipe: The model, the images and the number formats, those included that no run-time has kernels for; or a
+            model from `wrap`.
         out: Folder of `report.json` and `plan.safetensors`; finished stages are kept in its `work/`.
         images: What to compare on (`folder:PATH`, `npz:PATH`, a file). None: the labelled images that the model brings
             along (the demo does), else those that it was calibrated on.
         limit: Use this many of them, evenly spaced.
         watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `SimulateRecipe` that are not its defaults.
 
     Raises:
         DeployError: A stage could not be carried out; what was finished stays.
     """
+    recipe, given = _asked(recipe, SimulateRecipe, fields)
     out = Path(out)
     check_calibration(recipe)
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
     picked = images_to_judge_by(model, images)
     with Workspace(out, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
@@ -147,7 +170,7 @@ def simulate(
         reference = Reference(refined, plan, model)
 
         watch.stage("float", False)
-        floats = logits_of(reference.float, shown, progress=counting(watch))
+        floats = rows_for(reference.float, shown, progress=counting(watch))
         watch.stage("compare", False)
         found = compare(reference, shown, floats, progress=counting(watch))
         found = replace(found, student=calibration.student is not None)
@@ -161,6 +184,7 @@ def check(
     images: str | None = None,
     limit: int | None = None,
     checkpoint: Path | None = None,
+    model: Model | None = None,
     verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> Check:
@@ -172,6 +196,7 @@ def check(
             (the demo does), else the images that the plan was calibrated on.
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
+        model: The model, where the bundle was made of one that came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with.
         watch: Told how it goes.
 
@@ -183,7 +208,7 @@ def check(
     with bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened):
-            model = load_again(opened, manifest, checkpoint)
+            model = load_again(opened, manifest, checkpoint, model)
             return _check(opened, manifest, model, images=images, limit=limit, watch=watch)
 
 
@@ -210,6 +235,25 @@ def _check(
     of = {"images": picked.fingerprint, "disagreements.png": sheet, **manifest.files}
     write_json(folder / "report.json", {**found.report(), "of": of, "asked": {"images": images, "limit": limit}})
     return found
+
+
+def _asked(recipe: _Asked | Model, kind: type[_Asked], fields: Mapping[str, Any]) -> tuple[_Asked, Model | None]:
+    """The recipe, and the model where that came from `wrap`, so that `fields` are the rest of the recipe.
+
+    Raises:
+        RecipeError: A field does not exist, or there is a recipe that would hold it.
+    """
+    known = {field.name for field in fields_of(kind)} - {field.name for field in fields_of(ModelRecipe)} | {"seed"}
+    unknown = sorted(fields.keys() - (known if isinstance(recipe, Model) else set()))
+    if unknown:
+        raise RecipeError(
+            what=f"there is no argument named `{unknown[0]}`.",
+            why=f"beside a model from `wrap` there are {', '.join(sorted(known))}."
+            if isinstance(recipe, Model)
+            else "what describes a run is in its recipe.",
+            fix="pass one of those." if isinstance(recipe, Model) else f"make it a field of {kind.__name__}.",
+        )
+    return (kind(model=recipe.name, **fields), recipe) if isinstance(recipe, Model) else (recipe, None)
 
 
 def _writable(out: Path) -> Path:

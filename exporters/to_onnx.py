@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,25 +27,26 @@ from calibrators.files import written_whole
 from calibrators.plan import layer_of
 from calibrators.sites import MARKER, Mode, set_mode
 
-__all__ = ["OPSET", "export_float", "save_model", "torch_parity"]
+__all__ = ["OPSET", "export_float", "save_model", "torch_parity", "try_export"]
 
 # ORT 1.27 to 1.31 cannot load S8 Q/DQ with a quantized Conv at opset 21 (FACTS.md).
 OPSET = 20
 _EXTERNAL_DATA_FROM_BYTES = 1 << 31  # protobuf's limit for one message
 
 
-def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """Write `module` as float ONNX with input `images` (N, C, H, W) and output `logits`, N free.
+def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, outputs: Sequence[str] = ("logits",)) -> None:
+    """Write `module` as float ONNX with input `images` (N, C, H, W) and the outputs named, N free.
 
     Args:
         module: A sited model in evaluation mode.
         example: Images to trace with, (2 or more, C, H, W) float32.
         path: Where the model goes.
+        outputs: Names of the tensors that the module puts out, in its order.
 
     Raises:
         ExportError: torch's exporter cannot express the model, or a site got lost on the way.
     """
-    model = _traced(module, example)
+    model = _traced(module, example, outputs)
     sites = _name_by_sites(model)
     _split_gemm(model)
     model = _simplified(model)
@@ -81,15 +82,42 @@ def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int = _
 
 
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
-    """Largest difference between `path` in ONNX Runtime and `module` on `images`, relative to the largest logit."""
+    """Largest difference of `path` in ONNX Runtime from `module` on `images`, relative to the largest value there.
+
+    Of several outputs the worst.
+    """
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(None, {"images": images})[0]
+    found = session.run(None, {"images": images})
     with torch.inference_mode():
-        wanted = module(torch.from_numpy(images)).numpy()
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+        put_out = module(torch.from_numpy(images))
+    wanted = [part.numpy() for part in ([put_out] if isinstance(put_out, torch.Tensor) else put_out)]
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
 
 
-def _traced(module: nn.Module, example: torch.Tensor) -> ir.Model:
+def try_export(module: nn.Module, example: torch.Tensor) -> None:
+    """Return if torch can trace `module` with any number of images; the first thing that `export_float` does.
+
+    Raises:
+        ExportError: It cannot, with the exporter's reason.
+    """
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    except Exception as cause:  # the exporter's errors have no common base class
+        raise _cannot_export(cause) from cause
+
+
+def _cannot_export(cause: BaseException) -> ExportError:
+    lines = [line.strip() for line in str(cause).split("\n")]
+    return ExportError(
+        what="torch cannot export this model to ONNX.",
+        why=next((line for line in lines if line), type(cause).__name__)[:300],
+        fix="take what depends on the values of tensors, or on the number of images, out of its forward (torch.where "
+        "in place of if), wrap the part without it, or pick another variant of the model.",
+    )
+
+
+def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) -> ir.Model:
     set_mode(module, Mode.MARK)
     try:
         with _quiet_exporter():
@@ -100,15 +128,11 @@ def _traced(module: nn.Module, example: torch.Tensor) -> ir.Model:
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(outputs),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as cause:
-        raise ExportError(
-            what="torch cannot export this model to ONNX.",
-            why=str(cause.__cause__ or cause).strip().split("\n")[0][:300],
-            fix="pick another variant of the model, or report it with this message.",
-        ) from cause
+        raise _cannot_export(cause.__cause__ or cause) from cause
     finally:
         set_mode(module, Mode.OFF)
     assert program is not None

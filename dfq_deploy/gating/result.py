@@ -52,7 +52,7 @@ class GateResult:
         checks: All checks that were made.
         left_out: Checks that could not be made, with the reason.
         smallest_detectable_drop_pt: Points of top-1, of agreement with float where there are no labels, that would have
-            to be lost for these images to show it with 80 % power.
+            to be lost for these images to show it with 80 % power; None where an image has no one decision.
         changes: What an update changed in the baseline, a line each.
     """
 
@@ -63,7 +63,7 @@ class GateResult:
     images: str
     checks: tuple[GateCheck, ...]
     left_out: dict[str, str]
-    smallest_detectable_drop_pt: float
+    smallest_detectable_drop_pt: float | None
     changes: tuple[str, ...] = ()
 
     @property
@@ -79,7 +79,7 @@ class GateResult:
     @property
     def power(self) -> str:
         """What the images could have shown, in words; empty where none was looked at."""
-        if not self.n:
+        if not self.n or self.smallest_detectable_drop_pt is None:
             return ""
         of = "top-1" if self.mode == "labels" else "agreement with float"
         return f"the smallest drop in {of} that {self.n} images show with 80 % power: " + (
@@ -103,7 +103,9 @@ class GateResult:
                     }
                     for check in self.checks
                 ],
-                "smallest_detectable_drop_pt": _rounded(self.smallest_detectable_drop_pt),
+                "smallest_detectable_drop_pt": None
+                if self.smallest_detectable_drop_pt is None
+                else _rounded(self.smallest_detectable_drop_pt),
             }
         )
         return found
