@@ -92,10 +92,9 @@ def compare(
     task = task_named(model.task)
     rows = {"float": floats, "simulated": rows_for(reference.quantized, images, progress=progress)}
     parts = {name: parts_of(values, model.outputs) for name, values in rows.items()}
-    best = {name: task.decide(found) for name, found in parts.items()}
     top1 = drop = None
     if images.labels is not None:
-        hits = {name: classes == images.labels for name, classes in best.items()}
+        hits = {name: np.asarray(task.decide(found) == images.labels) for name, found in parts.items()}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["simulated"]))
     return Simulation(

@@ -108,10 +108,9 @@ def try_export(module: nn.Module, example: torch.Tensor) -> None:
 
 
 def _cannot_export(cause: BaseException) -> ExportError:
-    lines = [line.strip() for line in str(cause).split("\n")]
     return ExportError(
         what="torch cannot export this model to ONNX.",
-        why=next((line for line in lines if line), type(cause).__name__)[:300],
+        why=(" ".join(str(cause).split()) or type(cause).__name__)[:300],
         fix="take what depends on the values of tensors, or on the number of images, out of its forward (torch.where "
         "in place of if), wrap the part without it, or pick another variant of the model.",
     )

@@ -72,4 +72,4 @@ class Model:
 
     def parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The outputs, each (N, numbers), that `rows` holds side by side."""
-        return rows.split([output.size for output in self.outputs], 1)
+        return torch.split(rows, [output.size for output in self.outputs], 1)
