@@ -27,7 +27,7 @@ from calibrators.files import written_whole
 from calibrators.plan import layer_of
 from calibrators.sites import MARKER, Mode, set_mode
 
-__all__ = ["OPSET", "export_float", "save_model", "torch_parity", "try_export"]
+__all__ = ["OPSET", "export_float", "parameters_in_use", "save_model", "torch_parity"]
 
 # ORT 1.27 to 1.31 cannot load S8 Q/DQ with a quantized Conv at opset 21 (FACTS.md).
 OPSET = 20
@@ -94,17 +94,22 @@ def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
 
 
-def try_export(module: nn.Module, example: torch.Tensor) -> None:
-    """Return if torch can trace `module` with any number of images; the first thing that `export_float` does.
+def parameters_in_use(module: nn.Module, example: torch.Tensor) -> set[str]:
+    """Names of the parameters and buffers that what `module` puts out depends on, as an exported model will have them.
 
     Raises:
-        ExportError: It cannot, with the exporter's reason.
+        ExportError: torch cannot trace it with any number of images, with the exporter's reason.
     """
+    batch = {0: torch.export.Dim("batch")}
     try:
         with _quiet_exporter(), torch.no_grad():
-            torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+            program = torch.export.export(module, (example,), dynamic_shapes=(batch,), strict=False)
     except Exception as cause:  # the exporter's errors have no common base class
         raise _cannot_export(cause) from cause
+    graph, signature = program.graph_module.graph, program.graph_signature
+    graph.eliminate_dead_code()
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {inputs[node.name] for node in graph.find_nodes(op="placeholder") if node.users and node.name in inputs}
 
 
 def _cannot_export(cause: BaseException) -> ExportError:

@@ -2,14 +2,15 @@
 
 The module is shown two images, which tells what it puts out and which layers it runs how often, and torch's exporter is
 asked, so that what cannot become an engine is refused here and not after an hour. Linear and Conv2d layers get their
-sites as in any model. One that runs several times in a pass stays float: a site is one tensor.
+sites as in any model. One that runs several times in a pass stays float, since a site is one tensor; and one that the
+outputs do not depend on is not in an engine.
 """
 
 import contextlib
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from calibrators.registry import names, pick
 from calibrators.sites import SitedConv2d, attach_sites
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import fingerprint_of_weights
+from dfq_deploy.models.naming import named_tensors
 from dfq_deploy.tasks import task_named
 from exporters.outputs import Output
-from exporters.to_onnx import try_export
+from exporters.to_onnx import parameters_in_use
 
 __all__ = ["wrap"]
 
@@ -67,14 +69,16 @@ def wrap(
     picked = plugin.pick_outputs({key: tuple(value.shape[1:]) for key, value in found.items()})
     outputs = tuple(Output(called, tuple(found[key].shape[1:])) for key, called in picked.items())
     fingerprint = fingerprint_of_weights(name, module)
-    attach_sites(module, leave=seen.more_than_once)
+    module.register_forward_hook(_PutOut(tuple(picked)))
+    used = parameters_in_use(module, pair)
+    attach_sites(
+        module, only={layer for layer, calls in seen.calls.items() if calls == 1 and f"{layer}.weight" in used}
+    )
     for family in names(_FAMILIES):
         pick(_FAMILIES, family).attach_attention(module)
     if isinstance(first := module.get_submodule(seen.first) if seen.first else None, SitedConv2d):
         black, white = preprocess.bounds
         first.input_site.fixed = float(black.min()), float(white.max())
-    module.register_forward_hook(_PutOut(tuple(picked)))
-    try_export(module, pair)
     return Model(
         name=name,
         module=module,
@@ -159,11 +163,6 @@ class _Seen:
             self.first = name
         self._outputs = [*self._outputs, (name, output)][-8:]
 
-    @property
-    def more_than_once(self) -> frozenset[str]:
-        """Layers that ran several times."""
-        return frozenset(name for name, calls in self.calls.items() if calls > 1)
-
     def last(self, outputs: Iterator[Tensor]) -> tuple[str, ...]:
         """Those layers whose output is one of these tensors, and the one that ran last."""
         wanted = [id(output) for output in outputs]
@@ -192,20 +191,9 @@ class _PutOut:
         self._picked = picked
 
     def __call__(self, _module: nn.Module, _inputs: object, found: object) -> Tensor | tuple[Tensor, ...]:
-        named = _named(found)
+        named = named_tensors(found)
         tensors = tuple(named[name] for name in self._picked)
         return tensors[0] if len(tensors) == 1 else tensors
-
-
-def _named(found: object) -> dict[str, Tensor]:
-    """The tensors in what a module returned, by name; the only one is called `output`."""
-    if isinstance(found, Tensor):
-        return {"output": found}
-    if hasattr(found, "_asdict"):  # a named tuple
-        found = found._asdict()
-    if not isinstance(found, Mapping):
-        return {}
-    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _put_out(module: nn.Module, pair: Tensor) -> dict[str, Tensor]:
@@ -226,7 +214,7 @@ def _put_out(module: nn.Module, pair: Tensor) -> dict[str, Tensor]:
         ) from cause
     tensors = {
         name: value
-        for name, value in _named(found).items()
+        for name, value in named_tensors(found).items()
         if _NAME.fullmatch(name) and value.dtype == torch.float32 and value.ndim >= 2 and len(value) == len(pair)
     }
     if not tensors:
