@@ -104,6 +104,7 @@ def parameters_in_use(module: nn.Module, example: torch.Tensor) -> set[str]:
     try:
         with _quiet_exporter(), torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes=(batch,), strict=False)
+            program = program.run_decompositions({})  # without operations in place, which count as used
     except Exception as cause:  # the exporter's errors have no common base class
         raise _cannot_export(cause) from cause
     graph, signature = program.graph_module.graph, program.graph_signature
