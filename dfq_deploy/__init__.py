@@ -37,6 +37,7 @@ __all__ = [
     "plot_generators",
     "plot_sensitivity",
     "report",
+    "score",
     "sensitivity",
     "serve",
     "serve_repo",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.reporting.page import report
     from dfq_deploy.runtime import Runner, load
+    from dfq_deploy.scoring import score
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
     from dfq_deploy.serving.triton import serve_repo
@@ -95,6 +97,7 @@ _HOMES = {
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
     "report": "reporting.page",
+    "score": "scoring",
     "sensitivity": "layer_costs",
     "serve": "serving.server",
     "serve_repo": "serving.triton",

@@ -49,7 +49,7 @@ def test_outputs_attention_and_layers_are_found(name: str) -> None:
 @pytest.mark.parametrize("name", ["upernet", "yolos"])
 def test_psaq_v2_runs_to_the_end_and_the_student_comes_closer(name: str, tmp_path: Path) -> None:
     model = _wrapped(name)
-    found = dfq.export(model, tmp_path / "run", generator="psaq_v2", count=8, refine="none", scheme="w8a8")
+    found = dfq.export(model, tmp_path / "run", generator="psaq_v2", count=4, refine="none")
     assert found.verdict != "fail", found.reason
     assert found.student
     assert found.agreement["engine_float"].percent > 95
