@@ -29,8 +29,8 @@ def score(
     Args:
         network: A model from `wrap`, or the runner of a bundle.
         images: Model input, (N, C, H, W) float32; `Runner.preprocess` makes it.
-        truth: What each image shows. Of a segmentation the classes, (H, W); of a detection a dict of `boxes` (n, 4), each
-            (centre x, centre y, width, height) as shares of the image, and `labels` (n,).
+        truth: What each image shows. Of a segmentation the classes, (H, W); of a detection a dict of `boxes` (n, 4),
+            each (centre x, centre y, width, height) as shares of the image, and `labels` (n,).
         batch_size: Images per forward pass.
 
     Raises:

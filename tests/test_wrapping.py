@@ -251,3 +251,45 @@ def test_a_report_speaks_of_the_task(run: tuple[str, Path, Check]) -> None:
     page = dfq.report(folder).path.read_text(encoding="utf-8")
     assert "dfq_deploy.export(dfq_deploy.wrap(Small(…), example" in page.replace("&#34;", '"')
     assert ("Where the engine decides otherwise" in page) == (task == "classification")
+
+
+# --- scores ---
+
+
+def test_a_score_of_what_the_model_says_itself_is_full() -> None:
+    model, images = _wrapped("segmentation"), np.random.default_rng(0).random((3, 3, 32, 32), np.float32)
+    logits = model.rows(torch.from_numpy(images)).reshape(3, 6, 4, 4)
+    truth = list(logits.argmax(1).numpy())
+    assert dfq.score(model, images, truth, batch_size=2) == {"mIoU": pytest.approx(100)}
+    empty = [np.full((4, 4), 255) for _ in truth[1:]]
+    assert dfq.score(model, images, [truth[0], *empty]) == {"mIoU": pytest.approx(100)}
+    wrong = (truth[0] + 1) % 6
+    assert dfq.score(model, images, [wrong, *empty])["mIoU"] < 50
+
+
+def test_a_score_is_that_of_the_field(run: tuple[str, Path, Check]) -> None:
+    task, folder, _ = run
+    images = EXAMPLE.numpy().repeat(2, axis=0)
+    with dfq.load(folder) as runner:
+        if task not in ("detection", "segmentation"):
+            with pytest.raises(RecipeError, match=f"no score for {task}"):
+                dfq.score(runner, images, [None, None])
+            return
+        with pytest.raises(ImagesError, match="2 images and 1 truths"):
+            dfq.score(runner, images, [None])
+        found = runner.outputs(images)
+        if task == "segmentation":
+            truth = [np.eye(4, dtype=int)] * 2
+            classes = found["logits"].argmax(1)
+            shares = [
+                ((classes == kind) & (truth[0] == kind)).sum() / ((classes == kind) | (truth[0] == kind)).sum()
+                for kind in set(np.unique(classes)) | {0, 1}
+            ]
+            assert dfq.score(runner, images, truth) == {"mIoU": pytest.approx(100 * np.mean(shares))}
+        else:
+            labels = found["logits"][..., :-1].argmax(-1)
+            truth = [{"boxes": boxes, "labels": kinds} for boxes, kinds in zip(found["boxes"], labels, strict=True)]
+            whole = dfq.score(runner, images, truth)
+            assert whole["mAP50"] > 90
+            moved = [{**one, "boxes": one["boxes"] + np.float32([0.4, 0.4, 0, 0])} for one in truth]
+            assert dfq.score(runner, images, moved)["mAP"] < whole["mAP"] / 2

@@ -1,7 +1,7 @@
 """mAP of a detection; the truth of an image is a dict of `boxes` (n, 4) and `labels` (n,).
 
-Boxes are (centre x, centre y, width, height) as shares of the image, as the model puts them out. Each query counts once,
-as its best class.
+Boxes are (centre x, centre y, width, height) as shares of the image, as the model puts them out. Each query counts
+once, as its best class.
 
 Source: COCO's mean average precision, by torchmetrics.
 """
@@ -22,10 +22,8 @@ def metric(classes: int) -> MeanAveragePrecision:  # noqa: ARG001  # the verbs o
 
 def add(metric: Any, found: dict[str, Tensor], truth: list[Any]) -> None:
     """Show it a batch, see `Score`."""
-    if "sigmoid_logits" in found:
-        shares = found["sigmoid_logits"].sigmoid()
-    else:
-        shares = found["logits"].softmax(-1)[..., :-1]
+    sigmoids = "sigmoid_logits" in found
+    shares = found["sigmoid_logits"].sigmoid() if sigmoids else found["logits"].softmax(-1)[..., :-1]
     scores, labels = shares.max(-1)
     fields = zip(found["boxes"], scores, labels, strict=True)
     wanted = [{name: torch.as_tensor(one[name]) for name in ("boxes", "labels")} for one in truth]
