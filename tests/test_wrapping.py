@@ -1,5 +1,6 @@
 """Modules from Python: what `wrap` finds in them, what it refuses, and every task from end to end."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +252,14 @@ def test_a_report_speaks_of_the_task(run: tuple[str, Path, Check]) -> None:
     page = dfq.report(folder).path.read_text(encoding="utf-8")
     assert "dfq_deploy.export(dfq_deploy.wrap(Small(…), example" in page.replace("&#34;", '"')
     assert ("Where the engine decides otherwise" in page) == (task == "classification")
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {"bytes_of_a_picture": np.zeros((40, 40, 3), np.uint8)})
+    assert open_bundle(tmp_path / "runs" / "mine").model.name == "Sequential"
 
 
 # --- scores ---

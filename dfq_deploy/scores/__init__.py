@@ -1,7 +1,7 @@
 """Scores: how well outputs match the truth, by the metrics of the field; one file per task that has a truth.
 
-torchmetrics computes them. Agreement, which takes no truth, is the business of `dfq_deploy.tasks`. Top-1 accuracy a check
-tells already, where images have labels.
+torchmetrics computes them. Agreement, which takes no truth, is the business of `dfq_deploy.tasks`. Top-1 accuracy, of
+images that have labels, a check tells already.
 """
 
 from typing import Any, Protocol
