@@ -4,8 +4,8 @@ BIN := .venv/bin
 OUT ?= runs
 FLAGS ?=
 
-.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency docs \
-  clean
+.PHONY: demo test gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 latency scaling \
+  docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
@@ -52,6 +52,9 @@ int4: .venv/test.stamp
 
 latency: .venv/test.stamp
 	$(BIN)/python benchmarks/latency.py --out $(OUT)/latency.json
+
+scaling: .venv/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --random-weights --out $(OUT)/scaling.json
 
 docs: .venv/docs.stamp
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(OUT)/site

@@ -60,6 +60,10 @@ def decoded(
     except Image.DecompressionBombError as cause:  # Pillow's own limit, where ours is set higher
         raise _too_large(name, "its header says so", most_pixels) from cause
     except Exception as cause:  # broken bytes raise whatever they lead Pillow's decoders to
+        if isinstance(cause, OSError) and cause.strerror:  # of the file system, not of a decoder
+            raise ImagesError(
+                what=f"{name} cannot be read.", why=f"{cause.strerror}.", fix="check the path."
+            ) from cause
         raise ImagesError(
             what=f"{name} is not a whole image.",
             why=str(cause) or type(cause).__name__,

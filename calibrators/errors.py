@@ -3,6 +3,9 @@
 Whoever raises knows the facts; whoever prints (the command line) only prints. Nothing here knows either.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 __all__ = [
     "BackendError",
     "BundleError",
@@ -37,6 +40,10 @@ class DeployError(Exception):
     def __init__(self, *, what: str, why: str, fix: str) -> None:
         self.what, self.why, self.fix = (_one_line(part) for part in (what, why, fix))
         super().__init__(self.what)
+
+    def __reduce__(self) -> tuple[Callable[[], "DeployError"], tuple[()]]:
+        """As which it comes from another process."""
+        return partial(type(self), what=self.what, why=self.why, fix=self.fix), ()
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"

@@ -5,6 +5,7 @@ never leaves a half-written file under a name that another run would read.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from calibrators.errors import RecipeError
+
 __all__ = [
     "clear_unfinished",
     "fingerprint_of",
     "folder_written_whole",
     "is_plain_file",
     "sha256_of",
+    "writable",
     "write_json",
     "write_text",
     "written_whole",
@@ -45,6 +49,27 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             written.chmod(mode)
             written.replace(path.parent / written.name)
+
+
+def writable(path: Path, flag: str = "--out") -> Path:
+    """`path`, which can become a file: found out before anyone waits for what goes into it.
+
+    Args:
+        path: The file; its folder is made.
+        flag: Where the user named it.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    except OSError as cause:
+        raise RecipeError(
+            what=f"`{path}` cannot be written.", why=f"{cause}.", fix=f"pass another file with {flag}."
+        ) from cause
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

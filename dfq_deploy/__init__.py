@@ -42,6 +42,7 @@ __all__ = [
     "serve",
     "serve_repo",
     "simulate",
+    "sweep",
     "wrap",
 ]
 
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
     from dfq_deploy.serving.triton import serve_repo
+    from dfq_deploy.sweeping import sweep
     from dfq_deploy.target import build
 
 _HOMES = {
@@ -102,6 +104,7 @@ _HOMES = {
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",
+    "sweep": "sweeping",
     "wrap": "models.wrapping",
 }
 

@@ -17,12 +17,12 @@ from rich.text import Text
 
 import dfq_deploy as dfq
 from calibrators.errors import DeployError
-from dfq_deploy.commands import gating, judging, looking, making, running, serving
+from dfq_deploy.commands import gating, judging, looking, making, running, serving, sweeping
 from dfq_deploy.commands.bench import bench
 from dfq_deploy.messages import notes_in_one_line, print_error
 from dfq_deploy.recipe_file import fields_in
 
-__all__ = ["app", "main", "run"]
+__all__ = ["app", "run"]
 
 _ERROR = 3
 
@@ -51,6 +51,7 @@ app = cyclopts.App(
 app.meta.suppress_keyboard_interrupt = False  # which cyclopts does not pass on
 for _command in (
     making.export,
+    sweeping.sweep,
     making.generate,
     making.calibrate,
     judging.audit,
@@ -82,11 +83,6 @@ def _with_recipe(
         app.config = cyclopts.config.Dict(fields_in(recipe), source=str(recipe), use_commands_as_keys=False)
     result: int = app(tokens, exit_on_error=False, print_error=False)
     return result
-
-
-def main() -> None:
-    """Run the command line and exit."""
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from calibrators.errors import BackendError
 from dfq_deploy.machine import installed, vnni
+from dfq_deploy.pitfalls import pitfalls_here, too_old
 from exporters.tensorrt import cuda
 
 __all__ = ["Finding", "diagnose"]
@@ -44,7 +45,8 @@ class Finding:
 def diagnose() -> list[Finding]:
     """All findings about this environment."""
     found = [_package(name, use) for name, use in _NEEDED.items()]
-    return [*found, _onnxruntime_clash(), _integer_dot_products(), _gpu(), _cuda()]
+    found += [_onnxruntime_clash(), _torchvision_clash(), *_pitfalls()]
+    return [*found, _integer_dot_products(), _gpu(), _cuda()]
 
 
 def _package(name: str, use: str) -> Finding:
@@ -64,6 +66,32 @@ def _onnxruntime_clash() -> Finding:
             "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them",
         )
     return Finding(subject, "ok", "one of them" if cpu or gpu else "none")
+
+
+def _torchvision_clash() -> Finding:
+    """A torch for the CPU beside a torchvision for CUDA: the operators of the latter are missing, and timm stops."""
+    subject = "torch / torchvision"
+    torch, vision = installed("torch"), installed("torchvision")
+    if torch and vision and "+cpu" in torch and "+cpu" not in vision:
+        return Finding(
+            subject,
+            "problem",
+            f"{torch} and {vision} are of two builds, and timm cannot be imported: install both from one index",
+        )
+    return Finding(subject, "ok", "of one build" if torch and vision else "not both")
+
+
+def _pitfalls() -> list[Finding]:
+    """Versions with known faults, and those older than what the tests run with."""
+    old = [
+        Finding(name, "problem", f"{number} is older than the tests run with: pip install '{name}{bound}'")
+        for name, (number, bound) in too_old().items()
+    ]
+    faults = [
+        Finding(known.package, "problem" if known.problem else "ok", f"{number} {known.text}")
+        for known, number in pitfalls_here()
+    ]
+    return [*old, *faults]
 
 
 def _integer_dot_products() -> Finding:

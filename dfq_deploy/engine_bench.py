@@ -19,7 +19,7 @@ from dfq_deploy.machine import machine, versions_of
 from dfq_deploy.peak_memory import peak_mib
 from dfq_deploy.runtime import Runner, load
 from dfq_deploy.watch import SILENT, Watch
-from exporters.turns import median_ratio, seconds_in_turn
+from exporters.turns import FEWEST_ROUNDS, median_ratio, seconds_in_turn
 
 __all__ = ["EngineBench", "Pace", "Ratio", "bench"]
 
@@ -35,7 +35,7 @@ class Pace:
         batch: Images per call.
         calls: How many were timed.
         p50_ms: The median, in milliseconds per call.
-        quartiles_ms: Between which the middle half of the calls lies.
+        quartiles_ms: Between which the middle half of the calls lies; None if there are too few to have one.
         p95_ms: None if there are too few calls to tell.
         p99_ms: None if there are too few calls to tell.
         images_per_s: Images over all calls, one call at a time.
@@ -46,7 +46,7 @@ class Pace:
     batch: int
     calls: int
     p50_ms: float
-    quartiles_ms: tuple[float, float]
+    quartiles_ms: tuple[float, float] | None
     p95_ms: float | None
     p99_ms: float | None
     images_per_s: float
@@ -60,12 +60,12 @@ class Ratio:
     Attributes:
         batch: Images per call.
         faster: Its time into that of the other, the median over rounds.
-        interval: 95 %, by bootstrap over the rounds.
+        interval: 95 %, by bootstrap over the rounds; None if there are too few.
     """
 
     batch: int
     faster: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _pace(folder: Path, batch: int, seconds: np.ndarray, peak: float | None) -> 
         batch=batch,
         calls=len(seconds),
         p50_ms=median,
-        quartiles_ms=(low, high),
+        quartiles_ms=(low, high) if len(seconds) >= 4 else None,
         p95_ms=_tail_ms(seconds, 95),
         p99_ms=_tail_ms(seconds, 99),
         images_per_s=float(batch * len(seconds) / seconds.sum()),
@@ -184,7 +184,7 @@ def _tail_ms(seconds: np.ndarray, percent: int) -> float | None:
 def _ratio(batch: int, seconds: np.ndarray) -> Ratio:
     """Of times (rounds, 2)."""
     faster, low, high = median_ratio(seconds[:, 1], seconds[:, 0])
-    return Ratio(batch, faster, (low, high))
+    return Ratio(batch, faster, (low, high) if len(seconds) >= FEWEST_ROUNDS else None)
 
 
 def _named(runner: Runner) -> str:

@@ -15,15 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.differences import Differences
 from dfq_deploy.disagreements import Disagreement, disagreements
-from dfq_deploy.measures import Share, mean_with_interval, without_nan
+from dfq_deploy.logits import logits_by_batch
+from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.reference import Reference
+from dfq_deploy.statistics import Paired
 from dfq_deploy.tasks import task_named
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
@@ -33,13 +34,11 @@ from exporters.cut import LayerCutter
 __all__ = ["FLOOR_FACTOR", "Check", "Verdict", "evaluate", "floor_verdict", "layer_tolerance"]
 
 FLOOR_FACTOR = 2.0  # how many noise floors an engine may be away
-_MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself changes is no difference
 # Relative to a layer's largest output. float32 sums of some thousand terms differ by 1e-6; fp16 and bf16 keep 11 and 8
 # bits of a weight, an input and an output.
 _LAYER_TOLERANCE: dict[Body, float] = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}
 _SEED = 0
-_MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
 _PAIRS = {
     "engine_reference": ("engine", "reference"),
     "engine_float": ("engine", "float"),
@@ -120,7 +119,7 @@ def evaluate(
     quantized: ir.Model,
     facts: EngineFacts,
     absent: str | None = None,
-    batch_size: int = 16,
+    logits: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
     see: Callable[[Mapping[str, np.ndarray]], object] = lambda _: None,
 ) -> Check:
@@ -134,29 +133,23 @@ def evaluate(
         facts: How far the engine is, and what its layers are computed in.
         absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in. None if
             it is the engine.
-        batch_size: Images per forward pass.
+        logits: What `logits_of` gives for these images, computed elsewhere. None: it is computed here.
         progress: Called with images done and in all.
         see: Called with the classes (n,) that `float`, `reference` and `engine` decide for, and (k, n) of `moved`: the
             reference with its input moved; with none where the task has no one class for an image.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    model, task = reference.model, task_named(reference.model.task)
-    body = facts.options.body
-    moves = _MOVES if body == "fp32" else 1
-    seen, finite, done = Differences(task, model.outputs, _PAIRS), True, 0
-    for batch in images.batches(max(1, min(batch_size, _MOST // sum(output.size for output in model.outputs)))):
-        rows = {"float": reference.float(batch), "reference": reference.quantized(batch), "engine": engine(batch)}
-        finite &= bool(np.isfinite(rows["engine"]).all())
-        moved = np.stack([reference.moved(batch, generator, body) for _ in range(moves)])
-        seen.add({**rows, "moved": moved})
-        done += len(batch)
-        progress(done, len(images))
-    logits = seen.logits
-    see({name: values.argmax(-1) for name, values in logits.items()})
+    model, body = reference.model, facts.options.body
+    seen, finite = Differences(task_named(model.task), model.outputs, _PAIRS), True
+    of_all = logits_by_batch(reference, engine, images.pixels, body, progress=progress) if logits is None else (logits,)
+    for batch in of_all:
+        finite &= bool(np.isfinite(batch["engine"]).all())
+        seen.add(batch)
+    decisive = seen.logits
+    see({name: values.argmax(-1) for name, values in decisive.items()})
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
     tolerance = {layer: layer_tolerance(reference.plan, layer, body) for layer in layer_error}
     ran = "the engine" if absent is None else "model.onnx in ONNX Runtime"
-    found = _judged(seen, logits, images, facts, layer_error, tolerance, ran)
+    found = _judged(seen, decisive, images, facts, layer_error, tolerance, ran)
     found = replace(found, task=model.task, finite=finite)
     if not finite:
         found = replace(found, verdict="fail", reason=f"{ran} puts out NaN or Inf")
@@ -179,7 +172,7 @@ def _judged(
     if images.labels is not None:
         hits = {name: logits[name].argmax(-1) == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
-        drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["engine"]))
+        drop = Paired.of(hits["float"], hits["engine"]).drop
     verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
     disagreed, shown = disagreements(logits, images) if logits else (0, ())
     told = [name for name in _PAIRS if name != "quantization"]

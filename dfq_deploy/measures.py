@@ -1,4 +1,4 @@
-"""What comparisons are told in: shares and means with their intervals, and the SQNR."""
+"""What comparisons are told in: shares with their intervals, and the SQNR."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-__all__ = ["Share", "mean_with_interval", "sqnr_db", "sqnr_of", "without_nan"]
+__all__ = ["Share", "sqnr_db", "sqnr_of", "without_nan"]
 
 _CONFIDENCE = 0.95
 
@@ -39,13 +39,6 @@ class Share:
             low, high = max(0.0, share - spread), min(1.0, share + spread)
         percent, low, high = (round(100 * v, 3) for v in (share, low, high))
         return cls(percent, low, high, n)
-
-
-def mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values per image, with its 95 % interval."""
-    mean = float(values.mean())
-    spread = float(stats.sem(values)) * float(stats.norm.ppf(0.5 + _CONFIDENCE / 2)) if len(values) > 1 else 100.0
-    return round(mean, 3), round(mean - spread, 3), round(mean + spread, 3)
 
 
 def sqnr_db(signal: float, noise: float) -> float:

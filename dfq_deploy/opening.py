@@ -87,8 +87,13 @@ def folded_again(folder: Path, manifest: Manifest, model: Model) -> Model:
     return load_refined(model, folder / "work" / folded[-1]) if folded else model
 
 
-def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, str | None]:
-    """The engine, its ONNX model and None; where it cannot run here, ONNX Runtime as a stand-in, and why."""
+def engine_again(
+    folder: Path, manifest: Manifest, *, threads: int | None = None
+) -> tuple[Engine, ir.Model, str | None]:
+    """The engine, its ONNX model and None; where it cannot run here, ONNX Runtime as a stand-in, and why.
+
+    ONNX Runtime computes a call with so many `threads`, or as many as it wants; on a GPU nobody does.
+    """
     facts, path = manifest.engine, folder / "model.onnx"
     model = ir.load(path)
     if facts.options.body == "bf16":
@@ -96,16 +101,19 @@ def engine_again(folder: Path, manifest: Manifest) -> tuple[Engine, ir.Model, st
     absent = facts.note
     if facts.state == "built":
         try:
-            engine: Engine = pick("exporters.backends", manifest.backend).load(path, facts.made_for, facts.options)
+            on_cpu = manifest.backend == "ort" and facts.options.provider == "cpu"
+            engine: Engine = pick("exporters.backends", manifest.backend).load(
+                path, facts.made_for, facts.options, threads=threads if on_cpu else None
+            )
         except NotHereError as error:
             absent = f"{error.what.removesuffix('.')}: {error.why}"
         else:
             return engine, model, None
     if facts.options.body != "bf16":
-        return OrtEngine(path, "cpu", exact=True), model, absent
+        return OrtEngine(path, "cpu", exact=True, threads=threads), model, absent
     with tempfile.TemporaryDirectory() as place:
         save_model(model, Path(place) / "model.onnx")
-        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True), model, absent
+        return OrtEngine(Path(place) / "model.onnx", "cpu", exact=True, threads=threads), model, absent
 
 
 def engine_bytes(folder: Path, manifest: Manifest) -> int:

@@ -6,16 +6,17 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 """
 
 import contextlib
-import errno
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from calibrators.errors import RecipeError
-from calibrators.files import clear_unfinished, write_json
+from calibrators.files import clear_unfinished, writable, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
@@ -30,10 +31,12 @@ from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by
 from dfq_deploy.planning import plan_of
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe, SimulateRecipe
 from dfq_deploy.reference import Reference
+from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
 from dfq_deploy.simulation import Simulation, compare, rows_for
-from dfq_deploy.synthetic import images_for, write_images
+from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
-from dfq_deploy.workspace import Workspace, held
+from dfq_deploy.workers import workers_at
+from dfq_deploy.workspace import Workspace, held, held_file
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
@@ -51,6 +54,7 @@ def export(
     images: str | None = None,
     limit: int | None = None,
     sign: str | Path | None = None,
+    others: Path | None = None,
     watch: Watch = SILENT,
     **fields: Any,
 ) -> Check:
@@ -62,6 +66,7 @@ def export(
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
         sign: PEM file with the private key that signs the manifest.
+        others: Folder of other bundles, whose finished stages are used where they are the same.
         watch: Told how it goes.
         **fields: With a model from `wrap`, the fields of `Recipe` that are not its defaults.
 
@@ -82,7 +87,7 @@ def export(
         )
     if images is not None:
         images_to_judge_by(model, images)  # told now if it is wrong, not at the end
-    with Workspace(out, watch.stage) as work:
+    with Workspace(out, watch.stage, others) as work:
         clear_unfinished(out)
         calibration = images_for(recipe, model, work, watch)
         plan, refined, weights = plan_of(Job(recipe, model, calibration, work, watch))
@@ -96,19 +101,37 @@ def export(
         return _check(out, open_bundle(out), model, images=images, limit=limit, watch=watch)
 
 
-def generate(recipe: GenerateRecipe | Model, out: str | Path, *, watch: Watch = SILENT, **fields: Any) -> ImageSet:
-    """Make synthetic images and write them to the file `out`; `recipe` and `fields` as of `export`.
+def generate(
+    recipe: GenerateRecipe | Model,
+    out: str | Path,
+    *,
+    ray: str | None = None,
+    watch: Watch = SILENT,
+    **fields: Any,
+) -> ImageSet:
+    """Make synthetic images and write them to the file `out`.
+
+    Args:
+        recipe: The model and the method; or a model from `wrap`.
+        out: The file; the same bytes with and without a cluster.
+        ray: Address of a Ray cluster that makes the batches, HOST:PORT or `auto`. None: they are made here.
+        watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `GenerateRecipe` that are not its defaults.
 
     Raises:
-        DeployError: The model cannot be loaded, the generator cannot work on it, or `out` cannot be written.
+        DeployError: The model cannot be loaded, the generator cannot work on it, `out` cannot be written, another run
+            is writing it, or there is no such cluster.
     """
     recipe, given = _asked(recipe, GenerateRecipe, fields)
-    out = _writable(Path(out))
-    watch.stage("model", False)
-    model = given or model_of(recipe)
-    watch.stage("images", False)
-    write_images(recipe, model, out, watch)
-    return ImageSet.load(out)
+    _refuse_elsewhere(given, ray)
+    out = writable(Path(out))
+    with held_file(out), workers_at(ray) as workers:
+        watch.stage("model", False)
+        model = given or model_of(recipe)
+        watch.stage("images", False)
+        elsewhere = None if ray is None else batches_elsewhere(workers, recipe, model, batches_beside(out))
+        write_images(recipe, model, out, watch, elsewhere=elsewhere)
+        return ImageSet.load(out)
 
 
 def calibrate(recipe: CalibrateRecipe | Model, out: str | Path, *, watch: Watch = SILENT, **fields: Any) -> QuantPlan:
@@ -120,7 +143,7 @@ def calibrate(recipe: CalibrateRecipe | Model, out: str | Path, *, watch: Watch 
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
     recipe, given = _asked(recipe, CalibrateRecipe, fields)
-    out = _writable(Path(out))
+    out = writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
     model = given or model_of(recipe)
@@ -186,6 +209,7 @@ def check(
     checkpoint: Path | None = None,
     model: Model | None = None,
     verify: str | Path | None = None,
+    ray: str | None = None,
     watch: Watch = SILENT,
 ) -> Check:
     """Compare the engine in `folder` with its reference and the float model, and write `folder/report.json`.
@@ -198,22 +222,35 @@ def check(
         checkpoint: Where the weights lie now, if not where the export found them.
         model: The model, where the bundle was made of one that came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with.
+        ray: Address of a Ray cluster that runs engine, reference and float model on shards of the images, HOST:PORT or
+            `auto`; all its machines find bundle and images here. None: it is done here. The numbers are the same.
         watch: Told how it goes.
 
     Raises:
         BundleError: The bundle is incomplete or altered, not signed with that key, or the weights are others than it
             was made from.
-        DeployError: The images cannot be had, or another run is working in the folder.
+        DeployError: The images cannot be had, another run is working in the folder, or there is no such cluster.
     """
-    with bundle_folder(Path(folder)) as opened:
+    _refuse_elsewhere(model, ray)
+    with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened):
             model = load_again(opened, manifest, checkpoint, model)
-            return _check(opened, manifest, model, images=images, limit=limit, watch=watch)
+            share = None
+            if ray is not None:
+                share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
+            return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=watch)
 
 
 def _check(
-    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int | None, watch: Watch
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    *,
+    images: str | None,
+    limit: int | None,
+    elsewhere: Callable[..., Mapping[str, np.ndarray]] | None = None,
+    watch: Watch,
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)
     picked = picked if limit is None else picked.spread(limit)
@@ -221,6 +258,7 @@ def _check(
     plan = QuantPlan.load(folder / "plan.safetensors")
     engine, quantized, absent = engine_again(folder, manifest)
     with contextlib.closing(engine):
+        logits = elsewhere and elsewhere(picked.pixels, absent=absent, progress=counting(watch))
         found = evaluate(
             Reference(refined_again(folder, manifest, model), plan, model),
             engine,
@@ -228,6 +266,7 @@ def _check(
             quantized=quantized,
             facts=manifest.engine,
             absent=absent,
+            logits=logits,
             progress=counting(watch),
         )
     found = replace(found, student=manifest.model.student)
@@ -256,14 +295,15 @@ def _asked(recipe: _Asked | Model, kind: type[_Asked], fields: Mapping[str, Any]
     return (kind(model=recipe.name, **fields), recipe) if isinstance(recipe, Model) else (recipe, None)
 
 
-def _writable(out: Path) -> Path:
-    """`out`, which can become a file: found out before anyone waits for what goes into it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(out))
-    except OSError as cause:
+def _refuse_elsewhere(model: Model | None, ray: str | None) -> None:
+    """Return if the machines of a cluster, should there be one, can load the model.
+
+    Raises:
+        RecipeError: It came from `wrap`.
+    """
+    if model is not None and ray is not None:
         raise RecipeError(
-            what=f"`{out}` cannot be written.", why=f"{cause}.", fix="pass another file with --out."
-        ) from cause
-    return out
+            what=f"other machines cannot load `{model.name}`.",
+            why="it came from Python and not by a name.",
+            fix="leave ray out.",
+        )

@@ -101,9 +101,15 @@ def load_scales(path: Path, sites: Mapping[str, QParams]) -> dict[str, QParams]:
 def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
+    except FileNotFoundError as cause:
+        raise BundleError(
+            what=f"the refined weights in `{path}` are not here, so there is no reference.",
+            why="`work` is not deployed: it stays in the folder that the export wrote, and pack leaves it out.",
+            fix="run this on that folder or a zip of all of it, or export again; running the engine takes none of it.",
+        ) from cause
     except (OSError, SafetensorError) as cause:
         raise BundleError(
             what=f"the refined weights in `{path}` cannot be read.",
             why=f"{type(cause).__name__}: {cause}.",
-            fix="run this where the export ran, whose `work` has them (pack leaves it out), or export again.",
+            fix="copy the file again from where the export ran, or export again.",
         ) from cause

@@ -57,7 +57,7 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
             str(pace.batch),
             str(pace.calls),
             _ms(pace.p50_ms),
-            " to ".join(map(_ms, pace.quartiles_ms)),
+            " to ".join(map(_ms, pace.quartiles_ms)) if pace.quartiles_ms else "-",
             _ms(pace.p95_ms),
             _ms(pace.p99_ms),
             f"{pace.images_per_s:.1f}",
@@ -66,11 +66,12 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
     _console.print(table)
     for ratio in found.ratios:
         this, other = names.values()
-        low, high = ratio.interval
-        told = "" if low > 1 or high < 1 else ": no difference can be told"
-        _console.print(
-            f"batch {ratio.batch}: {this} is {ratio.faster:.2f}x ({low:.2f} to {high:.2f}) as fast as {other}{told}"
-        )
+        faster, told = f"{ratio.faster:.2f}x", ": too few calls to say how certain that is"
+        if ratio.interval is not None:
+            low, high = ratio.interval
+            faster += f" ({low:.2f} to {high:.2f})"
+            told = "" if low > 1 or high < 1 else ": no difference can be told"
+        _console.print(f"batch {ratio.batch}: {this} is {faster} as fast as {other}{told}")
     _console.print("peak: of a process of its own, libraries included; what a GPU holds is not in it")
     threads = found.threads or "its own choice"
     _console.print("{processor}, {cores} cores, load average {load_average} before".format(**found.machine))

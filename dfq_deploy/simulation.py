@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from calibrators.images import ImageSet
-from dfq_deploy.measures import Share, mean_with_interval, sqnr_of, without_nan
+from dfq_deploy.measures import Share, sqnr_of, without_nan
 from dfq_deploy.reference import Reference
+from dfq_deploy.statistics import Paired
 from dfq_deploy.tasks import task_named
 from exporters.outputs import parts_of
 
@@ -96,7 +97,7 @@ def compare(
     if images.labels is not None:
         hits = {name: np.asarray(task.decide(found) == images.labels) for name, found in parts.items()}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
-        drop = mean_with_interval(100.0 * (hits["float"].astype(float) - hits["simulated"]))
+        drop = Paired.of(hits["float"], hits["simulated"]).drop
     return Simulation(
         scheme=reference.plan.scheme,
         n=len(images),

@@ -13,7 +13,7 @@ from calibrators.images import ImageSet
 from calibrators.pictures import write_contact_sheet
 from dfq_deploy.building import made_with
 from dfq_deploy.formats import FORMAT_FIELDS, formats_on
-from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation import Elsewhere, GenerateOptions
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
@@ -23,7 +23,7 @@ from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe
 from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 
-__all__ = ["images_for", "write_images"]
+__all__ = ["batches_beside", "images_for", "write_images"]
 
 
 def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
@@ -50,14 +50,23 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
     return ImageSet.load(path)
 
 
-def write_images(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch) -> None:
+def write_images(
+    recipe: GenerateRecipe, model: Model, path: Path, watch: Watch, *, elsewhere: Elsewhere | None = None
+) -> None:
     """Make the images that `recipe` describes, and write them to `path`, their contact sheet beside it.
+
+    Args:
+        recipe: What is asked for.
+        model: The model.
+        path: The file; finished batches are kept beside it, in the folder `batches_beside` names.
+        watch: Told how it goes.
+        elsewhere: Who has batches made on other machines, or None.
 
     Raises:
         DeployError: The generator cannot work on the model, or broke down.
     """
     whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
-    batches = path.with_name(f"{path.name}.batches")  # what a run that was killed left is taken up
+    batches = batches_beside(path)  # what a run that was killed left is taken up
     options = GenerateOptions(
         count=recipe.count,
         first=recipe.first,
@@ -66,8 +75,14 @@ def write_images(recipe: GenerateRecipe, model: Model, path: Path, watch: Watch)
         formats=functools.partial(formats_on, whole),
         keep_in=batches,
         device=device_named(recipe.device),
+        elsewhere=elsewhere,
     )
     images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
     write_contact_sheet(images, path)
     images.save(path)  # last: from here on the stage is done
     shutil.rmtree(batches, ignore_errors=True)
+
+
+def batches_beside(path: Path) -> Path:
+    """The folder of finished batches, while the images in the file `path` are made."""
+    return path.with_name(f"{path.name}.batches")

@@ -14,9 +14,9 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from calibrators.errors import RecipeError
-from calibrators.files import clear_unfinished, fingerprint_of
+from calibrators.files import clear_unfinished, fingerprint_of, written_whole
 
-__all__ = ["Workspace", "held"]
+__all__ = ["Workspace", "held", "held_file"]
 
 
 @contextlib.contextmanager
@@ -28,18 +28,7 @@ def held(out: Path) -> Iterator[Path]:
     """
     folder = out / "work"
     path = folder / ".lock"
-    lock = FileLock(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as cause:
-        raise RecipeError(
-            what=f"another run is working in `{out}`.",
-            why="two runs in one folder would overwrite each other.",
-            fix="wait for it, or use another folder.",
-        ) from cause
-    except OSError as cause:
-        raise RecipeError(what=f"`{out}` cannot be written to.", why=str(cause), fix="use another folder.") from cause
+    lock = _locked(path, f"working in `{out}`", out, "folder")
     try:
         yield folder
     finally:
@@ -52,17 +41,52 @@ def held(out: Path) -> Iterator[Path]:
             lock.release()
 
 
+@contextlib.contextmanager
+def held_file(out: Path) -> Iterator[None]:
+    """The file `out`, which nobody else makes until the block ends.
+
+    Raises:
+        RecipeError: Somebody does, or it cannot be written.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    lock = _locked(path, f"writing `{out}`", out, "file")
+    try:
+        yield
+    finally:
+        path.unlink()
+        lock.release()
+
+
+def _locked(path: Path, doing: str, out: Path, kind: str) -> FileLock:
+    """The lock at `path`, which is taken from now on."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as cause:
+        raise RecipeError(
+            what=f"another run is {doing}.",
+            why=f"two runs in one {kind} would overwrite each other.",
+            fix=f"wait for it, or use another {kind}.",
+        ) from cause
+    except OSError as cause:
+        raise RecipeError(what=f"`{out}` cannot be written to.", why=str(cause), fix=f"use another {kind}.") from cause
+    return lock
+
+
 class Workspace:
     """The folder `out/work`, held by one run at a time.
 
     Args:
         out: The run folder.
         announce: Told each stage's name and whether its result was there already.
+        others: Folder of other run folders: what one of them has finished is taken from there. None: there is none.
     """
 
-    def __init__(self, out: Path, announce: Callable[[str, bool], None]) -> None:
+    def __init__(self, out: Path, announce: Callable[[str, bool], None], others: Path | None = None) -> None:
         self._out = out
         self._announce = announce
+        self._others = others
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Workspace":
@@ -85,9 +109,13 @@ class Workspace:
             make: Writes the result to the path it is given, whole or not at all.
         """
         path = self._folder / f"{name}-{fingerprint_of(facts)[:16]}{suffix}"
-        self._announce(name, path.exists())
-        if not path.exists():
-            make(path)
+        if path.exists():
+            self._announce(name, True)
+        else:
+            borrowed = self._borrowed(path)
+            self._announce(name, borrowed)
+            if not borrowed:
+                make(path)
             for stale in self._folder.glob(f"{name}-*"):
                 if stale.name.startswith(path.stem):  # it, and what goes with it
                     continue
@@ -96,3 +124,14 @@ class Workspace:
                 else:
                     stale.unlink()
         return path
+
+    def _borrowed(self, path: Path) -> bool:
+        """Whether another run has the result, which then is here, too, with the files that go with it."""
+        for other in sorted(self._others.glob(f"*/work/{path.name}")) if self._others else ():
+            with contextlib.suppress(FileNotFoundError):  # that run goes on, and has just deleted it
+                for file in sorted(other.parent.glob(f"{path.stem}*"), key=lambda file: file == other):
+                    if file.is_file():
+                        with written_whole(path.with_name(file.name)) as temporary:
+                            shutil.copyfile(file, temporary)
+                return True
+        return False

@@ -235,11 +235,11 @@ def open_bundle(folder: Path, *, engine: bool = True, verify: str | Path | None 
     """
     path = folder / MANIFEST
     if not is_plain_file(path):
-        raise BundleError(
-            what=f"`{folder}` is not a bundle.",
-            why=f"it holds no {MANIFEST}, which an export writes last.",
-            fix="run `dfq-deploy export … --out` on that folder; a run that was cut off goes on where it was.",
-        )
+        why = f"it holds no {MANIFEST}, which an export writes last."
+        fix = "run `dfq-deploy export … --out` on that folder; a run that was cut off goes on where it was."
+        if _is_simulation(folder / "report.json"):
+            why, fix = "it is a simulation, which has no engine.", "read its report.json, or export a bundle."
+        raise BundleError(what=f"`{folder}` is not a bundle.", why=why, fix=fix)
     content = path.read_bytes() if path.stat().st_size <= _LARGEST else b""
     if verify is not None:
         signature = folder / SIGNATURE
@@ -252,6 +252,13 @@ def open_bundle(folder: Path, *, engine: bool = True, verify: str | Path | None 
         if name.endswith(".onnx"):
             refuse_outside(folder / name, manifest.files)
     return manifest
+
+
+def _is_simulation(report: Path) -> bool:
+    try:
+        return is_plain_file(report) and header_of(report.read_bytes()).get("simulated") is True
+    except (OSError, ValueError):
+        return False
 
 
 def _manifest_in(content: bytes, path: Path) -> Manifest:

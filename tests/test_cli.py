@@ -362,6 +362,20 @@ def test_each_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None
         assert f" {command} " in said
 
 
+@pytest.mark.parametrize(
+    "command", [["bench"], ["gate"], ["sensitivity"], ["gate", "--junit"], ["sensitivity", "--plot"]]
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    name, flag = (*command, "--json")[:2]
+    assert cli.run([name, str(tmp_path / "no bundle"), flag, str(tmp_path / "file" / "found.svg")]) == 3
+    said = capsys.readouterr().err
+    assert "found.svg` cannot be written." in said
+    assert f"fix: pass another file with {flag}." in said
+
+
 def _process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dfq_deploy", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)

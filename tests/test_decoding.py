@@ -166,9 +166,15 @@ def test_a_truncated_file_is_refused(kind: str, share: float, tmp_path: Path) ->
     assert _refused(path.read_bytes()).what == "the image is not a whole image."
 
 
-@pytest.mark.parametrize("picture", [b"", b"GIF89a", b"text", "missing.png", ".", 7, None, [1, 2]], ids=repr)
+@pytest.mark.parametrize("picture", [b"", b"GIF89a", b"text", 7, None, [1, 2]], ids=repr)
 def test_what_is_no_picture_is_refused(picture: Any) -> None:
     assert "is not a whole image" in _refused(picture).what
+
+
+@pytest.mark.parametrize(("path", "why"), [("missing.png", "No such file or directory."), (".", "Is a directory.")])
+def test_a_path_without_a_file_is_told_as_such(path: str, why: str) -> None:
+    error = _refused(path)
+    assert (error.what, error.why) == (f"`{path}` cannot be read.", why)
 
 
 def test_a_picture_that_was_closed_is_refused(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     digit = np.kron(np.eye(8), np.ones((4, 4)))
     Image.fromarray((255 * digit).astype(np.uint8)).save("digit.png")
+    for name, text in re.findall(r"```toml title=\"(\S+)\"\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        Path(name).write_text(text, encoding="utf-8")
     for line in commands(page):
         program, *arguments = shlex.split(line)
         if program == "dfq-deploy":

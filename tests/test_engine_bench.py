@@ -13,6 +13,7 @@ from calibrators.errors import BackendError, BundleError, RecipeError
 from dfq_deploy import engine_bench
 from dfq_deploy.engine_bench import EngineBench
 from dfq_deploy.peak_memory import peak_mib
+from dfq_deploy.show_engine import print_engine_bench
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def test_figures_are_those_of_the_times(timed: Any, demo_bundle: Path, other: Pa
     assert that.images_per_s == pytest.approx(8)
     (ratio,) = found.ratios
     assert ratio.faster == pytest.approx(0.5 / 0.051)
+    assert ratio.interval is not None
     assert ratio.interval[0] < ratio.faster < ratio.interval[1]
 
 
@@ -56,9 +58,18 @@ def test_a_tail_is_told_only_if_a_call_lies_in_it(timed: Any, calls: int, told: 
     assert sum(tail is not None for tail in (pace.p95_ms, pace.p99_ms)) == told
 
 
+def test_few_calls_have_no_interval(timed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    times = np.array([[0.010, 0.030], [0.020, 0.030]])
+    assert [timed(np.tile(times, (pairs, 1))).ratios[0].interval is None for pairs in (1, 2, 3)] == [True, True, False]
+    assert [timed(np.tile(times, (pairs, 1))).paces[0].quartiles_ms is None for pairs in (1, 2)] == [True, False]
+    print_engine_bench(timed(times), None)
+    assert ": too few calls to say how certain that is" in capsys.readouterr().out
+
+
 def test_what_slows_the_machine_down_leaves_the_ratio_alone(timed: Any) -> None:
     slow = np.random.default_rng(0).lognormal(0, 2, (40, 1))
     (ratio,) = timed(slow * [0.002, 0.006]).ratios
+    assert ratio.interval is not None
     assert (ratio.faster, *ratio.interval) == pytest.approx((3, 3, 3))
 
 

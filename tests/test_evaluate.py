@@ -95,6 +95,7 @@ def test_the_drop_is_the_paired_difference_with_its_interval(demo_run: tuple[Pat
     assert found.drop is not None
     difference = found.top1["float"].percent - found.top1["engine"].percent
     assert found.drop[0] == pytest.approx(difference, abs=2e-3)
+    assert found.drop[1] < found.drop[2]  # not even where float and engine are right on the same images
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.3.attn.proj"])
@@ -234,7 +235,7 @@ def test_a_wrong_float_part_fails_although_its_engine_has_not_run(pending: Path)
 
 
 def test_a_built_engine_that_cannot_run_here_has_a_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object) -> None:
+    def absent(*_: object, **__: object) -> None:
         raise NotHereError(what="there is no GPU.", why="none was found.", fix="go where one is.")
 
     monkeypatch.setattr(ort, "load", absent)
@@ -244,7 +245,7 @@ def test_a_built_engine_that_cannot_run_here_has_a_stand_in(bundle: Path, monkey
 
 
 def test_an_engine_that_is_broken_has_no_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise BackendError(what="the engine was made for another GPU.", why="it says so.", fix="build it again.")
 
     monkeypatch.setattr(ort, "load", broken)

@@ -26,8 +26,8 @@ import dfq_deploy as dfq
 from calibrators.errors import BundleError, DeployError, RecipeError
 from calibrators.files import is_plain_file, sha256_of, written_whole
 from dfq_deploy import cli, packing
-from dfq_deploy.recipe import AuditRecipe, SimulateRecipe
-from dfq_deploy.workspace import held
+from dfq_deploy.recipe import AuditRecipe, GenerateRecipe, SimulateRecipe
+from dfq_deploy.workspace import held, held_file
 from exporters.bundle import MANIFEST, open_bundle
 
 _NOISE: dict[str, Any] = {"model": "demo", "generator": "noise", "count": 8, "refine": "none"}
@@ -157,6 +157,16 @@ def test_a_folder_is_free_again_and_keeps_nothing_of_a_lock(tmp_path: Path) -> N
             pass
         assert not work.exists()
     assert sorted(bundle.iterdir()) == before
+
+
+def test_two_runs_do_not_make_one_file(tmp_path: Path) -> None:
+    recipe = GenerateRecipe(model="demo", generator="noise", count=2)
+    with held_file(tmp_path / "images.safetensors"):
+        with pytest.raises(RecipeError, match="another run is writing"):
+            dfq.generate(recipe, tmp_path / "images.safetensors")
+        dfq.generate(recipe, tmp_path / "others.safetensors")
+    assert len(dfq.generate(recipe, tmp_path / "images.safetensors")) == 2
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_at_once(tmp_path: Path, demo_bundle: Path) -> None:

@@ -18,15 +18,16 @@ from syrupy.assertion import SnapshotAssertion
 
 import dfq_deploy as dfq
 from calibrators.errors import BundleError, RecipeError
+from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from dfq_deploy import cli
 from dfq_deploy.gating import integrity, seeing
 from dfq_deploy.gating.baseline import Baseline, changes_between, hashed
 from dfq_deploy.gating.checks import drop_check, exact_check, share_check
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
-from dfq_deploy.gating.statistics import Paired
 from dfq_deploy.measures import Share
 from dfq_deploy.show_gate import print_gate
+from dfq_deploy.statistics import Paired
 from dfq_deploy.watch import SILENT
 from exporters.bundle import MANIFEST
 from tests.mutations import reseal
@@ -49,7 +50,8 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
 def accepted(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GateResult]:
     """A baseline of the demo bundle on 40 digits, and the gate that wrote it."""
     path = tmp_path_factory.mktemp("accepted") / "baseline.json"
-    return path, dfq.gate(demo_bundle, images=_DIGITS, limit=40, baseline=path, update=True)
+    limits = dfq.GateLimits(max_drop=15.0)  # which 40 images can show
+    return path, dfq.gate(demo_bundle, limits, images=_DIGITS, limit=40, baseline=path, update=True)
 
 
 def _said(found: GateResult) -> dict[str, str]:
@@ -89,7 +91,8 @@ def test_the_command_says_and_writes_what_it_found(
     assert said.startswith("accuracy against labels on 12 images, 12 of npz:held_back.npz\n")
     assert said.endswith("\nundecided: drop, agreement\n")
     report = _strict(files["json"])
-    assert list(report) == ["verdict", "mode", "n", "checks", "smallest_detectable_drop_pt"]
+    assert list(report) == ["verdict", "mode", "n", "checks", "smallest_detectable_drop_pt", "manifest_sha256"]
+    assert report["manifest_sha256"] == sha256_of(demo_bundle / "manifest.json")
     assert (report["verdict"], report["mode"], report["n"]) == ("undecided", "labels", 12)
     for check in report["checks"]:
         assert list(check) == ["name", "value", "limit", "interval", "verdict"]
@@ -115,6 +118,7 @@ _FOUND = GateResult(
     ),
     left_out={"latency": "the engine cannot run here"},
     smallest_detectable_drop_pt=Paired(921, 12, 7).smallest_detectable,
+    manifest_sha256="0b" * 32,
     changes=("decisions: 0 of 3 changed",),
 )
 
@@ -129,7 +133,7 @@ def test_what_a_person_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 def test_a_reason_with_any_letter_can_be_written(tmp_path: Path) -> None:
     check = GateCheck("plan", float("inf"), 0.0, (0.0, float("inf")), "fail", "a | b\n<c> & \x00 \x1b[31m é")
-    found = GateResult("b", "fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0)
+    found = GateResult("b", "fail", "synthetic", 0, "", (check,), {"images": "none"}, 100.0, "0b" * 32)
     found.save(tmp_path / "gate.json")
     found.save_junit(tmp_path / "gate.xml")
     found.save_markdown(tmp_path / "gate.md")
@@ -282,6 +286,14 @@ def test_a_failing_engine_is_no_baseline(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     found = dfq.gate(bundle, baseline=path, update=True)
     assert found.left_out["baseline"] == "not written: this engine fails"
+    assert not path.exists()
+
+
+def test_what_too_few_images_leave_undecided_is_no_baseline(demo_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    found = dfq.gate(demo_bundle, images=_DIGITS, limit=2, baseline=path, update=True)
+    assert found.verdict == "undecided"
+    assert found.left_out["baseline"].startswith("not written: drop, agreement undecided; use more images")
     assert not path.exists()
 
 

@@ -69,8 +69,8 @@ def test_the_command_answers_the_good_and_tells_the_bad(
     assert said.out.splitlines()[::2] == [str(images[number]) for number in (0, 2, 4)]
     assert said.out.count(" % ") == 3
     assert [line.partition(":")[0] for line in said.err.splitlines()] == ["error", "  why", "  fix"] * 2
-    for number in (1, 3):
-        assert f"`{images[number]}` is not a whole image" in said.err
+    assert f"`{images[1]}` is not a whole image" in said.err
+    assert f"`{images[3]}` cannot be read.\n  why: No such file or directory.\n  fix: check the path." in said.err
 
 
 def test_json_has_an_object_for_each_image(

@@ -22,7 +22,7 @@ from dfq_deploy.disagreements import DISAGREEMENTS
 from dfq_deploy.evaluate import Check
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.reporting import measuring
-from dfq_deploy.reporting.layers import kinds_of, precision_map
+from dfq_deploy.reporting.layers import in_network_order, kinds_of, precision_map
 from dfq_deploy.reporting.repeating import export_command, neutral
 from exporters.bundle import MANIFEST
 
@@ -150,7 +150,8 @@ def test_names_are_escaped_wherever_they_come_from(run: Path) -> None:
     checks = [
         {"name": _HOSTILE, "value": _HOSTILE, "limit": [_HOSTILE], "interval": {"a": _HOSTILE}, "verdict": _HOSTILE}
     ]
-    (run / "gate.json").write_text(json.dumps({"verdict": _HOSTILE, "mode": _HOSTILE, "n": 1, "checks": checks}))
+    gate = {"verdict": _HOSTILE, "mode": _HOSTILE, "n": 1, "checks": checks}
+    (run / "gate.json").write_text(json.dumps({**gate, "manifest_sha256": sha256_of(run / MANIFEST)}))
     for name in ("report.html", "compare.html"):
         dfq.report(run, quick=True, compare=run if name == "compare.html" else None)
         page, text = read(run / name), (run / name).read_text()
@@ -262,6 +263,7 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
         "n": 921,
         "checks": [{"name": "drop", "value": 0.25, "limit": 1.0, "interval": [-0.5, 1.25], "verdict": "undecided"}],
         "smallest_detectable_drop_pt": 1.75,
+        "manifest_sha256": sha256_of(run / MANIFEST),
         "new in a later version": [],
     }
     (run / "gate.json").write_text(json.dumps(gate))
@@ -275,6 +277,14 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
     assert " ".join(page.text.split()).count("undecided by drop") == 1, "beside the verdict"
     for figure in ("0.25", "-0.5 \N{EN DASH} 1.25", "1.75 points", "undecided", "By real images: all is well."):
         assert figure in page.text
+
+
+@pytest.mark.parametrize("judged", [{"manifest_sha256": "0b" * 32}, {}])
+def test_a_gate_that_judged_another_bundle_is_left_out(run: Path, judged: dict[str, str]) -> None:
+    (run / "gate.json").write_text(json.dumps({"verdict": "pass", "checks": [], **judged}))
+    (why,) = [one for one in dfq.report(run, quick=True).missing if one.section == "The gate"]
+    assert why.why.startswith("The gate judged another bundle.") and why.fix.startswith("Run `dfq-deploy gate ")
+    assert "gate" not in read(run / "report.html").sections()
 
 
 def test_the_command_repeats_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +399,15 @@ def test_layers_are_grouped_by_kind_in_the_order_of_the_network() -> None:
     assert {kinds["norm2d.*.fc"].short, kinds["x.*.fc"].short} == {"norm2d.*.fc", "x.*.fc"}, "two rows of one name"
     rows = precision_map({"a.0.b": "int8", "a.1.b": "fp32"}, {"a.1.b": "why"}, {"a.0.b": "int8", "a.1.b": "int4"})
     assert [(cell.text, cell.reason, cell.differs) for cell in rows[0][1]] == [("8", "", False), ("32", "why", True)]
+
+
+def test_layers_of_two_bundles_are_in_one_order() -> None:
+    model = ["patch", *(f"blocks.{n}.{kind}" for n in (0, 1) for kind in ("qkv", "proj", "fc1", "fc2")), "head"]
+    spared = ("blocks.0.qkv", "blocks.1.fc1")
+    int8 = {layer: "int8" for layer in model if layer not in spared} | dict.fromkeys(spared, "fp32")
+    int4 = {layer: "int4" for layer in model if layer != "patch"} | {"patch": "fp16"}
+    assert in_network_order(int8, int4) == in_network_order(int4, int8) == model
+    assert sorted(in_network_order({}, int8)) == sorted(model), "each once, whatever can be told of the order"
 
 
 def test_a_chart_takes_the_pages_colours_and_any_name() -> None:

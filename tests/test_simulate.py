@@ -54,6 +54,12 @@ def test_a_simulation_is_reported_with_intervals(scheme: str, tmp_path: Path) ->
     assert 5 < found.sqnr_db < 60, "it rounds, and so differs"
 
 
+def test_what_wants_a_bundle_says_that_this_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("report", "gate", "check", "infer"):
+        assert run([command, str(folder), *(["image.png"] if command == "infer" else [])]) == 3
+        assert "why: it is a simulation, which has no engine." in capsys.readouterr().err
+
+
 def test_a_second_run_goes_on_where_the_first_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "demo", "--generator", "noise", "--count", "8", "--refine", "none", "--scheme", "w4a4"]
     before = (folder / "report.json").read_bytes()

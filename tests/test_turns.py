@@ -45,8 +45,8 @@ def test_a_slow_start_does_not_count(clock: Clock) -> None:
     np.testing.assert_array_equal(times, [[1], [2]])
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (10.0, 5), (30.5, 11), (60.0, 20)])
-def test_as_many_rounds_as_fit_and_no_fewer_than_five(clock: Clock, seconds: float, rounds: int) -> None:
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 6), (10.0, 6), (30.5, 11), (60.0, 20)])
+def test_as_many_rounds_as_fit_and_no_fewer_than_six(clock: Clock, seconds: float, rounds: int) -> None:
     assert len(seconds_in_turn([clock.call("a", 1.0), clock.call("b", 2.0)], seconds=seconds)) == rounds
 
 

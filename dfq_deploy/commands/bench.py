@@ -7,7 +7,7 @@ import cyclopts
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from calibrators.files import write_json
+from calibrators.files import writable, write_json
 from dfq_deploy.bench_recipe import GeneratorsRecipe
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import ProviderName
@@ -50,6 +50,8 @@ def engine(
         verify: Public key (PEM) that each bundle must be signed with.
         json: File to write the figures to.
     """
+    if json is not None:
+        writable(json, "--json")  # told now if it is not, rather than after all the calls
     sizes = [int(size) if size.isdecimal() else 0 for size in batch.split(",")]
     with shown_progress() as watch:
         found = dfq.bench(

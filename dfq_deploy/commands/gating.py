@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
+from calibrators.files import writable
 from dfq_deploy.commands import EXIT
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.progress import shown_progress
@@ -41,13 +42,16 @@ def gate(
             the bundle was calibrated on.
         limit: Use this many of them, evenly spaced.
         baseline: A file that an earlier gate wrote; the engine is compared with it, image by image.
-        update: Write that file from this engine instead, and say what changes; a failing engine is not written.
+        update: Write that file from this engine instead, and say what changes; only an engine that passes is written.
         checkpoint: Where the weights lie now.
         verify: Public key (PEM) that the bundle must be signed with; the gate fails if it is not.
         json: File for the verdict and its checks as JSON.
         junit: File for the checks as JUnit XML.
         markdown: File for the checks as a Markdown table.
     """
+    for flag, place in (("--json", json), ("--junit", junit), ("--markdown", markdown)):
+        if place is not None:
+            writable(place, flag)  # told now if it is not, rather than with the verdict
     with shown_progress() as watch:
         found = dfq.gate(
             folder,

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
+from calibrators.files import writable
 from dfq_deploy import show as shown
 from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
@@ -48,6 +49,7 @@ def check(
     limit: int | None = None,
     checkpoint: Path | None = None,
     verify: Path | None = None,
+    ray: str | None = None,
 ) -> int:
     """Compare an engine with its PyTorch reference and with the float model.
 
@@ -58,9 +60,12 @@ def check(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now.
         verify: Public key (PEM) that the bundle must be signed with.
+        ray: Address of a Ray cluster that looks at shards of the images, HOST:PORT or auto; the numbers are the same.
     """
     with shown_progress() as watch:
-        found = dfq.check(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
+        found = dfq.check(
+            folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, ray=ray, watch=watch
+        )
     shown.print_check(found, folder)
     return EXIT[found.verdict]
 
@@ -89,6 +94,9 @@ def sensitivity(
         verify: Public key (PEM) that the bundle must be signed with.
     """
     draw = None if plot is None else dfq.plot_sensitivity  # told now if matplotlib is missing, not at the end
+    for flag, path in (("--json", json), ("--plot", plot)):
+        if path is not None:
+            writable(path, flag)
     with shown_progress() as watch:
         found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
     shown.print_sensitivity(found)

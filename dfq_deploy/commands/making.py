@@ -37,15 +37,16 @@ def export(
     return EXIT[found.verdict]
 
 
-def generate(recipe: Annotated[GenerateRecipe, Parameter(name="*")], *, out: Path) -> int:
+def generate(recipe: Annotated[GenerateRecipe, Parameter(name="*")], *, out: Path, ray: str | None = None) -> int:
     """Make synthetic calibration images out of the model itself.
 
     Args:
         recipe: The model and the method.
         out: File to write, .safetensors.
+        ray: Address of a Ray cluster that makes the batches, HOST:PORT or auto; the file is the same.
     """
     with shown_progress() as watch:
-        images = dfq.generate(recipe, out, watch=watch)
+        images = dfq.generate(recipe, out, ray=ray, watch=watch)
     shown.print_images(images, out)
     return 0
 

@@ -11,8 +11,8 @@ from dfq_deploy.gating.integrity import OpenBundle
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck
 from dfq_deploy.gating.seeing import Seen
-from dfq_deploy.gating.statistics import Paired
 from dfq_deploy.opening import engine_bytes
+from dfq_deploy.statistics import Paired
 
 __all__ = ["baseline_checks", "new_baseline"]
 

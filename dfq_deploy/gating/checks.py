@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from dfq_deploy.gating.result import GateCheck, Verdict
-from dfq_deploy.gating.statistics import Interval, Paired, images_for_share
 from dfq_deploy.measures import Share
+from dfq_deploy.statistics import Interval, Paired, images_for_share
 
 __all__ = ["band_check", "drop_check", "exact_check", "layers_check", "ratio_check", "share_check", "verdict_between"]
 

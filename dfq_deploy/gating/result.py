@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calibrators.files import write_json
-from dfq_deploy.gating.statistics import Interval
 from dfq_deploy.gating.writers import write_junit, write_markdown
 from dfq_deploy.measures import without_nan
+from dfq_deploy.statistics import Interval
 
 __all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
 
@@ -53,6 +53,7 @@ class GateResult:
         left_out: Checks that could not be made, with the reason.
         smallest_detectable_drop_pt: Points of top-1, of agreement with float where there are no labels, that would have
             to be lost for these images to show it with 80 % power; None where an image has no one decision.
+        manifest_sha256: Of the bundle's manifest, which holds the hashes of its files.
         changes: What an update changed in the baseline, a line each.
     """
 
@@ -64,6 +65,7 @@ class GateResult:
     checks: tuple[GateCheck, ...]
     left_out: dict[str, str]
     smallest_detectable_drop_pt: float | None
+    manifest_sha256: str
     changes: tuple[str, ...] = ()
 
     @property
@@ -106,6 +108,7 @@ class GateResult:
                 "smallest_detectable_drop_pt": None
                 if self.smallest_detectable_drop_pt is None
                 else _rounded(self.smallest_detectable_drop_pt),
+                "manifest_sha256": self.manifest_sha256,
             }
         )
         return found

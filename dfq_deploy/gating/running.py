@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibrators.errors import RecipeError
+from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.evaluate import FLOOR_FACTOR, floor_verdict, layer_tolerance
@@ -15,12 +16,13 @@ from dfq_deploy.gating.integrity import OpenBundle, opened
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.gating.seeing import Seen, look
-from dfq_deploy.gating.statistics import Paired
 from dfq_deploy.models import Model
 from dfq_deploy.opening import images_to_check
+from dfq_deploy.statistics import Paired
 from dfq_deploy.tasks import task_named
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
+from exporters.bundle import MANIFEST
 
 __all__ = ["gate"]
 
@@ -48,7 +50,7 @@ def gate(
         images: `folder:PATH`, `npz:PATH` or an ImageSet file. None: those that the bundle was calibrated on.
         limit: Use this many of them, evenly spaced.
         baseline: A file that an earlier gate wrote.
-        update: Write that file from this engine instead of comparing with it, unless the engine fails.
+        update: Write that file from this engine instead of comparing with it, if the engine passes.
         checkpoint: Where the weights lie now, if not where the export found them.
         model: The model, where the bundle was made of one that came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with; the gate fails if it is not.
@@ -64,7 +66,7 @@ def gate(
     with bundle_folder(Path(folder)) as place:
         checks, bundle = opened(place, checkpoint, watch, model=model, verify=verify, called=str(folder))
         if bundle is None:
-            return _stopped(name, checks, labels=images is not None)
+            return _stopped(name, checks, labels=images is not None, manifest=sha256_of(place / MANIFEST))
         seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
         checks += _measured(seen, bundle.reference.plan, limits)
         left_out = {} if seen.labels is not None else {"drop": "no labels"}
@@ -74,13 +76,14 @@ def gate(
         elif before is not None and not update:
             more, missing = baseline_checks(before, bundle, seen=seen, limits=limits)
             checks, left_out = checks + more, left_out | missing
-        elif worst_of(checks) == "fail":
-            left_out["baseline"] = "not written: this engine fails"
+        elif worst_of(checks) != "pass":
+            left_out["baseline"] = _why_unwritten(checks)
         else:
             left_out["baseline"] = "it is written anew"
             after = new_baseline(bundle, seen)
             changes = tuple(changes_between(before, after))
             after.save(baseline)
+        judged = sha256_of(place / MANIFEST)
     return GateResult(
         bundle=name,
         verdict=worst_of(checks),
@@ -90,8 +93,17 @@ def gate(
         checks=tuple(checks),
         left_out=left_out,
         smallest_detectable_drop_pt=seen.against_float.smallest_detectable if seen.against_float else None,
+        manifest_sha256=judged,
         changes=changes,
     )
+
+
+def _why_unwritten(checks: list[GateCheck]) -> str:
+    """Why an engine that does not pass is no baseline."""
+    if worst_of(checks) == "fail":
+        return "not written: this engine fails"
+    undecided = ", ".join(check.name for check in checks if check.verdict == "undecided")
+    return f"not written: {undecided} undecided; use more images, or limits that these can show"
 
 
 def _picked(bundle: OpenBundle, place: str | None, limit: int | None) -> ImageSet:
@@ -112,7 +124,7 @@ def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
     return None if path is None or (update and not path.exists()) else Baseline.load(path)
 
 
-def _stopped(name: str, checks: list[GateCheck], *, labels: bool) -> GateResult:
+def _stopped(name: str, checks: list[GateCheck], *, labels: bool, manifest: str) -> GateResult:
     """A gate that ends before there is anything to compare."""
     return GateResult(
         bundle=name,
@@ -123,6 +135,7 @@ def _stopped(name: str, checks: list[GateCheck], *, labels: bool) -> GateResult:
         checks=tuple(checks),
         left_out={"images": f"{checks[-1].name} failed, so nothing was run"},
         smallest_detectable_drop_pt=Paired(0, 0, 0).smallest_detectable,
+        manifest_sha256=manifest,
     )
 
 

@@ -16,8 +16,8 @@ from dfq_deploy.gating.baseline import hashed
 from dfq_deploy.gating.integrity import OpenBundle
 from dfq_deploy.gating.result import Mode
 from dfq_deploy.gating.speed import time_ratio
-from dfq_deploy.gating.statistics import Interval, Paired
 from dfq_deploy.opening import engine_again, float_model_in
+from dfq_deploy.statistics import Interval, Paired
 from dfq_deploy.watch import Watch, counting
 
 __all__ = ["Seen", "look"]

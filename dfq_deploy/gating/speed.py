@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from calibrators.registry import pick
-from dfq_deploy.gating.statistics import Interval
+from dfq_deploy.statistics import Interval
 from exporters.backends import Engine
 from exporters.bundle import Manifest
 from exporters.turns import median_ratio, seconds_in_turn

@@ -6,7 +6,7 @@ knows models and images. It knows nothing of ONNX or run-times, and of a plan on
 student by; this file loads no torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from calibrators.plan import QuantPlan
 if TYPE_CHECKING:  # the list of generators is shown without loading torch
     from dfq_deploy.models import Model
 
-__all__ = ["BATCH", "Formats", "GenerateOptions", "Progress", "quiet"]
+__all__ = ["BATCH", "Elsewhere", "Formats", "GenerateOptions", "Progress", "quiet"]
 
 BATCH = 32
 """Images that are made together, at most."""
@@ -27,6 +27,10 @@ Formats = Callable[["Model", ImageSet], QuantPlan]
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with the steps done, the steps in all and the mean of each loss term since the last call, by name."""
+
+Elsewhere = Callable[[str, Sequence[tuple[int, int]], Progress], None]
+"""Called with a generator's name and batches, each the number of its first image and its size: has other machines make
+them, and puts the files in which they keep a batch where this one looks for its own."""
 
 
 def quiet(_step: int, _steps: int, _terms: Mapping[str, float]) -> None:
@@ -47,6 +51,7 @@ class GenerateOptions:
         first: Number of the first of them among all that the seed gives, a multiple of `BATCH`; they are those that
             stand there in a set that begins at 0.
         device: What computes them, `cpu` or `cuda`; it is there. The model is moved to it and back.
+        elsewhere: Who has the batches made that `keep_in` does not hold yet. None: they are made here.
     """
 
     count: int = BATCH
@@ -56,3 +61,4 @@ class GenerateOptions:
     keep_in: Path | None = None
     first: int = 0
     device: str = "cpu"
+    elsewhere: Elsewhere | None = None

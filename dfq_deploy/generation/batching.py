@@ -23,7 +23,7 @@ from dfq_deploy.generation import BATCH, GenerateOptions, Progress
 from dfq_deploy.generation.engine import Batch, Optimised, fast_dtype
 from dfq_deploy.models import Model
 
-__all__ = ["batches", "in_batches", "optimised_set", "provenance"]
+__all__ = ["batches", "in_batches", "kept_batches", "optimised_set", "provenance"]
 
 _Made = TypeVar("_Made")
 
@@ -69,7 +69,14 @@ def _made(
 ) -> list[_Made]:
     shares = list(batches(options, most))
     return [
-        one_batch(Batch(size, generator, functools.partial(_tell_share, progress, number, len(shares))))
+        one_batch(
+            Batch(
+                size,
+                generator,
+                functools.partial(_tell_share, progress, number, len(shares)),
+                first=options.first + number * most,
+            )
+        )
         for number, (size, generator) in enumerate(shares)
     ]
 
@@ -120,8 +127,6 @@ def optimised_set(
 ) -> ImageSet:
     """What the optimisation loop makes, batch after batch, as one set, with the facts that repeat it.
 
-    Finished batches, and what an unfinished one has come to, are kept where `options.keep_in` says.
-
     Args:
         generator: The recipe's name.
         model: The model that the images are for.
@@ -134,9 +139,7 @@ def optimised_set(
         ImagesError: The device's memory does not hold half a batch either.
     """
     origin = provenance(generator, model, options) | (settings or {})
-    if options.keep_in:
-        one_batch = functools.partial(_kept, options.keep_in, origin, model, one_batch)
-    made, whole = in_batches(options, one_batch, progress)
+    made, whole = kept_batches(origin, model, options, one_batch, progress)
     facts = {
         "precision": made[0].precision,
         "steps": [batch.steps for batch in made],
@@ -151,6 +154,40 @@ def optimised_set(
     return ImageSet.of(pixels, model.preprocess, source=f"synthetic:{generator}", made_by=origin | facts)
 
 
+def kept_batches(
+    origin: Mapping[str, Any],
+    model: Model,
+    options: GenerateOptions,
+    one_batch: Callable[[Batch], Optimised],
+    progress: Progress,
+) -> tuple[list[Optimised], int]:
+    """As `in_batches`; finished batches, and what an unfinished one has come to, are kept where `options.keep_in` says.
+
+    Those that are not there are made by `options.elsewhere` first, where there is such; what it leaves is made here.
+    """
+    folder = options.keep_in
+    if folder is None:
+        return in_batches(options, one_batch, progress)
+    if options.elsewhere is not None:
+        shares = enumerate(batches(options))
+        missing = [
+            (options.first + number * BATCH, size)
+            for number, (size, generator) in shares
+            if not _kept_at(folder, origin, model, size, generator).exists()
+        ]
+        if missing:
+            options.elsewhere(origin["generator"], missing, progress)
+    return in_batches(options, functools.partial(_kept, folder, origin, model, one_batch), progress)
+
+
+def _kept_at(folder: Path, origin: Mapping[str, Any], model: Model, size: int, generator: torch.Generator) -> Path:
+    """The file of a batch that has not been begun: its name says all that it depends on."""
+    device = next(model.module.parameters()).device
+    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed()]
+    facts += [device.type, str(fast_dtype(device)), *(version(name) for name in ("dfq-deploy", "timm"))]
+    return folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
+
+
 def _kept(
     folder: Path,
     origin: Mapping[str, Any],
@@ -159,10 +196,7 @@ def _kept(
     batch: Batch,
 ) -> Optimised:
     """The batch from its file; made, and put there, if it is not; taken up where a run left it, if one has."""
-    device = next(model.module.parameters()).device
-    facts = [{**origin, "count": batch.size, "first": 0}, batch.generator.initial_seed()]
-    facts += [device.type, str(fast_dtype(device)), *(version(name) for name in ("dfq-deploy", "timm"))]
-    path = folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
+    path = _kept_at(folder, origin, model, batch.size, batch.generator)
     unfinished = path.with_suffix(".unfinished")
     if path.exists():
         kept = ImageSet.load(path)

@@ -43,12 +43,14 @@ class Batch:
         generator: Draws all that is random about them, on the CPU.
         progress: Told every few steps.
         unfinished: File in which a run that takes long keeps its state, and finds it again. None: it is not kept.
+        first: Number of the first of them among all that the seed gives.
     """
 
     size: int
     generator: torch.Generator
     progress: Progress
     unfinished: Path | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)

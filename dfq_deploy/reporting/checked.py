@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrators.errors import BundleError
-from exporters.bundle import Manifest
+from calibrators.files import sha256_of
+from exporters.bundle import MANIFEST, Manifest
 
 __all__ = [
     "Audited",
@@ -111,6 +112,7 @@ class Gate(_Read):
     n: int | None = None
     checks: tuple[_GateCheck, ...] = ()
     smallest_detectable_drop_pt: float | None = None
+    manifest_sha256: str = ""
 
 
 class _Held(_Read):
@@ -183,9 +185,17 @@ def read_gate(folder: Path) -> Gate:
     """What the gate found.
 
     Raises:
-        BundleError: gate.json does not read.
+        BundleError: gate.json does not read, or is of another bundle than lies here now.
     """
-    return _read(folder / "gate.json", Gate, f"dfq-deploy gate {folder.name} --json {folder.name}/gate.json")
+    command = f"dfq-deploy gate {folder.name} --json {folder.name}/gate.json"
+    found = _read(folder / "gate.json", Gate, command)
+    if found.manifest_sha256 != sha256_of(folder / MANIFEST):
+        raise BundleError(
+            what="the gate judged another bundle.",
+            why=f"gate.json is of another {MANIFEST} than the one that lies here now.",
+            fix=f"run `{command}` again.",
+        )
+    return found
 
 
 def read_audit(path: Path) -> Audited:

@@ -7,7 +7,7 @@ from typing import Any
 from calibrators.errors import BundleError, DeployError
 from dfq_deploy.reporting.checked import Interval
 from dfq_deploy.reporting.facts import Missing, Run, missing_for
-from dfq_deploy.reporting.layers import precision_map
+from dfq_deploy.reporting.layers import in_network_order, precision_map
 from dfq_deploy.reporting.measuring import FLOAT, Latency, measure_latency
 from dfq_deploy.reporting.repeating import export_command, neutral, python_calls
 from dfq_deploy.reporting.tables import NOTHING, backend_of, is_tiny, span
@@ -77,12 +77,13 @@ def compared(first: Run, second: Run, watch: Watch) -> Pair:
 def differences(pair: Pair) -> dict[str, Any]:
     """What the page shows."""
     first, second = pair.runs.values()
-    precisions = [run.manifest.engine.precision for run in (first, second)]
+    found = [run.manifest.engine.precision for run in (first, second)]
+    names = in_network_order(*found)
+    precisions = [{layer: own[layer] for layer in names if layer in own} for own in found]
     maps = {
-        name: precision_map(own.manifest.engine.precision, own.manifest.engine.reasons, other.manifest.engine.precision)
-        for name, own, other in ((A, first, second), (B, second, first))
+        name: precision_map(own, run.manifest.engine.reasons, other)
+        for (name, run), own, other in zip(pair.runs.items(), precisions, reversed(precisions), strict=True)
     }
-    names = dict.fromkeys([*precisions[0], *precisions[1]])
     pairs = [(layer, *(own.get(layer, NOTHING) for own in precisions)) for layer in names]
     shares = _shares(first, second)
     return {

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Cell", "Kind", "kinds_of", "precision_map"]
+__all__ = ["Cell", "Kind", "in_network_order", "kinds_of", "precision_map"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_QUANTIZED = ("int8", "int4", "fp8")
 _SHORT = {"int8": "8", "int4": "4", "fp8": "f8", "fp32": "32", "fp16": "16", "bf16": "b16"}
 
 
@@ -57,6 +58,27 @@ def kinds_of(names: Iterable[str]) -> list[Kind]:
     clear = {kind.short for kind in found if [other.short for other in found].count(kind.short) == 1}
     found = [kind if kind.short in clear else Kind(kind.name, kind.name, kind.members) for kind in found]
     return sorted(found, key=lambda kind: -len(kind.members))
+
+
+def in_network_order(*precisions: Mapping[str, str]) -> list[str]:
+    """The layers of several bundles of one model, in the model's order as far as these tell it.
+
+    Each lists the layers that it quantizes and then those in float, both in the model's order. A layer that the longest
+    list lacks goes behind the one that it follows in its own.
+    """
+    lists: list[list[str]] = []
+    for precision in precisions:
+        quantized = [layer for layer, kind in precision.items() if kind in _QUANTIZED]
+        lists += [quantized, [layer for layer in precision if layer not in set(quantized)]]
+    lists.sort(key=len, reverse=True)
+    order = lists[0]
+    for others in lists[1:]:
+        place = 0
+        for layer in others:
+            if layer not in order:
+                order.insert(place, layer)
+            place = order.index(layer) + 1
+    return order
 
 
 def precision_map(

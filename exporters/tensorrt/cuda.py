@@ -61,6 +61,8 @@ def require() -> Device:
         found = check(runtime.cudaGetDeviceProperties(0)) if driver else None
     except BackendError as error:
         raise NotHereError(what=what, why=f"{error.what} {error.why}", fix=error.fix) from error
+    except RuntimeError:  # cuda-bindings 12 does not return this error
+        found = None
     if found is None:
         fix = "run this on a machine with an NVIDIA GPU and its driver."
         raise NotHereError(what=what, why="no NVIDIA driver is installed.", fix=fix)

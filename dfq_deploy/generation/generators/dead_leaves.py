@@ -8,7 +8,8 @@ import numpy as np
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import provenance
+from dfq_deploy.generation.batching import kept_batches, provenance
+from dfq_deploy.generation.engine import Batch, Optimised
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.models import Model
 
@@ -17,9 +18,14 @@ __all__ = ["generate"]
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
     """`options.count` images of dead leaves for `model`, see `Generator`."""
-    images = []
-    for number in range(options.count):
-        images.append(dead_leaves(np.random.default_rng([options.seed, options.first + number]), model.preprocess))
-        progress(number + 1, options.count, {})
+
+    def one_batch(batch: Batch) -> Optimised:
+        numbers = range(batch.first, batch.first + batch.size)
+        images = [dead_leaves(np.random.default_rng([options.seed, number]), model.preprocess) for number in numbers]
+        batch.progress(1, 1, {})
+        return Optimised(np.stack(images), "float32", steps=0, first={}, last={}, forward=0, backward=0)
+
     made_by = provenance("dead_leaves", model, options)
-    return ImageSet.of(np.stack(images), model.preprocess, source="synthetic:dead_leaves", made_by=made_by)
+    made, _whole = kept_batches(made_by, model, options, one_batch, progress)
+    pixels = np.concatenate([batch.pixels for batch in made])
+    return ImageSet.of(pixels, model.preprocess, source="synthetic:dead_leaves", made_by=made_by)

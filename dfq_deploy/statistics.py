@@ -1,7 +1,7 @@
 """Two that looked at the same images: the difference in points, its interval, and what n images can show.
 
-Only images on which the two differ say anything about the difference, so everything follows from two counts. Knows
-nothing of models.
+A check, a simulation and the gate tell a drop by it. Only images on which the two differ say anything about the
+difference, so everything follows from two counts. Knows nothing of models.
 
 Source: the interval is Tango's score interval for a paired difference, Statistics in Medicine 17 (1998); it holds where
 few images differ, and where none does it is not empty: ten images that agree leave 28 points open. It excludes 0
@@ -63,6 +63,12 @@ class Paired:
         if value < 1.0 - _EDGE:
             high = optimize.brentq(lambda delta: self._score(delta) + _Z, value, 1.0 - _EDGE)
         return 100.0 * low, 100.0 * high
+
+    @property
+    def drop(self) -> tuple[float, float, float]:
+        """`points` and the ends of their interval, to three digits."""
+        value, low, high = (round(number, 3) for number in (self.points, *self.interval))
+        return value, low, high
 
     @property
     def p_value(self) -> float:

@@ -1,4 +1,4 @@
-"""The gate's intervals and powers against other ways to the same numbers, and its verdicts against their definition."""
+"""Intervals and powers against other ways to the same numbers, and the gate's verdicts against their definition."""
 
 import math
 
@@ -11,8 +11,8 @@ from scipy import stats
 from calibrators.errors import RecipeError
 from dfq_deploy.gating.checks import band_check, drop_check, exact_check, ratio_check, share_check, verdict_between
 from dfq_deploy.gating.limits import GateLimits
-from dfq_deploy.gating.statistics import Paired, images_for_share, share_interval
 from dfq_deploy.measures import Share
+from dfq_deploy.statistics import Paired, images_for_share, share_interval
 
 _COUNTS = st.integers(1, 2000).flatmap(
     lambda n: st.integers(0, n).flatmap(lambda lost: st.tuples(st.just(n), st.just(lost), st.integers(0, n - lost)))
