@@ -53,7 +53,7 @@ def sam() -> Iterator[Any]:
 
 
 def _masks(sam: Any, embedding: Tensor) -> np.ndarray:
-    """The mask of each point, (1, 16, 256, 256)."""
+    """The mask of each point, (1, 16, 256, 256): of three the one that SAM rates best, as it is used with one point."""
     points = torch.stack(torch.meshgrid(LINE, LINE, indexing="xy"), -1).reshape(-1, 1, 2)
     prompts = sam.prompt_encoder(points=(points, torch.ones(16, 1, dtype=torch.int)), boxes=None, masks=None)
     decoded = sam.mask_decoder(
@@ -61,10 +61,11 @@ def _masks(sam: Any, embedding: Tensor) -> np.ndarray:
         image_pe=sam.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=prompts[0],
         dense_prompt_embeddings=prompts[1],
-        multimask_output=False,
+        multimask_output=True,
     )
-    found: np.ndarray = decoded[0].transpose(0, 1).numpy()
-    return found
+    masks, ratings = decoded
+    best: np.ndarray = masks[torch.arange(16), ratings.argmax(1)].numpy()
+    return best[None]
 
 
 def test_the_masks_of_points_stay(sam: Any, imagenet: Path, tmp_path: Path) -> None:

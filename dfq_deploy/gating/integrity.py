@@ -48,7 +48,7 @@ def opened(
     checkpoint: Path | None,
     watch: Watch,
     *,
-    model: Model | None,
+    model: Model | None = None,
     verify: str | Path | None,
     called: str,
 ) -> tuple[list[GateCheck], OpenBundle | None]:
