@@ -62,7 +62,9 @@ def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None, model:
         raise BundleError(
             what=f"these are not the weights that `{folder}` was made from.",
             why="the fingerprint of the model differs from the manifest's.",
-            fix="pass the right file with --checkpoint.",
+            fix="pass the module that it was made of, for the same task."
+            if facts.wrapped
+            else "pass the right file with --checkpoint.",
         )
     return model
 

@@ -77,7 +77,9 @@ def test_mean_and_deviation_become_the_preprocessing() -> None:
 
 
 def test_other_weights_are_another_model() -> None:
-    assert _wrapped("masks").fingerprint == _wrapped("masks").fingerprint != _wrapped("masks", seed=1).fingerprint
+    model = _wrapped("masks")
+    assert model.fingerprint == _wrapped("masks").fingerprint != _wrapped("masks", seed=1).fingerprint
+    assert model.fingerprint != dfq.wrap(Small("masks"), EXAMPLE, "segmentation").fingerprint
 
 
 # --- what it refuses ---

@@ -68,7 +68,7 @@ def wrap(
         found = _put_out(module, pair)
     picked = plugin.pick_outputs({key: tuple(value.shape[1:]) for key, value in found.items()})
     outputs = tuple(Output(called, tuple(found[key].shape[1:])) for key, called in picked.items())
-    fingerprint = fingerprint_of_weights(name, module)
+    fingerprint = fingerprint_of_weights(f"{name} for {task}: {outputs}", module)
     module.register_forward_hook(_PutOut(tuple(picked)))
     used = parameters_in_use(module, pair)
     attach_sites(
