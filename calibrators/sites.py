@@ -163,14 +163,15 @@ def rounded(values: Tensor, qparams: QParams) -> Tensor:
     return found.to(values.dtype)
 
 
-def attach_sites(module: nn.Module, leave: Collection[str] = ()) -> None:
+def attach_sites(module: nn.Module, leave: Collection[str] = (), only: Collection[str] | None = None) -> None:
     """Give every plain Linear and Conv2d of `module` its sites, in place; weights and state keys stay as they are.
 
     Subclasses with a forward of their own keep it and get no site, and neither do the layers that `leave` names, nor
-    convolutions that pad one side more than the other: an exporter makes several operators of them.
+    convolutions that pad one side more than the other: an exporter makes several operators of them. Where `only` is
+    given, it names all that get sites.
     """
     for name, layer in list(module.named_modules()):
-        if name in leave:
+        if name in leave or (only is not None and name not in only):
             continue
         if type(layer) is nn.Linear:
             layer.__class__ = SitedLinear  # keeps parameters, hooks and every reference to the layer

@@ -37,11 +37,13 @@ __all__ = [
     "plot_generators",
     "plot_sensitivity",
     "report",
+    "score",
     "sensitivity",
     "serve",
     "serve_repo",
     "simulate",
     "sweep",
+    "wrap",
 ]
 
 if TYPE_CHECKING:
@@ -57,11 +59,13 @@ if TYPE_CHECKING:
     from dfq_deploy.generator_bench import bench_generators
     from dfq_deploy.inferring import infer
     from dfq_deploy.layer_costs import sensitivity
+    from dfq_deploy.models.wrapping import wrap
     from dfq_deploy.packing import pack
     from dfq_deploy.pipeline import calibrate, check, export, generate, simulate
     from dfq_deploy.recipe import AuditRecipe, Recipe
     from dfq_deploy.reporting.page import report
     from dfq_deploy.runtime import Runner, load
+    from dfq_deploy.scoring import score
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
     from dfq_deploy.serving.triton import serve_repo
@@ -95,11 +99,13 @@ _HOMES = {
     "plot_generators": "charts.generators",
     "plot_sensitivity": "charts.sensitivity",
     "report": "reporting.page",
+    "score": "scoring",
     "sensitivity": "layer_costs",
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",
     "sweep": "sweeping",
+    "wrap": "models.wrapping",
 }
 
 

@@ -1,4 +1,4 @@
-"""Sensitivity analysis: what quantizing each layer does to the logits, and what sparing it gains.
+"""Sensitivity analysis: what quantizing each layer does to the outputs, and what sparing it gains.
 
 A plan and a few images go in, labelled or not; which layers and which of their sites hurt comes out. The float model is
 what all is compared with. Each number is a forward pass of the reference under a part of the plan, so it says what the
@@ -25,6 +25,8 @@ from dfq_deploy.models import Model
 from dfq_deploy.reference import Reference
 from dfq_deploy.refined import copy_of
 from dfq_deploy.sparing import Massive, massive_activations
+from dfq_deploy.tasks import task_named
+from exporters.outputs import parts_of
 
 __all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse", "macs_percent", "noises", "sqnr_on"]
 
@@ -33,12 +35,12 @@ _FEW = 8  # images that tell how noisy a layer is
 
 @dataclass(frozen=True)
 class Effect:
-    """What quantizing some sites, with all others in float, does to the logits.
+    """What quantizing some sites, with all others in float, does to the outputs, a classifier's logits.
 
     Attributes:
-        noise: Power of their change, |logits - float|², summed over images.
-        sqnr_db: Power of the float logits over that; infinite where nothing changes.
-        agreement: Top-1 agreement with float.
+        noise: Power of their change, |outputs - float|², summed over images.
+        sqnr_db: Power of the float outputs over that; infinite where nothing changes.
+        agreement: With float, as the task has it: top-1 agreement of a classifier.
     """
 
     noise: float
@@ -163,13 +165,13 @@ def analyse(
     batches = list(images.batches(batch_size))
     refined = refined or model
     mixed = copy_of(refined)
-    wanted = _logits(Reference(refined, plan, floats or model).float, batches)
+    wanted = _rows(Reference(refined, plan, floats or model).float, batches)
     effects: dict[frozenset[str], Effect] = {}
     todo = dict.fromkeys(asked)
     for done, sites in enumerate(todo, 1):
         part = replace(plan, sites={site: formats[site] for site in sites})
         _give_weights(mixed, {layer_of(site) for site in sites}, refined, model)
-        effects[sites] = _effect(_logits(Reference(mixed, part).quantized, batches), wanted)
+        effects[sites] = _effect(_rows(Reference(mixed, part).quantized, batches), wanted, model)
         progress(done, len(todo))
     summed = sum(effects[sites].noise for sites in layers.values())
     found = [
@@ -192,28 +194,28 @@ def analyse(
 def noises(
     model: Model, plan: QuantPlan, images: ImageSet, progress: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
-    """Power of the change of the logits over that of the logits, per layer, where it alone is quantized.
+    """Power of the change of the outputs over that of the outputs, per layer, where it alone is quantized.
 
     A few of `images` tell; `progress` is called after each layer.
     """
     few = list(images.spread(_FEW).batches(_FEW))
-    wanted = _logits(Reference(model, plan).float, few)
+    wanted = _rows(Reference(model, plan).float, few)
     power = float(np.square(wanted).sum())
     found = {}
     for layer in plan.layers:
         sites = {site: plan.sites[site] for site in _sites_of(layer, plan.sites)}
         found[layer] = (
-            _effect(_logits(Reference(model, replace(plan, sites=sites)).quantized, few), wanted).noise / power
+            _effect(_rows(Reference(model, replace(plan, sites=sites)).quantized, few), wanted, model).noise / power
         )
         progress()
     return found
 
 
 def sqnr_on(model: Model, plan: QuantPlan, images: ImageSet, batch_size: int = 16) -> float:
-    """SQNR of the logits under `plan`, in dB."""
+    """SQNR of the outputs under `plan`, in dB."""
     batches = list(images.batches(batch_size))
     reference = Reference(model, plan)
-    return _effect(_logits(reference.quantized, batches), _logits(reference.float, batches)).sqnr_db
+    return _effect(_rows(reference.quantized, batches), _rows(reference.float, batches), model).sqnr_db
 
 
 def _give_weights(mixed: Model, quantized: set[str], refined: Model, model: Model) -> None:
@@ -227,13 +229,14 @@ def _sites_of(layer: str, sites: Iterable[str]) -> frozenset[str]:
     return frozenset(site for site in sites if layer_of(site) == layer)
 
 
-def _logits(run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray]) -> np.ndarray:
+def _rows(run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([run(batch) for batch in batches]).astype(np.float64)
 
 
-def _effect(found: np.ndarray, wanted: np.ndarray) -> Effect:
+def _effect(found: np.ndarray, wanted: np.ndarray, model: Model) -> Effect:
     noise = float(np.square(found - wanted).sum())
-    agreement = Share.of(found.argmax(1) == wanted.argmax(1))
+    parts = (parts_of(rows, model.outputs) for rows in (found, wanted))
+    agreement = Share.of(task_named(model.task).agree(*parts))
     return Effect(noise, sqnr_db(float(np.square(wanted).sum()), noise), agreement)
 
 

@@ -34,7 +34,7 @@ __all__ = ["build_bundle", "float_onnx", "float_stage", "is_built", "layer_times
 
 _MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 _BUILDERS = ("tensorrt", "tensorrt-rtx-cu13")
-_PARITY_LIMIT = 1e-3  # of the largest logit; a faithful float export is at 1e-5 or better
+_PARITY_LIMIT = 1e-3  # of an output's largest value; a faithful float export is at 1e-5 or better
 
 
 def made_with() -> dict[str, str]:
@@ -53,7 +53,8 @@ def float_onnx(model: Model, path: Path) -> None:
     Raises:
         ExportError: The model cannot be exported.
     """
-    export_float(model.module, torch.zeros(2, *model.preprocess.shape), path)
+    named = [output.name for output in model.outputs]
+    export_float(model.module, torch.zeros(2, *model.preprocess.shape), path, outputs=named)
 
 
 def float_stage(model: Model, work: Workspace) -> Path:
@@ -156,7 +157,7 @@ def _parity(model: Model, floats: Path) -> float:
     parity = torch_parity(model.module, floats, images)
     if not parity <= _PARITY_LIMIT:
         raise ExportError(
-            what=f"the float ONNX model differs from torch by {parity:.1e} of the largest logit.",
+            what=f"the float ONNX model differs from torch by {parity:.1e} of its largest output.",
             why="the exporter translated an operator wrongly, or the model is not deterministic.",
             fix="report this model; its quantized engine would be wrong as well.",
         )
@@ -175,6 +176,9 @@ def _manifest(
             seed=recipe.seed,
             fingerprint=model.fingerprint,
             classes=model.classes,
+            task=model.task,
+            outputs=model.outputs,
+            wrapped=model.wrapped,
             refined=tuple(path.name for path in weights),
         ),
         preprocess=model.preprocess,

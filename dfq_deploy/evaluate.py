@@ -19,12 +19,14 @@ from scipy import stats
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
+from dfq_deploy.differences import Differences
 from dfq_deploy.disagreements import Disagreement, disagreements
-from dfq_deploy.logits import logits_of
-from dfq_deploy.measures import Share, sqnr_of, without_nan
+from dfq_deploy.logits import logits_by_batch
+from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.reference import Reference
 from dfq_deploy.stage_costs import StageCost
 from dfq_deploy.statistics import Paired
+from dfq_deploy.tasks import task_named
 from exporters.backends import Engine
 from exporters.bundle import EngineFacts
 from exporters.census import Body, precision_of
@@ -39,6 +41,12 @@ _NEGLIGIBLE = 0.01  # a distance below this share of what quantization itself ch
 # bits of a weight, an input and an output.
 _LAYER_TOLERANCE: dict[Body, float] = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}
 _SEED = 0
+_PAIRS = {
+    "engine_reference": ("engine", "reference"),
+    "engine_float": ("engine", "float"),
+    "noise_floor": ("moved", "reference"),
+    "quantization": ("reference", "float"),
+}
 
 Verdict = Literal["pass", "fail", "undecided"]
 
@@ -52,12 +60,12 @@ class Check:
         images: Where they come from.
         top1: Label accuracy of float, reference and engine; None without labels.
         drop: Points that the engine loses against float, paired per image, (value, low, high); None without labels.
-        agreement: Top-1 agreement: engine_reference, engine_float, and noise_floor (reference with itself moved, the
-            mean of several moves).
-        distance: Mean of |a - b|² / |b|² over the logits of an image, for the same three pairs.
-        cosine: Mean cosine of the logits, for the same three pairs.
+        agreement: As the task has it, top-1 agreement of a classifier: engine_reference, engine_float, and noise_floor
+            (reference with itself moved, the mean of several moves).
+        distance: Mean of |a - b|² / |b|² over an output for an image, for the same three pairs.
+        cosine: Mean cosine of the outputs, for the same three pairs.
         floor_ratio: Engine's distance over the noise floor's, (value, low, high).
-        sqnr_db: Signal to quantization noise of the logits, for engine_reference and engine_float.
+        sqnr_db: Signal to quantization noise of all that is put out, for engine_reference and engine_float.
         engine: How far the engine is, and what its layers are computed in.
         ran: What was compared as the engine: the engine, or `model.onnx` in ONNX Runtime where that cannot run here.
         layer_error: Largest deviation of each layer from its reference on the same input, relative to its largest
@@ -69,6 +77,8 @@ class Check:
         disagreed: On how many images the engine decides otherwise than float or the reference.
         disagreements: Up to 24 of them.
         stages: What each stage took that led here.
+        task: What the outputs are.
+        finite: Whether all that the engine puts out are numbers.
     """
 
     n: int
@@ -90,6 +100,8 @@ class Check:
     disagreed: int = 0
     disagreements: tuple[Disagreement, ...] = ()
     stages: Mapping[str, StageCost] = field(default_factory=dict)
+    task: str = "classification"
+    finite: bool = True
 
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
@@ -128,21 +140,29 @@ def evaluate(
             it is the engine.
         logits: What `logits_of` gives for these images, computed elsewhere. None: it is computed here.
         progress: Called with images done and in all.
-        see: Called with the logits (n, classes) of `float`, `reference` and `engine`, and (k, n, classes) of `moved`.
+        see: Called with the classes (n,) that `float`, `reference` and `engine` decide for, and (k, n) of `moved`: the
+            reference with its input moved; with none where the task has no one class for an image.
     """
-    body = facts.options.body
-    if logits is None:
-        logits = logits_of(reference, engine, images.pixels, body, progress=progress)
-    logits = {name: values.astype(np.float64) for name, values in logits.items()}
-    see(logits)
+    model, body = reference.model, facts.options.body
+    seen, finite = Differences(task_named(model.task), model.outputs, _PAIRS), True
+    of_all = logits_by_batch(reference, engine, images.pixels, body, progress=progress) if logits is None else (logits,)
+    for batch in of_all:
+        finite &= bool(np.isfinite(batch["engine"]).all())
+        seen.add(batch)
+    decisive = seen.logits
+    see({name: values.argmax(-1) for name, values in decisive.items()})
     layer_error = _layer_errors(reference, LayerCutter(quantized, exact=absent is not None), images.pixels[:1])
     tolerance = {layer: layer_tolerance(reference.plan, layer, body) for layer in layer_error}
     ran = "the engine" if absent is None else "model.onnx in ONNX Runtime"
-    found = _judged(logits, images, facts, layer_error, tolerance, ran)
+    found = _judged(seen, decisive, images, facts, layer_error, tolerance, ran)
+    found = replace(found, task=model.task, finite=finite)
+    if not finite:
+        found = replace(found, verdict="fail", reason=f"{ran} puts out NaN or Inf")
     return found if absent is None else _not_run(found, absent)
 
 
 def _judged(
+    seen: Differences,
     logits: Mapping[str, np.ndarray],
     images: ImageSet,
     facts: EngineFacts,
@@ -150,35 +170,27 @@ def _judged(
     tolerance: Mapping[str, float],
     ran: str,
 ) -> Check:
-    best = {name: values.argmax(-1) for name, values in logits.items()}
-    pairs = {
-        "engine_reference": ("engine", "reference"),
-        "engine_float": ("engine", "float"),
-        "noise_floor": ("moved", "reference"),
-    }
-    distances = {name: _distance(logits[a], logits[b]) for name, (a, b) in pairs.items()}
+    distances = {name: seen.distance(name) for name in _PAIRS}
     ratio = _ratio_of_means(distances["engine_reference"], distances["noise_floor"])
-    negligible = _NEGLIGIBLE * float(_distance(logits["reference"], logits["float"]).mean())
+    none = float(distances["engine_reference"].mean()) <= _NEGLIGIBLE * float(distances["quantization"].mean())
     top1 = drop = None
     if images.labels is not None:
-        hits = {name: best[name] == images.labels for name in ("float", "reference", "engine")}
+        hits = {name: logits[name].argmax(-1) == images.labels for name in ("float", "reference", "engine")}
         top1 = {name: Share.of(hit) for name, hit in hits.items()}
         drop = Paired.of(hits["float"], hits["engine"]).drop
-    none = float(distances["engine_reference"].mean()) <= negligible
     verdict, reason = _verdict(layer_error, tolerance, ratio, none, ran)
-    if not np.isfinite(logits["engine"]).all():
-        verdict, reason = "fail", f"{ran} puts out NaN or Inf"
-    disagreed, shown = disagreements(logits, images)
+    disagreed, shown = disagreements(logits, images) if logits else (0, ())
+    told = [name for name in _PAIRS if name != "quantization"]
     return Check(
         n=len(images),
         images=images.source,
         top1=top1,
         drop=drop,
-        agreement={name: Share.of(best[a] == best[b]) for name, (a, b) in pairs.items()},
-        distance={name: float(d.mean()) for name, d in distances.items()},
-        cosine={name: float(_cosine(logits[a], logits[b]).mean()) for name, (a, b) in pairs.items()},
+        agreement={name: Share.of(seen.agreement(name)) for name in told},
+        distance={name: float(distances[name].mean()) for name in told},
+        cosine={name: float(seen.cosine(name).mean()) for name in told},
         floor_ratio=ratio,
-        sqnr_db={name: sqnr_of(logits[pairs[name][1]], logits["engine"]) for name in list(pairs)[:2]},
+        sqnr_db={name: seen.sqnr_db(name) for name in ("engine_reference", "engine_float")},
         engine=facts,
         ran=ran,
         layer_error=layer_error,
@@ -244,22 +256,6 @@ def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray)
 
     reference.watch_layers(images, compare)
     return errors
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a - b|² / |b|², per image, the mean of several `a`; unlike a cosine it sees a wrong scale."""
-    return _per_image(np.square(a - b).sum(-1) / np.maximum(np.square(b).sum(-1), 1e-30))
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine, per image, the mean of several `a`."""
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return _per_image((a * b).sum(-1) / np.maximum(lengths, 1e-30))
-
-
-def _per_image(values: np.ndarray) -> np.ndarray:
-    """(n,), from that or from (k, n) where the images were looked at k times."""
-    return np.asarray(values.reshape(-1, values.shape[-1]).mean(0))
 
 
 def _ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:

@@ -34,8 +34,8 @@ from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.planning import plan_of, suited
-from dfq_deploy.reference import Reference, float_logits
-from dfq_deploy.simulation import compare, logits_of
+from dfq_deploy.reference import Reference, float_rows
+from dfq_deploy.simulation import compare, rows_for
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workspace import Workspace
 
@@ -176,7 +176,7 @@ def _floats(model: Model, judges: ImageSet, work: Workspace, watch: Watch) -> np
     """The float model's logits on the images that all is judged by: computed once for all results."""
 
     def write(path: Path) -> None:
-        logits = logits_of(partial(float_logits, model), judges, progress=counting(watch))
+        logits = rows_for(partial(float_rows, model), judges, progress=counting(watch))
         with written_whole(path) as temporary:
             np.save(temporary, logits)
 

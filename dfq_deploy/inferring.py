@@ -12,7 +12,7 @@ import numpy as np
 
 from calibrators.decoding import Picture
 from calibrators.errors import ImagesError
-from dfq_deploy.runtime import Runner, load
+from dfq_deploy.runtime import Runner, load, refuse_others
 
 __all__ = ["Answer", "Guess", "infer"]
 
@@ -66,9 +66,10 @@ def infer(
 
     Raises:
         BundleError: The bundle is incomplete or altered, not signed with that key, or its engine is pending.
-        BackendError: Its run-time is not installed or cannot load it.
+        BackendError: Its run-time is not installed or cannot load it, or it is no classifier.
     """
     with load(folder, provider=provider, verify=verify) as runner:
+        refuse_others(runner.manifest, "infer", "it names classes")
         size = runner.manifest.engine.options.batch[2]
         starts = range(0, len(images), size)
         return [answer for start in starts for answer in _answers(runner, images[start : start + size], start, top)]

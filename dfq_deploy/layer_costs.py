@@ -12,6 +12,7 @@ from dfq_deploy.analysis import Sensitivity, analyse
 from dfq_deploy.choices import blocks_up_to
 from dfq_deploy.formats import formats_for_spared
 from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.models import Model
 from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images, refined_again
 from dfq_deploy.watch import SILENT, Watch, counting
 from exporters.archive import bundle_folder
@@ -27,6 +28,7 @@ def sensitivity(
     limit: int = 16,
     checkpoint: Path | None = None,
     verify: str | Path | None = None,
+    model: Model | None = None,
     watch: Watch = SILENT,
 ) -> Sensitivity:
     """Measure what quantizing each layer of the bundle in `folder` costs, on its reference.
@@ -38,6 +40,7 @@ def sensitivity(
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
         verify: PEM file with the public key that the bundle must be signed with.
+        model: The model, where the bundle was made of one that came from `wrap`.
         watch: Told how it goes.
 
     Raises:
@@ -48,11 +51,13 @@ def sensitivity(
     """
     with bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
-        return _measured(opened, manifest, checkpoint, images=images, limit=limit, watch=watch)
+        watch.stage("model", False)
+        model = load_again(opened, manifest, checkpoint, model)
+        return _measured(opened, manifest, model, images=images, limit=limit, watch=watch)
 
 
 def _measured(
-    folder: Path, manifest: Manifest, checkpoint: Path | None, *, images: str | None, limit: int, watch: Watch
+    folder: Path, manifest: Manifest, model: Model, *, images: str | None, limit: int, watch: Watch
 ) -> Sensitivity:
     plan = QuantPlan.load(folder / "plan.safetensors")
     if not plan.sites:
@@ -61,8 +66,6 @@ def _measured(
             why=f"its scheme, {plan.scheme}, quantizes nothing.",
             fix="export the model with another --scheme.",
         )
-    watch.stage("model", False)
-    model = load_again(folder, manifest, checkpoint)
     found = open_images(images, model.preprocess) if images else calibration_images(folder, manifest, model)
     if found is None:
         found = pick("dfq_deploy.generation.generators", "noise").generate(model, GenerateOptions())

@@ -1,10 +1,11 @@
-"""The logits that an engine is judged by: its own, its reference's, float's, and the reference's with its input moved.
+"""What an engine is judged by: its own logits, its reference's, float's, and the reference's with its input moved.
 
-Images go through in batches, and what a batch gives depends on its images and its number alone: shards of whole batches
-give, one behind the other, what all images give at once.
+Of a model that is no classifier it is all that is put out, its outputs side by side. Images go through in batches, and
+what a batch gives depends on its images and its number alone: shards of whole batches give, one behind the other, what
+all images give at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from dfq_deploy.reference import Reference
 from exporters.backends import Engine
 from exporters.census import Body
 
-__all__ = ["AT_ONCE", "logits_of"]
+__all__ = ["AT_ONCE", "logits_by_batch", "logits_of"]
 
 AT_ONCE = 16
-"""Images per batch."""
+"""Images per batch, a power of two; fewer, and one too, where each puts out much."""
+_MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
 _MOVES = 3  # of the input, each another one; rounding to a body is the same each time
 _SEED = 0
 
 
-def logits_of(
+def logits_by_batch(
     reference: Reference,
     engine: Engine,
     pixels: Pixels,
@@ -31,8 +33,8 @@ def logits_of(
     start: int = 0,
     stop: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
-) -> dict[str, np.ndarray]:
-    """The logits that an engine is judged by; a batch's depend on its images and its number alone.
+) -> Iterator[dict[str, np.ndarray]]:
+    """The logits that an engine is judged by, batch by batch; a batch's depend on its images and its number alone.
 
     Args:
         reference: The torch model under the plan that the engine was built from.
@@ -43,19 +45,29 @@ def logits_of(
         stop: The image to stop before. None: there is none.
         progress: Called with images done and in all.
 
-    Returns:
-        (n, classes) float32 of `float`, `reference` and `engine`, and (k, n, classes) of `moved`, k times.
+    Yields:
+        (n, numbers) float32 of `float`, `reference` and `engine`, and (k, n, numbers) of `moved`, k times.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("float", "reference", "engine", "moved")}
+    numbers = sum(output.size for output in reference.model.outputs)
+    size = next(n for n in (AT_ONCE, 8, 4, 2, 1) if n * numbers <= _MOST or n == 1)
     moves = _MOVES if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
-    for first in range(start, stop, AT_ONCE):
-        batch = pixels[first : min(first + AT_ONCE, stop)]
-        seed = np.random.SeedSequence((_SEED, first // AT_ONCE)).generate_state(1, np.uint64)
+    for first in range(start, stop, size):
+        batch = pixels[first : min(first + size, stop)]
+        seed = np.random.SeedSequence((_SEED, first // size)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]))
-        parts["float"].append(reference.float(batch))
-        parts["reference"].append(reference.quantized(batch))
-        parts["moved"].append(np.stack([reference.moved(batch, generator, body) for _ in range(moves)]))
-        parts["engine"].append(engine(batch))
+        yield {
+            "float": reference.float(batch),
+            "reference": reference.quantized(batch),
+            "moved": np.stack([reference.moved(batch, generator, body) for _ in range(moves)]),
+            "engine": engine(batch),
+        }
         progress(first + len(batch) - start, stop - start)
-    return {name: np.concatenate(part, axis=-2) for name, part in parts.items()}
+
+
+def logits_of(
+    reference: Reference, engine: Engine, pixels: Pixels, body: Body, *, start: int = 0, stop: int | None = None
+) -> dict[str, np.ndarray]:
+    """The same of all batches at once."""
+    batches = list(logits_by_batch(reference, engine, pixels, body, start=start, stop=stop))
+    return {name: np.concatenate([batch[name] for batch in batches], axis=-2) for name in batches[0]}

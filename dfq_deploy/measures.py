@@ -14,7 +14,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Share:
-    """A percentage of `n` images with its 95 % Wilson interval."""
+    """A percentage of `n` images, or a mean share of them, with its 95 % interval."""
 
     percent: float
     low: float
@@ -23,13 +23,21 @@ class Share:
 
     @classmethod
     def of(cls, hits: np.ndarray) -> "Share":
-        """The share of true values in a boolean array, (n,) or, where the images were looked at k times, (k, n).
+        """The mean of values from 0 to 1, one per image, (n,) or, where the images were looked at k times, (k, n).
 
-        Looking again adds no images: the interval stays that of n.
+        Looking again adds no images: the interval stays that of n. Where all values are 0 or 1 it is Wilson's, else
+        Student's; one image alone leaves everything open.
         """
-        n, share = hits.shape[-1], float(hits.mean())
-        interval = stats.binomtest(round(share * n), n).proportion_ci(_CONFIDENCE, method="wilson")
-        percent, low, high = (round(100 * float(v), 3) for v in (share, interval.low, interval.high))
+        values = hits.astype(np.float64)
+        n, share = values.shape[-1], float(values.mean())
+        low, high = 0.0, 1.0
+        if np.isin(values, (0.0, 1.0)).all():
+            interval = stats.binomtest(round(share * n), n).proportion_ci(_CONFIDENCE, method="wilson")
+            low, high = float(interval.low), float(interval.high)
+        elif n > 1:
+            spread = float(stats.sem(values.reshape(-1, n).mean(0)) * stats.t.ppf(0.5 + _CONFIDENCE / 2, n - 1))
+            low, high = max(0.0, share - spread), min(1.0, share + spread)
+        percent, low, high = (round(100 * v, 3) for v in (share, low, high))
         return cls(percent, low, high, n)
 
 

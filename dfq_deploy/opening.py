@@ -4,11 +4,12 @@ Comes before whatever compares something on a finished bundle. The bundle itself
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from calibrators.errors import BundleError, ImagesError, NotHereError
+from calibrators.errors import BundleError, ImagesError, ModelError, NotHereError
 from calibrators.images import ImageSet, joined
 from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
@@ -36,27 +37,39 @@ __all__ = [
 ]
 
 
-def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None) -> Model:
+def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None, model: Model | None = None) -> Model:
     """The model of the bundle in `folder`, its weights from `checkpoint` or from where the export found them.
 
+    One that came from `wrap` nobody can load by its name: it has to be given as `model`.
+
     Raises:
-        ModelError: The weights cannot be had.
+        ModelError: The weights cannot be had, or no model was given where one has to be.
         BundleError: They are others than the bundle was made from.
     """
     facts = manifest.model
-    recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
-    model = load_model(
-        facts.name,
-        checkpoint=checkpoint or recorded,
-        random_weights=facts.random_weights,
-        seed=facts.seed,
-        size=size_of(str(manifest.recipe.get("size", ""))),
-    )
+    if model is None and facts.wrapped:
+        raise ModelError(
+            what=f"`{folder}` was made of a module from Python, `{facts.name}`, which no name leads to.",
+            why="engine and float model are compared by running both; running the engine alone needs no module.",
+            fix="do this from Python: dfq_deploy.check(FOLDER, model=dfq_deploy.wrap(module, example, task=…)), or "
+            "gate, sensitivity.",
+        )
+    if model is None:
+        recorded = None if facts.checkpoint is None else Path(facts.checkpoint)
+        model = load_model(
+            facts.name,
+            checkpoint=checkpoint or recorded,
+            random_weights=facts.random_weights,
+            seed=facts.seed,
+            size=size_of(str(manifest.recipe.get("size", ""))),
+        )
     if model.fingerprint != facts.fingerprint:
         raise BundleError(
             what=f"these are not the weights that `{folder}` was made from.",
             why="the fingerprint of the model differs from the manifest's.",
-            fix="pass the right file with --checkpoint.",
+            fix="pass the module that it was made of, for the same task."
+            if facts.wrapped
+            else "pass the right file with --checkpoint.",
         )
     return model
 
@@ -197,11 +210,13 @@ def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageS
 
 
 def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
-    """`images`, whose labels, if there are any, are classes of `model`.
+    """`images`, whose labels, if there are any, are classes of `model`; without them where it is no classifier.
 
     Raises:
         ImagesError: A label is no class of it.
     """
+    if model.task != "classification":
+        return replace(images, labels=None)
     if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
         raise ImagesError(
             what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",

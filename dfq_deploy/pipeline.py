@@ -1,18 +1,21 @@
 """The stages, read top to bottom: model, images, ranges, plan, float ONNX, quantized ONNX, engine, check.
 
 Each stage takes artefacts and gives an artefact. What is already done is the workspace's business, what is printed the
-command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it.
+command line's. `export` runs them all; `generate`, `calibrate` and `check` are parts of it. From Python, a model that
+`wrap` made stands in for the recipe that names one, with the recipe's other fields beside it.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from calibrators.errors import BundleError
+from calibrators.errors import BundleError, RecipeError
 from calibrators.files import clear_unfinished, writable, write_json
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -26,11 +29,11 @@ from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import engine_again, images_to_check, images_to_judge_by, load_again, refined_again
 from dfq_deploy.planning import plan_of
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, Recipe
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, ModelRecipe, Recipe, SimulateRecipe
 from dfq_deploy.reference import Reference
 from dfq_deploy.reporting.checked import read_check
 from dfq_deploy.sharded import batches_elsewhere, logits_elsewhere
-from dfq_deploy.simulation import Simulation, compare, logits_of
+from dfq_deploy.simulation import Simulation, compare, rows_for
 from dfq_deploy.stage_costs import Measured, StageCost
 from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
@@ -43,9 +46,11 @@ from exporters.signing import Signer, signer
 
 __all__ = ["calibrate", "check", "export", "generate", "simulate"]
 
+_Asked = TypeVar("_Asked", bound=ModelRecipe)
+
 
 def export(
-    recipe: Recipe,
+    recipe: Recipe | Model,
     out: str | Path,
     *,
     images: str | None = None,
@@ -53,27 +58,36 @@ def export(
     sign: str | Path | None = None,
     others: Path | None = None,
     watch: Watch = SILENT,
+    **fields: Any,
 ) -> Check:
     """Make the bundle that `recipe` describes in the folder `out`, and check its engine.
 
     Args:
-        recipe: The run.
+        recipe: The run; or a model from `wrap`.
         out: The bundle's folder; finished stages of an earlier run in it are used again.
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.
         limit: Check on this many images, evenly spaced.
         sign: PEM file with the private key that signs the manifest.
         others: Folder of other bundles, whose finished stages are used where they are the same.
         watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `Recipe` that are not its defaults.
 
     Raises:
         DeployError: A stage could not be carried out; what was finished stays.
     """
+    recipe, given = _asked(recipe, Recipe, fields)
     out = Path(out)
     signs = None if sign is None else signer(sign)
     check_recipe(recipe, recipe.options)  # told now if it cannot be, not after the images
     with Measured(watch) as measured:
         measured.stage("model", False)
-        model = model_of(recipe)
+        model = given or model_of(recipe)
+        if recipe.backend != "ort" and len(model.outputs) > 1:
+            raise RecipeError(
+                what=f"backend `{recipe.backend}` cannot run `{model.name}`: it has {len(model.outputs)} outputs.",
+                why="what loads TensorRT's engines here reads one.",
+                fix="use --backend ort, or wrap a module with one output.",
+            )
         if images is not None:
             images_to_judge_by(model, images)  # told now if it is wrong, not at the end
         with Workspace(out, measured.stage, others) as work:
@@ -82,39 +96,52 @@ def export(
             return _check(out, open_bundle(out), model, images=images, limit=limit, watch=measured)
 
 
-def generate(recipe: GenerateRecipe, out: str | Path, *, ray: str | None = None, watch: Watch = SILENT) -> ImageSet:
+def generate(
+    recipe: GenerateRecipe | Model,
+    out: str | Path,
+    *,
+    ray: str | None = None,
+    watch: Watch = SILENT,
+    **fields: Any,
+) -> ImageSet:
     """Make synthetic images and write them to the file `out`.
 
     Args:
-        recipe: The model and the method.
+        recipe: The model and the method; or a model from `wrap`.
         out: The file; the same bytes with and without a cluster.
         ray: Address of a Ray cluster that makes the batches, HOST:PORT or `auto`. None: they are made here.
         watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `GenerateRecipe` that are not its defaults.
 
     Raises:
         DeployError: The model cannot be loaded, the generator cannot work on it, `out` cannot be written, another run
             is writing it, or there is no such cluster.
     """
+    recipe, given = _asked(recipe, GenerateRecipe, fields)
+    _refuse_elsewhere(given, ray)
     out = writable(Path(out))
     with held_file(out), workers_at(ray) as workers:
         watch.stage("model", False)
-        model = model_of(recipe)
+        model = given or model_of(recipe)
         watch.stage("images", False)
         elsewhere = None if ray is None else batches_elsewhere(workers, recipe, model, batches_beside(out))
         write_images(recipe, model, out, watch, elsewhere=elsewhere)
         return ImageSet.load(out)
 
 
-def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT) -> QuantPlan:
+def calibrate(recipe: CalibrateRecipe | Model, out: str | Path, *, watch: Watch = SILENT, **fields: Any) -> QuantPlan:
     """Make a plan and write it to the file `out`; finished stages are kept beside it, in `work/`.
+
+    `recipe` and `fields` are as of `export`.
 
     Raises:
         DeployError: The model or the images cannot be had, their ranges are unusable, or `out` cannot be written.
     """
+    recipe, given = _asked(recipe, CalibrateRecipe, fields)
     out = writable(Path(out))
     check_recipe(recipe, BuildOptions(provider=recipe.provider))
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
     with Workspace(out.parent, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
         plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
@@ -123,30 +150,34 @@ def calibrate(recipe: CalibrateRecipe, out: str | Path, *, watch: Watch = SILENT
 
 
 def simulate(
-    recipe: CalibrateRecipe,
+    recipe: CalibrateRecipe | Model,
     out: str | Path,
     *,
     images: str | None = None,
     limit: int | None = None,
     watch: Watch = SILENT,
+    **fields: Any,
 ) -> Simulation:
     """Compute in PyTorch what the model is worth under the plan that `recipe` describes; no engine is made.
 
     Args:
-        recipe: The model, the images and the number formats, those included that no run-time has kernels for.
+        recipe: The model, the images and the number formats, those included that no run-time has kernels for; or a
+            model from `wrap`.
         out: Folder of `report.json` and `plan.safetensors`; finished stages are kept in its `work/`.
         images: What to compare on (`folder:PATH`, `npz:PATH`, a file). None: the labelled images that the model brings
             along (the demo does), else those that it was calibrated on.
         limit: Use this many of them, evenly spaced.
         watch: Told how it goes.
+        **fields: With a model from `wrap`, the fields of `SimulateRecipe` that are not its defaults.
 
     Raises:
         DeployError: A stage could not be carried out; what was finished stays.
     """
+    recipe, given = _asked(recipe, SimulateRecipe, fields)
     out = Path(out)
     check_calibration(recipe)
     watch.stage("model", False)
-    model = model_of(recipe)
+    model = given or model_of(recipe)
     picked = images_to_judge_by(model, images)
     with Workspace(out, watch.stage) as work:
         calibration = images_for(recipe, model, work, watch)
@@ -157,7 +188,7 @@ def simulate(
         reference = Reference(refined, plan, model)
 
         watch.stage("float", False)
-        floats = logits_of(reference.float, shown, progress=counting(watch))
+        floats = rows_for(reference.float, shown, progress=counting(watch))
         watch.stage("compare", False)
         found = compare(reference, shown, floats, progress=counting(watch))
         found = replace(found, student=calibration.student is not None)
@@ -171,6 +202,7 @@ def check(
     images: str | None = None,
     limit: int | None = None,
     checkpoint: Path | None = None,
+    model: Model | None = None,
     verify: str | Path | None = None,
     ray: str | None = None,
     watch: Watch = SILENT,
@@ -183,6 +215,7 @@ def check(
             (the demo does), else the images that the plan was calibrated on.
         limit: Use this many of them, evenly spaced.
         checkpoint: Where the weights lie now, if not where the export found them.
+        model: The model, where the bundle was made of one that came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with.
         ray: Address of a Ray cluster that runs engine, reference and float model on shards of the images, HOST:PORT or
             `auto`; all its machines find bundle and images here. None: it is done here. The numbers are the same.
@@ -193,10 +226,11 @@ def check(
             was made from.
         DeployError: The images cannot be had, another run is working in the folder, or there is no such cluster.
     """
+    _refuse_elsewhere(model, ray)
     with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
         manifest = open_bundle(opened, verify=verify)
         with held(opened), Measured(watch) as measured:
-            model = load_again(opened, manifest, checkpoint)
+            model = load_again(opened, manifest, checkpoint, model)
             share = None
             if ray is not None:
                 share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
@@ -256,3 +290,36 @@ def _stages_before(folder: Path) -> dict[str, StageCost]:
         return read_check(folder).stages
     except BundleError:
         return {}
+
+
+def _asked(recipe: _Asked | Model, kind: type[_Asked], fields: Mapping[str, Any]) -> tuple[_Asked, Model | None]:
+    """The recipe, and the model where that came from `wrap`, so that `fields` are the rest of the recipe.
+
+    Raises:
+        RecipeError: A field does not exist, or there is a recipe that would hold it.
+    """
+    known = {field.name for field in fields_of(kind)} - {field.name for field in fields_of(ModelRecipe)} | {"seed"}
+    unknown = sorted(fields.keys() - (known if isinstance(recipe, Model) else set()))
+    if unknown:
+        raise RecipeError(
+            what=f"there is no argument named `{unknown[0]}`.",
+            why=f"beside a model from `wrap` there are {', '.join(sorted(known))}."
+            if isinstance(recipe, Model)
+            else "what describes a run is in its recipe.",
+            fix="pass one of those." if isinstance(recipe, Model) else f"make it a field of {kind.__name__}.",
+        )
+    return (kind(model=recipe.name, **fields), recipe) if isinstance(recipe, Model) else (recipe, None)
+
+
+def _refuse_elsewhere(model: Model | None, ray: str | None) -> None:
+    """Return if the machines of a cluster, should there be one, can load the model.
+
+    Raises:
+        RecipeError: It came from `wrap`.
+    """
+    if model is not None and ray is not None:
+        raise RecipeError(
+            what=f"other machines cannot load `{model.name}`.",
+            why="it came from Python and not by a name.",
+            fix="leave ray out.",
+        )

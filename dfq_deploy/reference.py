@@ -20,17 +20,17 @@ from calibrators.sites import Mode, QuantSite, SitedConv2d, set_mode, sites_of
 from dfq_deploy.models import Model
 from exporters.census import Body
 
-__all__ = ["Reference", "float_logits"]
+__all__ = ["Reference", "float_rows"]
 
 _MOVE = 1e-6  # relative; about eight float32 roundings
 _BODIES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def float_logits(model: Model, images: np.ndarray) -> np.ndarray:
-    """Logits of `model` as it is, (N, classes) float32."""
+def float_rows(model: Model, images: np.ndarray) -> np.ndarray:
+    """What `model` puts out as it is, all outputs side by side: (N, numbers) float32; a classifier's are its logits."""
     with torch.inference_mode():
-        logits: np.ndarray = model.module(torch.from_numpy(images)).numpy()
-    return logits
+        rows: np.ndarray = model.rows(torch.from_numpy(images)).numpy()
+    return rows
 
 
 class Reference:
@@ -38,6 +38,7 @@ class Reference:
 
     Attributes:
         plan: The plan.
+        model: The model with the weights that the plan is for.
 
     Args:
         model: The model with the weights that the plan is for.
@@ -55,21 +56,21 @@ class Reference:
                 why="its fingerprint names another model.",
                 fix="make the plan again, or pass the --checkpoint that it was made with.",
             )
-        self._module = model.module
+        self.model, self._module = model, model.module
         self._floats = floats or model
         self._biases = list(_rounded_biases(model.module, plan))
         self.plan = plan
 
     def float(self, images: np.ndarray) -> np.ndarray:
-        """Logits of the float model, (N, classes) float32."""
-        return float_logits(self._floats, images)
+        """What the float model puts out, (N, numbers) float32: its outputs side by side, as all below."""
+        return float_rows(self._floats, images)
 
     def quantized(self, images: np.ndarray) -> np.ndarray:
-        """Logits under the plan, (N, classes) float32."""
+        """What comes out under the plan, (N, numbers) float32."""
         return self._run(images)
 
     def moved(self, images: np.ndarray, generator: torch.Generator, body: Body) -> np.ndarray:
-        """Logits under the plan when nothing that matters is changed: the yardstick for an engine's distance.
+        """What comes out under the plan when nothing that matters is changed: the yardstick for an engine's distance.
 
         With a float32 body the input is moved by a relative 1e-6; where the first layer rounds its input, 1e-6 would
         vanish there, and its output is moved instead. With another body, what each module puts out is rounded to it.
@@ -91,7 +92,7 @@ class Reference:
             hook.remove()
 
     def _rounded(self, images: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-        """Logits under the plan with the output of every module but the sites rounded to `dtype`."""
+        """What comes out under the plan with the output of every module but the sites rounded to `dtype`."""
 
         def round_off(_module: nn.Module, _inputs: object, output: Any) -> Any:
             return output.to(dtype).to(output.dtype) if isinstance(output, Tensor) else output
@@ -128,8 +129,8 @@ class Reference:
             for site, change in self._biases:
                 hook = site.register_forward_pre_hook(lambda _site, inputs, change=change: (inputs[0] + change,))
                 stack.callback(hook.remove)
-            logits: np.ndarray = self._module(torch.from_numpy(images)).numpy()
-        return logits
+            rows: np.ndarray = self.model.rows(torch.from_numpy(images)).numpy()
+        return rows
 
 
 def _rounded_biases(module: nn.Module, plan: QuantPlan) -> Iterator[tuple[QuantSite, Tensor]]:

@@ -1,7 +1,8 @@
-"""Production: a bundle in, logits out, with no torch and no timm.
+"""Production: a bundle in, the model's outputs out, with no torch and no timm.
 
 `load` verifies the bundle, a folder or a zip archive of one, and opens its engine. A `Runner` turns pictures into model
-input exactly as the model was trained, and model input into logits. Any number of threads may call one runner at once.
+input exactly as the model was trained, and model input into what the model puts out. Any number of threads may call one
+runner at once.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ from calibrators.scheme import scheme_named
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions, Engine
 from exporters.bundle import Manifest, open_bundle
+from exporters.outputs import parts_of
 
-__all__ = ["Runner", "load"]
+__all__ = ["Runner", "load", "refuse_others"]
 
 
 class _Shared(Protocol):
@@ -73,10 +75,26 @@ class Runner:
         return ready
 
     def __call__(self, images: _Images) -> np.ndarray:
-        """Logits (N, classes) float32 of model input (N, C, H, W).
+        """What the model puts out, (N, …) float32, of model input (N, C, H, W): logits (N, classes) of a classifier.
 
-        A tensor of another library is read where it lies, by DLPack; TensorRT reads one on the GPU there. The logits
+        A tensor of another library is read where it lies, by DLPack; TensorRT reads one on the GPU there. The output
         can be had by DLPack, too (`torch.from_dlpack`).
+
+        Raises:
+            ImagesError: The images have another shape than the model's input, are no floats, or are not to be had.
+            BackendError: The runner is closed, the engine fails, or the model has several outputs.
+        """
+        found = self.outputs(images)
+        if len(found) > 1:
+            raise BackendError(
+                what=f"`{self.manifest.model.name}` has several outputs: {', '.join(found)}.",
+                why="a call gives one array.",
+                fix="call runner.outputs(images), which gives all of them by name.",
+            )
+        return next(iter(found.values()))
+
+    def outputs(self, images: _Images) -> dict[str, np.ndarray]:
+        """All that the model puts out, by name, each (N, …) float32; see a call of the runner.
 
         Raises:
             ImagesError: The images have another shape than the model's input, are no floats, or are not to be had.
@@ -87,10 +105,11 @@ class Runner:
         ready: Any = images if on_gpu else _on_cpu(images)
         self._refuse_others(ready.shape)
         with self._in_use() as engine:
-            return engine(ready) if len(ready) else self._nothing()
+            rows = engine(ready) if len(ready) else self._nothing()
+        return parts_of(rows, self.manifest.model.outputs)
 
     def answer(self, requests: Sequence[_Images]) -> list[np.ndarray]:
-        """The logits of each of several requests, in their order: (images, classes) for each, none for one of none.
+        """What comes out for each of several requests, outputs side by side, in their order: (images, numbers).
 
         Requests share calls of the engine, none larger than its largest batch, and large ones are split. Where scales
         are found anew in every call (`w8a8_dynamic`), which company would change, each request has its own calls.
@@ -104,9 +123,9 @@ class Runner:
             self._refuse_others(images.shape)
         groups = [[images] for images in ready] if scheme_named(self.manifest.scheme).dynamic else [ready]
         with self._in_use() as engine:
-            logits = np.concatenate([self._nothing(), *chain.from_iterable(self._calls(engine, g) for g in groups)])
+            rows = np.concatenate([self._nothing(), *chain.from_iterable(self._calls(engine, g) for g in groups)])
         ends = np.cumsum([len(images) for images in ready], dtype=np.int64)
-        return np.split(logits, ends[:-1]) if ready else []
+        return np.split(rows, ends[:-1]) if ready else []
 
     def warm_up(self, *batches: int) -> None:
         """Run images of no content in batches of each size, twice: a first call sets up memory and kernels.
@@ -121,7 +140,7 @@ class Runner:
         for size in batches or dict.fromkeys((smallest, usual)):
             images = np.zeros((size, *self.manifest.preprocess.shape), np.float32)
             for _ in range(2):
-                self(images)
+                self.outputs(images)
 
     def close(self) -> None:
         """Free the engine once the calls that run are finished; later ones are refused. Twice does no harm."""
@@ -165,13 +184,13 @@ class Runner:
             )
 
     def _calls(self, engine: Engine, requests: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Logits of all images of `requests`, in calls of at most the engine's largest batch."""
+        """What comes out for all images of `requests`, in calls of at most the engine's largest batch."""
         images = chain.from_iterable(requests)
         while batch := list(islice(images, self.manifest.engine.options.batch[2])):
             yield engine(np.stack(batch))
 
     def _nothing(self) -> np.ndarray:
-        return np.empty((0, self.manifest.model.classes), np.float32)
+        return np.empty((0, sum(output.size for output in self.manifest.model.outputs)), np.float32)
 
 
 def _on_cpu(images: _Images) -> np.ndarray:
@@ -230,6 +249,20 @@ def load(
         engine = _engine(folder, manifest, provider, threads)
         stack.callback(engine.close)
         return Runner(manifest, _Kept(engine, stack.pop_all()), classes)
+
+
+def refuse_others(manifest: Manifest, doing: str, why: str) -> None:
+    """Return if the bundle's model is a classifier, which is all that `doing` has an answer for, since `why`.
+
+    Raises:
+        BackendError: It is not.
+    """
+    if manifest.model.task != "classification":
+        raise BackendError(
+            what=f"{doing} is for classifiers, and `{manifest.model.name}` is for {manifest.model.task}.",
+            why=f"{why}.",
+            fix="run it from Python, with dfq_deploy.load(FOLDER).outputs(images), or `dfq-deploy serve-repo`.",
+        )
 
 
 def _classes(folder: Path, manifest: Manifest) -> list[str] | None:

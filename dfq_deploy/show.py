@@ -13,6 +13,7 @@ from calibrators.files import is_plain_file, sha256_of
 from calibrators.images import ImageSet, is_image_set
 from calibrators.pictures import sheet_beside
 from calibrators.plan import QuantPlan
+from dfq_deploy.tasks import task_named
 from exporters.archive import bundle_folder, is_archive
 from exporters.bundle import EngineFacts, open_bundle
 from exporters.signing import SIGNATURE
@@ -56,7 +57,7 @@ _COLOURS = {
 def print_check(found: "Check", folder: Path) -> None:
     """A check: what agrees with what, and the verdict."""
     table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "top-1 %", "95 % interval"):
+    for column in ("", f"{_measured_in(found.task)} %", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
     body = found.engine.options.body
     moved = "moved by 1e-6" if body == "fp32" else f"rounded to {body}"
@@ -75,7 +76,9 @@ def print_check(found: "Check", folder: Path) -> None:
         _console.print(_STUDENT)
     if found.drop is not None:
         _console.print("{} loses {:.2f} points against float ({:.2f} to {:.2f})".format(found.ran, *found.drop))
-    if found.top1 is None:
+    if found.task != "classification":
+        _console.print("no labels are read: this shows whether the engine computes its plan, not how accurate it is")
+    elif found.top1 is None:
         _console.print("no labels: this shows whether the engine computes its plan, not how accurate it is (--images)")
     peaks = ", ".join(f"{name} {cost.peak_mib:.0f}" for name, cost in found.stages.items() if cost.peak_mib)
     if peaks:
@@ -89,19 +92,25 @@ def print_simulation(found: "Simulation", folder: Path) -> None:
     """A simulation: how accurate the number formats are."""
     title = f"{found.scheme}, simulated in PyTorch: {found.n} images, {found.images}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "top-1 %", "95 % interval"):
+    for column in ("", f"{_measured_in(found.task)} %", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {"simulated agrees with float": found.agreement}
     rows.update({f"{name}, against labels": share for name, share in (found.top1 or {}).items()})
     for name, share in rows.items():
         table.add_row(name, f"{share.percent:.2f}", f"{share.low:.1f} to {share.high:.1f}")
     _console.print(table)
-    _console.print(f"SQNR of the logits: {_decibels(found.sqnr_db)} dB")
+    _console.print(
+        f"SQNR of the {'logits' if found.task == 'classification' else 'outputs'}: {_decibels(found.sqnr_db)} dB"
+    )
     if found.student:
         _console.print(_STUDENT)
     if found.drop is not None:
         _console.print("simulated loses {:.2f} points against float ({:.2f} to {:.2f})".format(*found.drop))
     _console.print(f"report: {folder / 'report.json'}")
+
+
+def _measured_in(task: str) -> str:
+    return "top-1" if task == "classification" else task_named(task).AGREEMENT
 
 
 def print_engine(facts: EngineFacts, folder: Path) -> None:

@@ -21,6 +21,7 @@ from calibrators.preprocess import Preprocess
 from exporters.backends import BuildOptions, Built
 from exporters.census import Census, Precision
 from exporters.external_data import refuse_outside
+from exporters.outputs import Output
 from exporters.signing import SIGNATURE, Signer, verifier
 
 __all__ = [
@@ -39,6 +40,7 @@ _ALWAYS = ("model.onnx", "plan.safetensors")
 _FORMAT = 1
 _LARGEST = 2**26  # bytes of a manifest
 _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # a name, never a path
+_TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z_]+$")]
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -55,10 +57,13 @@ class ModelFacts(_Facts):
         random_weights: Whether the weights were drawn at random.
         seed: Of random weights.
         fingerprint: SHA-256 of the name and the weights as they were loaded.
-        classes: Number of logits.
+        classes: Number of classes that it tells apart; 0 where it knows none.
         refined: Files in the run folder's `work` with changed weights: of a student that came with the calibration
             images, after the transforms, after the corrections. Each holds all that differs from the weights as they
             were loaded.
+        task: What its outputs are.
+        outputs: What it puts out; one that names none has a classifier's logits.
+        wrapped: Whether it came from Python and not by its name, so that only who made it has its torch form.
     """
 
     name: str
@@ -68,6 +73,15 @@ class ModelFacts(_Facts):
     fingerprint: _Sha256
     classes: int
     refined: tuple[_FileName, ...] = ()
+    task: _TaskName = "classification"
+    outputs: tuple[Output, ...] = ()
+    wrapped: bool = False
+
+    @model_validator(mode="after")
+    def _has_an_output(self) -> "ModelFacts":
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (Output("logits", (self.classes,)),))
+        return self
 
     @property
     def student(self) -> bool:

@@ -16,6 +16,7 @@ import platformdirs
 from calibrators.errors import BackendError, NotHereError
 from calibrators.files import fingerprint_of, sha256_of
 from exporters.backends import BuildOptions
+from exporters.outputs import rows_of
 
 __all__ = ["PROVIDERS", "TENSORRT", "OrtEngine", "cannot_load", "provider_options", "session_options"]
 
@@ -74,12 +75,11 @@ class OrtEngine:
             raise _not_here(provider, self._session.get_providers())
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32."""
+        """The model's outputs side by side, (N, numbers) float32, of images (N, C, H, W) float32."""
         session = self._session  # close() in another thread does not free it under this call
         if session is None:
             raise BackendError(what="the engine is closed.", why="close() was called.", fix="load it again.")
-        logits: np.ndarray = session.run(None, {"images": images})[0]
-        return logits
+        return rows_of(session.run(None, {"images": images}))
 
     def close(self) -> None:
         """Free the session."""

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from calibrators.files import written_whole
 from calibrators.plan import layer_of
 from calibrators.sites import MARKER, Mode, set_mode
 
-__all__ = ["OPSET", "export_float", "save_model", "torch_parity"]
+__all__ = ["OPSET", "export_float", "parameters_in_use", "save_model", "torch_parity"]
 
 # ORT 1.27 to 1.31 cannot load S8 Q/DQ with a quantized Conv at opset 21 (FACTS.md).
 OPSET = 20
@@ -35,18 +35,19 @@ _EXTERNAL_DATA_FROM_BYTES = 1 << 31  # protobuf's limit for one message
 _STREAMED_FROM_BYTES = 1 << 28  # of a float model: in one file its weights would be in memory three times to be written
 
 
-def export_float(module: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """Write `module` as float ONNX with input `images` (N, C, H, W) and output `logits`, N free.
+def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, outputs: Sequence[str] = ("logits",)) -> None:
+    """Write `module` as float ONNX with input `images` (N, C, H, W) and the outputs named, N free.
 
     Args:
         module: A sited model in evaluation mode.
         example: Images to trace with, (2 or more, C, H, W) float32.
         path: Where the model goes; its weights go beside it if they are many.
+        outputs: Names of the tensors that the module puts out, in its order.
 
     Raises:
         ExportError: torch's exporter cannot express the model, or a site got lost on the way.
     """
-    model = _traced(module, example)
+    model = _traced(module, example, outputs)
     sites = _name_by_sites(model)
     _split_gemm(model)
     model = _simplified(model)
@@ -85,17 +86,49 @@ def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int | N
 
 
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
-    """Largest difference between `path` in ONNX Runtime and `module` on `images`, relative to the largest logit."""
+    """Largest difference of `path` in ONNX Runtime from `module` on `images`, relative to the largest value there.
+
+    Of several outputs the worst.
+    """
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of all weights, for three images
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"images": images})[0]
+    found = session.run(None, {"images": images})
     with torch.inference_mode():
-        wanted = module(torch.from_numpy(images)).numpy()
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+        put_out = module(torch.from_numpy(images))
+    wanted = [part.numpy() for part in ([put_out] if isinstance(put_out, torch.Tensor) else put_out)]
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
 
 
-def _traced(module: nn.Module, example: torch.Tensor) -> ir.Model:
+def parameters_in_use(module: nn.Module, example: torch.Tensor) -> set[str]:
+    """Names of the parameters and buffers that what `module` puts out depends on, as an exported model will have them.
+
+    Raises:
+        ExportError: torch cannot trace it with any number of images, with the exporter's reason.
+    """
+    batch = {0: torch.export.Dim("batch")}
+    try:
+        with _quiet_exporter(), torch.no_grad():
+            program = torch.export.export(module, (example,), dynamic_shapes=(batch,), strict=False)
+            program = program.run_decompositions({})  # without operations in place, which count as used
+    except Exception as cause:  # the exporter's errors have no common base class
+        raise _cannot_export(cause) from cause
+    graph, signature = program.graph_module.graph, program.graph_signature
+    graph.eliminate_dead_code()
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {inputs[node.name] for node in graph.find_nodes(op="placeholder") if node.users and node.name in inputs}
+
+
+def _cannot_export(cause: BaseException) -> ExportError:
+    return ExportError(
+        what="torch cannot export this model to ONNX.",
+        why=(" ".join(str(cause).split()) or type(cause).__name__)[:300],
+        fix="take what depends on the values of tensors, or on the number of images, out of its forward (torch.where "
+        "in place of if), wrap the part without it, or pick another variant of the model.",
+    )
+
+
+def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) -> ir.Model:
     set_mode(module, Mode.MARK)
     try:
         with _quiet_exporter():
@@ -106,15 +139,11 @@ def _traced(module: nn.Module, example: torch.Tensor) -> ir.Model:
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=OPSET,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(outputs),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as cause:
-        raise ExportError(
-            what="torch cannot export this model to ONNX.",
-            why=str(cause.__cause__ or cause).strip().split("\n")[0][:300],
-            fix="pick another variant of the model, or report it with this message.",
-        ) from cause
+        raise _cannot_export(cause.__cause__ or cause) from cause
     finally:
         set_mode(module, Mode.OFF)
     assert program is not None

@@ -75,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     of_images = counted(lambda names, _model, options: f"{names[0]} {options.seed}", generator_bench.make_images)
     monkeypatch.setattr(generator_bench, "make_images", of_images)
     monkeypatch.setattr(generator_bench, "compare", counted(lambda *_: "result", generator_bench.compare))
-    monkeypatch.setattr(generator_bench, "float_logits", counted(lambda *_: "float", generator_bench.float_logits))
+    monkeypatch.setattr(generator_bench, "float_rows", counted(lambda *_: "float", generator_bench.float_rows))
     return computed
 
 

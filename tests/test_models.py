@@ -18,6 +18,7 @@ from calibrators.registry import pick
 from dfq_deploy.models import ALIASES, hub
 from dfq_deploy.models.checkpoint import load_checkpoint
 from dfq_deploy.models.loading import load_model
+from exporters.outputs import Output
 
 Weights = dict[str, Tensor]
 
@@ -56,9 +57,10 @@ def test_an_unknown_tag_is_told_with_those_that_there_are() -> None:
     assert "test_vit.r160_in1k" in refusal.why
 
 
-def test_a_model_without_a_classifier_is_refused() -> None:
-    name = "eva02_tiny_patch14_224"
-    assert "no classifier" in _refusal(lambda: load_model(name, random_weights=True)).what
+def test_a_model_without_a_classifier_puts_out_features() -> None:
+    model = load_model("eva02_tiny_patch14_224", random_weights=True)
+    assert (model.task, model.classes, model.classifiers) == ("features", 0, ())
+    assert model.outputs == (Output("features", (192,)),)
 
 
 # --- the hub ---

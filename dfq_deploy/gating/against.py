@@ -23,6 +23,7 @@ _SQNR_DB = 1.0  # what another machine's rounding changes over a whole set of im
 def new_baseline(bundle: OpenBundle, seen: Seen) -> Baseline:
     """The engine in `bundle` as a baseline."""
     manifest, found = bundle.manifest, seen.found
+    decided = seen.decisions.get("engine", np.zeros(len(seen.hashes), np.int64))
     return Baseline(
         model=manifest.model.name,
         weights=manifest.model.fingerprint,
@@ -36,7 +37,7 @@ def new_baseline(bundle: OpenBundle, seen: Seen) -> Baseline:
         sqnr_db=_sqnr(seen),
         size_bytes=engine_bytes(bundle.folder, manifest),
         latency_ratio=round(seen.time[0], 3) if seen.time else None,
-        decisions=dict(zip(seen.hashes, seen.decisions["engine"].tolist(), strict=True)),
+        decisions=dict(zip(seen.hashes, decided.tolist(), strict=True)),
     )
 
 
@@ -48,8 +49,10 @@ def baseline_checks(
     checks = [_belongs(baseline, bundle, known=int((before >= 0).sum()), of=len(before))]
     if checks[0].verdict == "fail":
         return checks, dict.fromkeys(("baseline_drop", "baseline_decisions", "size", "latency"), checks[0].reason)
-    checks += [*_paired(seen, before, limits), _size(baseline, bundle, limits)]
+    checks += [*(_paired(seen, before, limits) if seen.decisions else ()), _size(baseline, bundle, limits)]
     left_out = {} if seen.labels is not None else {"baseline_drop": "no labels"}
+    if not seen.decisions:
+        left_out["baseline_decisions"] = f"{bundle.model.task} has no one class for an image"
     if baseline.decisions.keys() == set(seen.hashes):
         checks.append(_sqnr_check(baseline.sqnr_db, _sqnr(seen)))
     else:

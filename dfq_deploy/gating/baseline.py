@@ -40,7 +40,7 @@ class Baseline(BaseModel):
         sqnr_db: Signal to quantization noise ratio of its logits against float's; None where it is not a number.
         size_bytes: Size of the engine.
         latency_ratio: Its time for one image over that of the float model, None where that could not be measured.
-        decisions: The engine's class by image.
+        decisions: The engine's class by image; 0 where the task has no one class for an image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -44,7 +44,13 @@ class OpenBundle:
 
 
 def opened(
-    folder: Path, checkpoint: Path | None, watch: Watch, *, verify: str | Path | None, called: str
+    folder: Path,
+    checkpoint: Path | None,
+    watch: Watch,
+    *,
+    model: Model | None = None,
+    verify: str | Path | None,
+    called: str,
 ) -> tuple[list[GateCheck], OpenBundle | None]:
     """The checks that need no images, and the bundle; None where one of them leaves nothing to run.
 
@@ -52,6 +58,7 @@ def opened(
         folder: A bundle.
         checkpoint: Where the weights lie now, if not where the export found them.
         watch: Told how it goes.
+        model: The model, where it came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with.
         called: What `folder` is called in reasons.
 
@@ -69,7 +76,7 @@ def opened(
         checks.append(exact_check(name, [], f"all {len(manifest.files)} files are as they were sealed"))
         name = "weights"
         watch.stage("model", False)
-        model = load_again(folder, manifest, checkpoint)
+        model = load_again(folder, manifest, checkpoint, model)
         checks.append(exact_check(name, [], f"they are those that {model.name} was exported with"))
     except BundleError as error:
         wrong = _told(error).replace(str(folder), called)
@@ -103,6 +110,8 @@ def _manifest_checks(folder: Path, manifest: Manifest, model: Model) -> Iterator
     wrong = [] if named == known else [f"{_CLASSES} does not name the model's classes in its order"]
     if manifest.model.classes != model.classes:
         wrong.append(f"the manifest says {manifest.model.classes} classes, the model has {model.classes}")
+    if (manifest.model.task, manifest.model.outputs) != (model.task, model.outputs):
+        wrong.append("the manifest tells of other outputs than the model has")
     yield exact_check("classes", wrong, "the bundle's classes are the model's")
 
 

@@ -52,7 +52,7 @@ class GateResult:
         checks: All checks that were made.
         left_out: Checks that could not be made, with the reason.
         smallest_detectable_drop_pt: Points of top-1, of agreement with float where there are no labels, that would have
-            to be lost for these images to show it with 80 % power.
+            to be lost for these images to show it with 80 % power; None where an image has no one decision.
         manifest_sha256: Of the bundle's manifest, which holds the hashes of its files.
         changes: What an update changed in the baseline, a line each.
     """
@@ -64,7 +64,7 @@ class GateResult:
     images: str
     checks: tuple[GateCheck, ...]
     left_out: dict[str, str]
-    smallest_detectable_drop_pt: float
+    smallest_detectable_drop_pt: float | None
     manifest_sha256: str
     changes: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ class GateResult:
     @property
     def power(self) -> str:
         """What the images could have shown, in words; empty where none was looked at."""
-        if not self.n:
+        if not self.n or self.smallest_detectable_drop_pt is None:
             return ""
         of = "top-1" if self.mode == "labels" else "agreement with float"
         return f"the smallest drop in {of} that {self.n} images show with 80 % power: " + (
@@ -105,7 +105,9 @@ class GateResult:
                     }
                     for check in self.checks
                 ],
-                "smallest_detectable_drop_pt": _rounded(self.smallest_detectable_drop_pt),
+                "smallest_detectable_drop_pt": None
+                if self.smallest_detectable_drop_pt is None
+                else _rounded(self.smallest_detectable_drop_pt),
                 "manifest_sha256": self.manifest_sha256,
             }
         )

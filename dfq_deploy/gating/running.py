@@ -16,8 +16,10 @@ from dfq_deploy.gating.integrity import OpenBundle, opened
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.gating.seeing import Seen, look
+from dfq_deploy.models import Model
 from dfq_deploy.opening import images_to_check
 from dfq_deploy.statistics import Paired
+from dfq_deploy.tasks import task_named
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
 from exporters.bundle import MANIFEST
@@ -36,6 +38,7 @@ def gate(
     baseline: Path | None = None,
     update: bool = False,
     checkpoint: Path | None = None,
+    model: Model | None = None,
     verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> GateResult:
@@ -49,6 +52,7 @@ def gate(
         baseline: A file that an earlier gate wrote.
         update: Write that file from this engine instead of comparing with it, unless the engine fails.
         checkpoint: Where the weights lie now, if not where the export found them.
+        model: The model, where the bundle was made of one that came from `wrap`.
         verify: PEM file with the public key that the bundle must be signed with; the gate fails if it is not.
         watch: Told how it goes.
 
@@ -60,7 +64,7 @@ def gate(
     before = _baseline_in(baseline, update=update)
     name = Path(folder).resolve().name
     with bundle_folder(Path(folder)) as place:
-        checks, bundle = opened(place, checkpoint, watch, verify=verify, called=str(folder))
+        checks, bundle = opened(place, checkpoint, watch, model=model, verify=verify, called=str(folder))
         if bundle is None:
             return _stopped(name, checks, labels=images is not None, manifest=sha256_of(place / MANIFEST))
         seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
@@ -88,7 +92,7 @@ def gate(
         images=seen.found.images,
         checks=tuple(checks),
         left_out=left_out,
-        smallest_detectable_drop_pt=seen.against_float.smallest_detectable,
+        smallest_detectable_drop_pt=seen.against_float.smallest_detectable if seen.against_float else None,
         manifest_sha256=judged,
         changes=changes,
     )
@@ -135,10 +139,13 @@ def _measured(seen: Seen, plan: QuantPlan, limits: GateLimits) -> Iterator[GateC
     if not seen.ran:
         yield GateCheck("engine", 0.0, 1.0, (0.0, 0.0), "undecided", f"it has not run here: {found.ran} did")
     within = floor_verdict(found.floor_ratio, found.negligible, found.ran)
-    if not seen.finite:
+    if not found.finite:
         within = "fail", found.reason
     yield ratio_check("engine_reference", found.floor_ratio, FLOOR_FACTOR, n=found.n, found=within)
-    if seen.labels is not None:
+    if seen.labels is not None and seen.against_float is not None:
         yield drop_check("drop", seen.against_float, limits.max_drop, said="lost against float")
     share = found.agreement["engine_float"]
-    yield share_check("agreement", share, limits.min_agreement, said=f"{found.ran} decides as float does")
+    said = f"{found.ran} decides as float does"
+    if not seen.decisions:
+        said = f"{task_named(found.task).AGREEMENT} of {found.ran} with float"
+    yield share_check("agreement", share, limits.min_agreement, said=said)

@@ -30,17 +30,16 @@ class Seen:
     Attributes:
         found: Engine, reference and float compared.
         ran: Whether it was the engine that ran, not a stand-in.
-        finite: Whether all that it put out are numbers.
         labels: The labels, if there are any.
         hashes: Of the images, in order.
-        decisions: Classes (n,) of `float`, `reference`, `engine` and `moved`: the reference with its input moved.
+        decisions: Classes (n,) of `float`, `reference`, `engine` and `moved`: the reference with its input moved; none
+            where the task has no one class for an image.
         time: The engine's time over float's and its interval; None where it was not taken.
         untimed: Why it was not taken.
     """
 
     found: Check
     ran: bool
-    finite: bool
     labels: np.ndarray | None
     hashes: list[str]
     decisions: Mapping[str, np.ndarray]
@@ -53,8 +52,13 @@ class Seen:
         return "synthetic" if self.labels is None else "labels"
 
     @property
-    def against_float(self) -> Paired:
-        """Where float and the engine are right; without labels, where reference and engine decide as float does."""
+    def against_float(self) -> Paired | None:
+        """Where float and the engine are right; without labels, where reference and engine decide as float does.
+
+        None where there are no decisions.
+        """
+        if not self.decisions:
+            return None
         if self.labels is not None:
             return Paired.of(self.decisions["float"] == self.labels, self.decisions["engine"] == self.labels)
         return Paired.of(*(self.decisions[name] == self.decisions["float"] for name in ("moved", "engine")))
@@ -64,7 +68,7 @@ def look(bundle: OpenBundle, images: ImageSet, *, timed: bool, watch: Watch) -> 
     """Run everything on `images`, and the engine and float in turn where it is to be `timed`."""
     watch.stage("images", False)
     manifest = bundle.manifest
-    logits: dict[str, np.ndarray] = {}
+    decisions: dict[str, np.ndarray] = {}
     marked, hashes = hashed(images)
     engine, quantized, absent = engine_again(bundle.folder, manifest)
     with contextlib.closing(engine):
@@ -76,7 +80,7 @@ def look(bundle: OpenBundle, images: ImageSet, *, timed: bool, watch: Watch) -> 
             facts=manifest.engine,
             absent=absent,
             progress=counting(watch),
-            see=logits.update,
+            see=decisions.update,
         )
         floats = float_model_in(bundle.folder)
         untimed = _why_untimed(manifest.backend, floats, absent)
@@ -84,12 +88,11 @@ def look(bundle: OpenBundle, images: ImageSet, *, timed: bool, watch: Watch) -> 
         if timed and floats is not None and not untimed:
             watch.stage("latency", False)
             time = time_ratio(engine, floats, manifest)
-    decisions = {name: values.argmax(-1) for name, values in logits.items()}
-    decisions["moved"] = decisions["moved"][0]
+    if decisions:
+        decisions["moved"] = decisions["moved"][0]
     return Seen(
         found=found,
         ran=absent is None,
-        finite=bool(np.isfinite(logits["engine"]).all()),
         labels=images.labels,
         hashes=[hashes[number] for number in range(len(images))],
         decisions=decisions,

@@ -60,7 +60,7 @@ class View:
     Attributes:
         step: Number of the step within the schedule, from 0.
         pixels: The images (B, C, H, W) as the model takes them, augmented, shifted and flipped, float32.
-        outputs: The model's output, float32.
+        outputs: The model's outputs side by side (see `Model.rows`), (B, numbers) float32; a classifier's logits.
         inputs: The inputs of the recipe's layers by name, in the network's precision.
     """
 
@@ -223,7 +223,7 @@ class _Loop:
         generator: torch.Generator,
         augment: Callable[[Tensor], Tensor],
     ) -> None:
-        self._module, self._terms, self._dtype, self._augment = model.module, terms, dtype, augment
+        self._model, self._terms, self._dtype, self._augment = model, terms, dtype, augment
         self.device = next(model.module.parameters()).device
         self.pixels = start.to(self.device, torch.float32, copy=True)
         self._low, self._high = (torch.from_numpy(bound).to(self.device) for bound in model.preprocess.bounds)
@@ -240,7 +240,7 @@ class _Loop:
         samples = self._augment(images)
         shown = self._moves.moved(samples.detach(), step).requires_grad_()
         with torch.autocast(self.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
-            outputs = self._module(shown)
+            outputs = self._model.rows(shown)
         view = View(step, shown, outputs.float(), inputs)
         values = torch.stack([term.value(view) for term in self._terms])
         (gradient,) = torch.autograd.grad(values @ self._weights, shown)

@@ -1,4 +1,4 @@
-"""What recipes have in common with PSAQ-ViT: patch similarity and roughness as terms of the loss, and the schedule.
+"""What recipes have in common with PSAQ-ViT: patch similarity, classes and roughness as terms, and the schedule.
 
 The arithmetic is in `losses`. Here it meets taps, random subsets of patches and the values that PSAQ-ViT uses.
 """
@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dfq_deploy.generation.engine import Schedule, Stage, View
+from dfq_deploy.generation.engine import Schedule, Stage, Term, View
 from dfq_deploy.generation.losses import (
     patch_similarity_entropy,
     patch_similarity_entropy_v1,
@@ -20,11 +21,19 @@ from dfq_deploy.generation.losses import (
 from dfq_deploy.generation.taps import AttentionTap
 from dfq_deploy.models import Model
 
-__all__ = ["Similarity", "averaged_over_heads", "roughness", "schedule", "similarity"]
+__all__ = ["Similarity", "averaged_over_heads", "class_term", "roughness", "schedule", "similarity"]
 
 _PATCHES = 64  # that the fast form looks at, per image, block and step
 _ROUGHNESS = (2500.0, 3000.0)  # range of v for 32 images at 224 x 224
 _WARMUP = 0.2  # V1: 100 of 500 steps
+
+
+def class_term(model: Model, images: int, generator: torch.Generator, device: torch.device) -> tuple[Term, ...]:
+    """The term that asks for a class per image, which `generator` draws; none where the task has no such class."""
+    if model.task != "classification":
+        return ()
+    classes = torch.randint(model.classes, (images,), generator=generator).to(device)
+    return (Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),)
 
 
 def roughness(images: int, size: tuple[int, int], generator: torch.Generator) -> Callable[[View], Tensor]:

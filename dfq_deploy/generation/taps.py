@@ -1,7 +1,7 @@
 """Taps: what recipes look at inside a model.
 
 A tap is a layer whose input is captured while images pass. `attention_taps` finds the layers that softmax·V goes
-into, in any timm attention. No loss and no schedule here.
+into, by name in any timm attention, else by watching. No loss and no schedule here.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import ImagesError
+from dfq_deploy.generation.discovery import attentions_of, prefix_of
 from dfq_deploy.models import Model
 
 __all__ = ["AttentionTap", "attention_taps", "captured", "probe"]
@@ -69,7 +70,7 @@ class AttentionTap:
 
 
 def attention_taps(model: Model) -> list[AttentionTap]:
-    """The attentions of `model`, in its order: modules with `num_heads` whose `proj` is a Linear.
+    """The attentions of `model`, in its order: modules with `num_heads` whose `proj` is a Linear, else what is seen.
 
     Class attentions and pooling heads see no two patches side by side and are left out.
 
@@ -88,13 +89,27 @@ def attention_taps(model: Model) -> list[AttentionTap]:
         for name, attention in attentions.items()
         if name in inputs
     ]
-    taps = [tap for tap in taps if tap.tokens >= 2]
+    taps = [tap for tap in taps or _watched(model) if tap.tokens >= 2]
     if not taps:
         raise ImagesError(
             what=f"`{model.name}` shows no attention to synthesise images from.",
             why="this recipe looks at softmax·V of patches: the input of a Linear `proj` beside `num_heads`.",
             fix="use the generator `dead_leaves`, for a CNN `zeroq`, or real images.",
         )
+    return taps
+
+
+def _watched(model: Model) -> list[AttentionTap]:
+    """The self-attentions of a model that is not timm's. What it puts behind the patches counts as a patch."""
+    with torch.no_grad():
+        found = attentions_of(model.module, probe(model))
+    taps = []
+    for one in found:
+        layer, windows = model.module.get_submodule(one.projection), one.rows // _PROBE
+        prefix = prefix_of(model.module) if windows == 1 else 0
+        assert isinstance(layer, nn.Linear)
+        attention = model.module.get_submodule(one.module)
+        taps.append(AttentionTap(one.projection, layer, attention, one.heads, windows, prefix, one.tokens - prefix))
     return taps
 
 

@@ -1,14 +1,17 @@
-"""Models: a timm name or the demo in, a sited torch model with its preprocessing out.
+"""Models: a timm name, the demo or a module of the user's in, a sited torch model with its preprocessing out.
 
 This room knows timm, weights and attention families. It knows nothing of images, plans or ONNX.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from calibrators.preprocess import Preprocess
+from exporters.outputs import Output
 
 __all__ = ["ALIASES", "Model"]
 
@@ -30,14 +33,18 @@ class Model:
     """A model ready to be quantized.
 
     Attributes:
-        name: timm's full name with its pretrained tag, or `demo`.
-        module: The torch model in evaluation mode, float32, frozen, every quantizable place a site.
+        name: timm's full name with its pretrained tag, `demo`, or what a module of the user's is called.
+        module: The torch model in evaluation mode, float32, frozen, every quantizable place a site. It puts out a
+            tensor (N, …), or a tuple of several, in the order of `outputs`.
         preprocess: How images become its input.
         fingerprint: SHA-256 over the name and every weight.
-        classes: Number of logits.
+        classes: Number of classes that it tells apart; 0 where it knows none.
         class_names: What each logit stands for, where that is known.
         classifiers: Names of the layers that put out the logits.
         labelled: Archive of labelled images that belongs to the model (the demo has one), or None.
+        task: What its outputs are: a file's name in `dfq_deploy/tasks`.
+        outputs: What it puts out; if none are given, the logits of a classifier.
+        wrapped: Whether it came from Python and not by its name, so that nobody else can load it again.
     """
 
     name: str
@@ -48,3 +55,21 @@ class Model:
     class_names: tuple[str, ...] | None
     classifiers: tuple[str, ...]
     labelled: Path | None = None
+    task: str = "classification"
+    outputs: tuple[Output, ...] = ()
+    wrapped: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (Output("logits", (self.classes,)),))
+
+    def rows(self, images: Tensor) -> Tensor:
+        """What the module puts out for images (N, C, H, W), all outputs side by side: (N, numbers)."""
+        found: Tensor | tuple[Tensor, ...] = self.module(images)
+        if isinstance(found, Tensor):
+            return found.flatten(1)
+        return torch.cat([part.flatten(1) for part in found], 1)
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The outputs, each (N, numbers), that `rows` holds side by side."""
+        return torch.split(rows, [output.size for output in self.outputs], 1)

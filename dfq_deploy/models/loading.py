@@ -23,8 +23,9 @@ from dfq_deploy.models import ALIASES, Model
 from dfq_deploy.models.checkpoint import first_line, load_checkpoint
 from dfq_deploy.models.hub import check_hub
 from dfq_deploy.recipe import ModelRecipe, size_of
+from exporters.outputs import Output
 
-__all__ = ["load_model", "model_of"]
+__all__ = ["fingerprint_of_weights", "load_model", "model_of"]
 
 _DEMO = Path(__file__).parent / "demo"
 _DEMO_LAYERS = {"classifier": "head", "first_conv": "patch_embed.proj"}
@@ -69,12 +70,12 @@ def load_model(
             _draw_norms_and_biases(module, seed)
     module.eval().requires_grad_(False)
     preprocess = _preprocess(module)
-    fingerprint = _fingerprint(name, module, size)
+    fingerprint = fingerprint_of_weights(name if size is None else f"{name} at {size[0]}x{size[1]}", module)
     attach_sites(module, leave=_run_again(name, module, preprocess))
     _fix_image_range(module, preprocess)
     for family in names(_FAMILIES):
         pick(_FAMILIES, family).attach_attention(module)
-    classes = _classes(name, module)
+    classes = int(getattr(module, "num_classes", 0))
     return Model(
         name=name,
         module=module,
@@ -82,8 +83,10 @@ def load_model(
         fingerprint=fingerprint,
         classes=classes,
         class_names=_class_names(name, classes),
-        classifiers=_classifiers(module),
+        classifiers=_classifiers(module) if classes else (),
         labelled=labelled,
+        task="classification" if classes else "features",
+        outputs=() if classes else _features(module, preprocess),
     )
 
 
@@ -228,15 +231,11 @@ def _draw_norms_and_biases(module: nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-def _classes(name: str, module: nn.Module) -> int:
-    classes = int(getattr(module, "num_classes", 0))
-    if classes < 1:
-        raise ModelError(
-            what=f"`{name}` has no classifier.",
-            why="it puts out features, and top-1 agreement needs classes.",
-            fix="pick a tag that was trained with a classifier.",
-        )
-    return classes
+def _features(module: nn.Module, preprocess: Preprocess) -> tuple[Output, ...]:
+    """What a model without a classifier puts out."""
+    with torch.no_grad():
+        found = module(torch.zeros(1, *preprocess.shape))
+    return (Output("features", tuple(found.shape[1:])),)
 
 
 def _class_names(name: str, classes: int) -> tuple[str, ...] | None:
@@ -253,8 +252,9 @@ def _classifiers(module: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fingerprint(name: str, module: nn.Module, size: tuple[int, int] | None) -> str:
-    digest = hashlib.sha256((name if size is None else f"{name} at {size[0]}x{size[1]}").encode())
+def fingerprint_of_weights(name: str, module: nn.Module) -> str:
+    """SHA-256 over the name and every weight."""
+    digest = hashlib.sha256(name.encode())
     for key, tensor in module.state_dict().items():
         digest.update(key.encode())
         digest.update(tensor.contiguous().numpy().tobytes())

@@ -9,7 +9,7 @@ from dfq_deploy.reporting.checked import Interval
 from dfq_deploy.reporting.facts import Missing, Run, missing_for
 from dfq_deploy.reporting.layers import in_network_order, precision_map
 from dfq_deploy.reporting.measuring import FLOAT, Latency, measure_latency
-from dfq_deploy.reporting.repeating import export_command, neutral
+from dfq_deploy.reporting.repeating import export_command, neutral, python_calls
 from dfq_deploy.reporting.tables import NOTHING, backend_of, is_tiny, span
 from dfq_deploy.reporting.words import signed, size, verdict_on
 from dfq_deploy.watch import Watch
@@ -101,9 +101,14 @@ def differences(pair: Pair) -> dict[str, Any]:
         "changed_layers": [one for one in pairs if one[1] != one[2]],
         "layer_count": len(pairs),
         "made": _made(first, second),
-        "commands": {name: export_command(run.manifest.recipe, run.name) for name, run in pair.runs.items()},
+        "commands": {name: _command(run) for name, run in pair.runs.items()},
         "names": {FLOAT: ("float", "float"), A: (f"A: {first.name}", "engine"), B: (f"B: {second.name}", "other")},
     }
+
+
+def _command(run: Run) -> str:
+    manifest = run.manifest
+    return python_calls(manifest, run.name)[0] if manifest.model.wrapped else export_command(manifest.recipe, run.name)
 
 
 def _warnings(first: Run, second: Run) -> list[str]:

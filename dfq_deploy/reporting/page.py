@@ -21,7 +21,7 @@ from dfq_deploy.reporting.comparing import compared, differences
 from dfq_deploy.reporting.drawing import draw_ranges, draw_sensitivity
 from dfq_deploy.reporting.facts import Missing, Options, Run, gather, timed
 from dfq_deploy.reporting.layers import precision_map
-from dfq_deploy.reporting.repeating import check_command, export_command
+from dfq_deploy.reporting.repeating import check_command, export_command, python_calls
 from dfq_deploy.reporting.tables import (
     agreement_rows,
     around_zero,
@@ -39,7 +39,7 @@ from dfq_deploy.reporting.tables import (
     tiles_of,
     top1_rows,
 )
-from dfq_deploy.reporting.words import breakable, milliseconds, pieces, signed, size, verdict_on
+from dfq_deploy.reporting.words import agreement_said, breakable, milliseconds, pieces, signed, size, verdict_on
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
 from exporters.bundle import open_bundle
@@ -157,6 +157,9 @@ def _facts(run: Run) -> dict[str, Any]:
     reasons: dict[str, list[str]] = {}
     for layer, reason in manifest.engine.reasons.items():
         reasons.setdefault(reason, []).append(layer)
+    export, check = export_command(manifest.recipe, run.name), check_command(checked, run.name) if checked else ""
+    if manifest.model.wrapped:
+        export, check = python_calls(manifest, run.name)
     return {
         "run": run,
         "verdict": verdict_on(run),
@@ -168,7 +171,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "tiles": tiles_of(run),
         "top1": top1,
         "top1_ends": span(row.share for row in top1),
+        "classifier": manifest.model.task == "classification",
         "agreement": agreement,
+        "agreement_said": agreement_said(manifest),
         "agreement_ends": span(row.share for row in agreement),
         "drop_ends": around_zero(checked.drop if checked else None),
         "sizes": sizes_of(run),
@@ -179,8 +184,8 @@ def _facts(run: Run) -> dict[str, Any]:
         "ranges_chart": Markup(draw_ranges(run.audit)) if run.audit else "",
         "tiny": is_tiny(run),
         "counted": checked is not None and bool(checked.of),
-        "export_command": export_command(manifest.recipe, run.name),
-        "check_command": check_command(checked, run.name) if checked else "",
+        "export_command": export,
+        "check_command": check if checked else "",
         "fingerprints": fingerprints(run),
     }
 

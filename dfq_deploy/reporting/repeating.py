@@ -8,8 +8,9 @@ from typing import Any
 
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.reporting.checked import Checked
+from exporters.bundle import Manifest
 
-__all__ = ["check_command", "export_command", "neutral"]
+__all__ = ["check_command", "export_command", "neutral", "python_calls"]
 
 
 def export_command(recipe: Mapping[str, Any], name: str) -> str:
@@ -43,6 +44,14 @@ def check_command(checked: Checked, name: str) -> str:
     if checked.asked.limit is not None:
         words += ["--limit", str(checked.asked.limit)]
     return shlex.join(words)
+
+
+def python_calls(manifest: Manifest, name: str) -> tuple[str, str]:
+    """The export and the check of a bundle whose model came from `wrap`: only Python has that."""
+    wrapped = f'dfq_deploy.wrap({manifest.model.name}(…), example, task="{manifest.model.task}")'
+    own = {field.name: field.default for field in fields(Recipe) if field.name != "model"}
+    asked = "".join(f", {key}={value!r}" for key, value in manifest.recipe.items() if own.get(key, value) != value)
+    return f'dfq_deploy.export({wrapped}, "{name}"{asked})', f'dfq_deploy.check("{name}", model={wrapped})'
 
 
 def neutral(place: str) -> str:

@@ -7,8 +7,10 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from dfq_deploy.reporting.facts import Run
+from dfq_deploy.tasks import task_named
+from exporters.bundle import Manifest
 
-__all__ = ["Verdict", "breakable", "milliseconds", "pieces", "signed", "size", "verdict_on"]
+__all__ = ["Verdict", "agreement_said", "breakable", "milliseconds", "pieces", "signed", "size", "verdict_on"]
 
 Level = Literal["pass", "fail", "undecided", "unknown"]
 _WORDS: dict[str, str] = {"pass": "Pass", "fail": "Fail", "undecided": "Undecided"}
@@ -57,9 +59,12 @@ def _accuracy(run: Run) -> str:
     checked = run.checked
     assert checked is not None
     if checked.drop is None:
+        share = f"{checked.agreement.get('engine_float', 0.0):.1f} %"
+        if run.manifest.model.task != "classification":
+            return f"{agreement_said(run.manifest)} with float: {share} on {pieces(checked.n, 'image')}."
         return (
             f"How accurate it is cannot be said: the {checked.n} images have no labels. "
-            f"It decides as float does on {checked.agreement.get('engine_float', 0.0):.1f} % of them."
+            f"It decides as float does on {share} of them."
         )
     value, low, high = checked.drop
     between = f"95 % interval {signed(low)} to {signed(high)}"
@@ -71,6 +76,14 @@ def _accuracy(run: Run) -> str:
     if low > 0:
         return f"Against float it loses {value:.2f} points of top-1 {on}, more than chance explains ({between})."
     return f"Against float it gains {-value:.2f} points of top-1 {on}, which chance does not explain ({between} lost)."
+
+
+def agreement_said(manifest: Manifest) -> str:
+    """What agreement is in this bundle's task, for a heading."""
+    if manifest.model.task == "classification":
+        return "Agreement: the same decision"
+    measured = task_named(manifest.model.task).AGREEMENT
+    return f"{measured[:1].upper()}{measured[1:]}"
 
 
 def pieces(count: int, name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from calibrators.errors import RecipeError
-from dfq_deploy.runtime import load
+from dfq_deploy.runtime import load, refuse_others
 from dfq_deploy.serving.app import make_app
 from dfq_deploy.serving.options import ServeOptions
 
@@ -48,11 +48,12 @@ def serve(
 
     Raises:
         BundleError: The bundle is incomplete or altered, not signed as asked, or its engine is pending.
-        BackendError: Its run-time is not installed or cannot load it.
+        BackendError: Its run-time is not installed or cannot load it, or it is no classifier.
         RecipeError: The address cannot be had, or the options do not suit the bundle.
     """
     options = options or ServeOptions()
     with load(folder, provider=options.provider, threads=options.threads, verify=options.verify) as runner:
+        refuse_others(runner.manifest, "serve", "it speaks of one output, `logits`, and of classes")
         app, service = make_app(runner, options)
         service.warm_up()
         config = uvicorn.Config(

@@ -4,6 +4,7 @@ Source: model_config.proto of triton-inference-server/common, which the tests ho
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from dfq_deploy.serving.options import RepoOptions
@@ -15,7 +16,7 @@ LABELS = "labels.txt"
 
 
 def engine(name: str, manifest: Manifest, options: RepoOptions, *, labels: bool, gather: bool) -> str:
-    """The model that computes logits; warmed up with one image and with the most that it gets."""
+    """The model itself; warmed up with one image and with the most that it gets."""
     trt = manifest.backend == "trt"
     gpu = trt or manifest.engine.options.provider == "cuda"
     largest = manifest.engine.options.batch[2]
@@ -24,7 +25,7 @@ def engine(name: str, manifest: Manifest, options: RepoOptions, *, labels: bool,
         f'platform: "{"tensorrt_plan" if trt else "onnxruntime_onnx"}"',
         f"max_batch_size: {largest}",
         _tensor("input", "images", "TYPE_FP32", manifest.preprocess.shape),
-        _logits(manifest, labels=labels),
+        *_outputs(manifest, labels=labels),
         f"instance_group [ {{ count: {options.instances} kind: {'KIND_GPU' if gpu else 'KIND_CPU'} }} ]",
     ]
     if gather:
@@ -48,18 +49,18 @@ def preprocess(name: str, manifest: Manifest, options: RepoOptions, *, facts: di
 
 
 def ensemble(names: tuple[str, str, str], manifest: Manifest, *, labels: bool) -> str:
-    """The model that takes image files and gives logits, out of the other two."""
+    """The model that takes image files and gives what the model puts out, out of the other two."""
     model, before, name = names
     steps = (
-        (before, ("encoded", "encoded"), ("images", "images")),
-        (model, ("images", "images"), ("logits", "logits")),
+        (before, ("encoded", "encoded"), ["images"]),
+        (model, ("images", "images"), [output.name for output in manifest.model.outputs]),
     )
     parts = [
         f'name: "{name}"',
         'platform: "ensemble"',
         f"max_batch_size: {manifest.engine.options.batch[2]}",
         _tensor("input", "encoded", "TYPE_STRING", (1,)),
-        _logits(manifest, labels=labels),
+        *_outputs(manifest, labels=labels),
         "ensemble_scheduling {",
         *(_step(*step) for step in steps),
         "}",
@@ -67,8 +68,8 @@ def ensemble(names: tuple[str, str, str], manifest: Manifest, *, labels: bool) -
     return "\n".join(parts) + "\n"
 
 
-def _step(model: str, given: tuple[str, str], found: tuple[str, str]) -> str:
-    maps = f"{_map('input_map', *given)} {_map('output_map', *found)}"
+def _step(model: str, given: tuple[str, str], found: list[str]) -> str:
+    maps = " ".join([_map("input_map", *given), *(_map("output_map", name, name) for name in found)])
     return f'  step [ {{ model_name: "{model}" model_version: -1 {maps} }} ]'
 
 
@@ -80,9 +81,10 @@ def _tensor(field: str, name: str, kind: str, dims: tuple[int, ...]) -> str:
     return f'{field} [ {{ name: "{name}" data_type: {kind} dims: {list(dims)} }} ]'
 
 
-def _logits(manifest: Manifest, *, labels: bool) -> str:
+def _outputs(manifest: Manifest, *, labels: bool) -> Iterator[str]:
     named = f' label_filename: "{LABELS}"' if labels else ""
-    return f'output [ {{ name: "logits" data_type: TYPE_FP32 dims: [{manifest.model.classes}]{named} }} ]'
+    for output in manifest.model.outputs:
+        yield f'output [ {{ name: "{output.name}" data_type: TYPE_FP32 dims: {list(output.shape)}{named} }} ]'
 
 
 def _batching(options: RepoOptions) -> str:

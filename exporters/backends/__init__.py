@@ -85,7 +85,7 @@ class Engine(Protocol):
     """A loaded model, which several threads may call at once."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) float32 of images (N, C, H, W) float32."""
+        """The model's outputs side by side (see `exporters.outputs`), (N, numbers) float32, of images (N, C, H, W)."""
         ...
 
     def close(self) -> None:

@@ -77,17 +77,24 @@ class TensorRTEngine:
         self._lanes: OrderedDict[int, _Lane] = OrderedDict()
         with cuda.first_gpu():
             self._engine = deserialize(trt, path, self._log)
-            self._image, self._classes = self._shapes()
+            self._image, self._output, self._numbers = self._shapes()
             self._host_images = cuda.HostBuffer((batch[2], *self._image))
-            self._host_logits = cuda.HostBuffer((batch[2], self._classes))
+            self._host_output = cuda.HostBuffer((batch[2], self._numbers))
             self._images = cuda.DeviceBuffer(self._host_images.array.nbytes)
-            self._logits = cuda.DeviceBuffer(self._host_logits.array.nbytes)
+            self._output_there = cuda.DeviceBuffer(self._host_output.array.nbytes)
             self._stream = cuda.Stream()
             self._config, self._kernels = self_capturing(trt, self._engine, cache)
             scratch = 0 if self._config is not None else self._engine.device_memory_size_v2
             self._scratch = cuda.DeviceBuffer(scratch)  # one for all contexts: they take turns
             self._free = self._context()  # of which no graph is captured
-        self._owned = (self._host_images, self._host_logits, self._images, self._logits, self._scratch, self._stream)
+        self._owned = (
+            self._host_images,
+            self._host_output,
+            self._images,
+            self._output_there,
+            self._scratch,
+            self._stream,
+        )
 
     @property
     def graphs(self) -> tuple[int, ...]:
@@ -95,7 +102,7 @@ class TensorRTEngine:
         return tuple(size for size, lane in self._lanes.items() if lane.graph)
 
     def __call__(self, images: np.ndarray | DeviceImages) -> np.ndarray:
-        """Logits (N, classes) float32, in main memory, of images (N, C, H, W) float32.
+        """The output, flattened, (N, numbers) float32, in main memory, of images (N, C, H, W) float32.
 
         Images on the GPU are waited for on their own stream and read where they lie; they are copied, on the GPU, only
         where TensorRT cannot read them: at an address that is no multiple of 256, or fewer than the smallest batch.
@@ -114,12 +121,12 @@ class TensorRTEngine:
                     n, run = len(images), partial(self._run_host, images)
                 else:
                     n, run = self._on_gpu(images)
-                logits = np.empty((n, self._classes), np.float32)
+                rows = np.empty((n, self._numbers), np.float32)
                 for start, stop, size in chunks(n, self._batch):
                     run(start, stop, size)
                     self._stream.synchronize()
-                    logits[start:stop] = self._host_logits.array[: stop - start]
-                return logits
+                    rows[start:stop] = self._host_output.array[: stop - start]
+                return rows
 
     def close(self) -> None:
         """Free the engine and all its memory; twice does no harm."""
@@ -137,17 +144,19 @@ class TensorRTEngine:
                     for owned in self._owned:
                         owned.close()
 
-    def _shapes(self) -> tuple[tuple[int, ...], int]:
-        """Shape (C, H, W) of an image and number of classes, once the engine is known to be one of ours."""
+    def _shapes(self) -> tuple[tuple[int, ...], str, int]:
+        """Shape (C, H, W) of an image, name and size of the output, once the engine is known to be one of ours."""
         names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
-        ours = names == {"images", "logits"}
+        outputs = names - {"images"}
+        ours = len(names) == 2 and len(outputs) == 1
         if ours and all(self._engine.get_tensor_dtype(name) == self._trt.DataType.FLOAT for name in names):
             sizes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape("images", 0)]
             if tuple(shape[0] for shape in sizes) == self._batch:
-                return sizes[0][1:], int(self._engine.get_tensor_shape("logits")[1])
+                (output,) = outputs
+                return sizes[0][1:], output, prod(tuple(self._engine.get_tensor_shape(output))[1:])
         raise BackendError(
             what=f"`{self._path}` is not the engine that belongs here.",
-            why=f"wanted is one from float32 `images` to float32 `logits` for batches of {self._batch}.",
+            why=f"wanted is one from float32 `images` to one float32 output for batches of {self._batch}.",
             fix=rebuild(self._path),
         )
 
@@ -220,16 +229,16 @@ class TensorRTEngine:
     def _bind(self, context: Any, size: int, address: int) -> None:
         bound = context.set_input_shape("images", (size, *self._image))
         bound = bound and context.set_tensor_address("images", address)
-        if not (bound and context.set_tensor_address("logits", self._logits.handle)):
+        if not (bound and context.set_tensor_address(self._output, self._output_there.handle)):
             raise self._failed(to=f"be set up for a batch of {size}")
 
     def _put(self, context: Any, size: int, *, copy_in: bool) -> None:
-        """Put one pass on the stream: images to the GPU if `copy_in`, the kernels, logits to main memory."""
+        """Put one pass on the stream: images to the GPU if `copy_in`, the kernels, the output to main memory."""
         if copy_in:
             self._stream.copy(self._images.handle, self._host_images.handle, 4 * size * prod(self._image))
         if not context.execute_async_v3(self._stream.handle):
             raise self._failed(to="run")
-        self._stream.copy(self._host_logits.handle, self._logits.handle, 4 * size * self._classes)
+        self._stream.copy(self._host_output.handle, self._output_there.handle, 4 * size * self._numbers)
 
     def _drop_oldest(self) -> None:
         _, lane = self._lanes.popitem(last=False)

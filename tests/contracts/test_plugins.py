@@ -15,6 +15,8 @@ from calibrators.registry import names, pick
 from calibrators.sources import Source
 from dfq_deploy.generation.generators import ATTENTIVE, AttentiveGenerator, Generator
 from dfq_deploy.models.families import Family
+from dfq_deploy.scores import Score
+from dfq_deploy.tasks import Task
 from exporters.backends import Backend, Engine
 
 PROTOCOLS = {
@@ -23,6 +25,8 @@ PROTOCOLS = {
     "calibrators.sources": Source,
     "dfq_deploy.generation.generators": Generator,
     "dfq_deploy.models.families": Family,
+    "dfq_deploy.scores": Score,
+    "dfq_deploy.tasks": Task,
     "exporters.backends": Backend,
 }
 _KINDS = {"transform": Transform, "correct": Correction, "reconstruct": Reconstruction}

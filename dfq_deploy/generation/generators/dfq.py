@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
@@ -23,7 +22,7 @@ from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
-from dfq_deploy.generation.similarity import Similarity
+from dfq_deploy.generation.similarity import Similarity, class_term
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -51,7 +50,7 @@ def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exac
     device = next(model.module.parameters()).device
     scale = min(model.preprocess.size) / 224
     schedule = Schedule((Stage(_STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
-    classes = torch.randint(model.classes, (size,), generator=generator).to(device)
+    classes = class_term(model, size, generator, device)
     random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
     roughness = total_variation(start).item()
@@ -62,7 +61,7 @@ def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exac
         layers={tap.name: tap.layer for tap in taps},
         terms=(
             Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
-            Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
+            *classes,
             Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - roughness).abs()),
         ),
         schedule=schedule,

@@ -1,8 +1,8 @@
 """PSAQ-ViT V1: images whose patches differ from each other as the patches of real images do.
 
-A vision transformer sees noise as patches that are all alike. The recipe raises the entropy of the similarities
-between the patches' softmax·V, in every block, asks for a random class per image, and keeps the roughness near that of
-real images.
+A vision transformer sees noise as patches that are all alike. The recipe raises the entropy of the similarities between
+the patches' softmax·V, in every block, asks for a random class per image (of a classifier), and keeps the roughness
+near that of real images.
 
 Source: Li et al., "Patch Similarity Aware Data-Free Quantization for Vision Transformers", ECCV 2022,
 arXiv 2203.02250, and its code at d2c726f: L = L_PSE + CE + 0.05·|R_TV - v|, Adam at 0.2 (windowed models 0.25).
@@ -18,13 +18,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set
 from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, fast_dtype, optimise
-from dfq_deploy.generation.similarity import roughness, schedule, similarity
+from dfq_deploy.generation.similarity import class_term, roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
@@ -52,11 +51,11 @@ def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exac
     device = next(model.module.parameters()).device
     steps = schedule(model, taps, _V1_STAGES if exact else _FAST_STAGES, None if exact else _FAST_PLATEAU)
     start = torch.randn((size, *model.preprocess.shape), generator=generator)
-    classes = torch.randint(model.classes, (size,), generator=generator).to(device)
+    classes = class_term(model, size, generator, device)
     rough = roughness(size, model.preprocess.size, generator)
     terms = (
         Term("patch_similarity", 1.0, similarity(taps, exact, steps.steps, generator, device)),
-        Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, classes)),
+        *classes,
         Term("total_variation", 0.05, rough),
     )
     return optimise(

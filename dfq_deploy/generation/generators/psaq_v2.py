@@ -10,12 +10,12 @@ images end where it would have joined.
 Source: Li et al., "PSAQ-ViT V2", arXiv 2209.05687. Its code was never released. It has teacher, student, the mean
 absolute error between them and no class prior; the form of the loss, L_PSE + 0.05 |R_TV - v| - D, and everything on the
 schedule is ours. The roughness keeps V1's target v, since images would flatten without one. D is divided by the mean
-size of the teacher's outputs. The student's scales are not learned: they are read off the images anew every `_ROUND`
-steps, as calibration will do at the end. It learns from a step's images in parts of `_PART`; backwards, rounding counts
-as the identity. Its learning rate is proportional to how far off it is when it joins (one that suits 4 bits spoils a
-student in 8, which is near its teacher already) and falls to 0 along a cosine. Where there are several batches the
-student goes on from one to the next, so that a later batch cannot be made alone. The exact form has V1's estimator,
-more steps and float32.
+size of the teacher's outputs; of several outputs, a detector's logits and boxes, it is the mean of theirs. The
+student's scales are not learned: they are read off the images anew every `_ROUND` steps, as calibration will do at the
+end. It learns from a step's images in parts of `_PART`; backwards, rounding counts as the identity. Its learning rate
+is proportional to how far off it is when it joins (one that suits 4 bits spoils a student in 8, which is near its
+teacher already) and falls to 0 along a cosine. Where there are several batches the student goes on from one to the
+next, so that a later batch cannot be made alone. The exact form has V1's estimator, more steps and float32.
 """
 
 import functools
@@ -170,9 +170,10 @@ class _Learner:
 
     def _discrepancy(self, pixels: Tensor, wanted: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
-            outputs = self._student.module(pixels)
+            outputs = self._student.rows(pixels)
         self.shown += len(pixels)
-        return discrepancy(outputs.float(), wanted)
+        pairs = zip(*(self._teacher.parts(rows) for rows in (outputs.float(), wanted)), strict=True)
+        return torch.stack([discrepancy(found, output) for found, output in pairs]).mean()
 
     def _calibrate(self, pixels: Tensor) -> None:
         """Round by the plan that these images give the student as it is."""

@@ -2,7 +2,7 @@
 
 Noise spreads attention all over, and so do images made from patch similarity. The recipe asks each head of the deep
 half of the layers for attention of a random shape of its own, optimises 1 to 4 parts of each image, enlarged, as images
-in their own right, and asks for soft labels: the class of a part, and all of them for the whole.
+in their own right, and asks for soft labels of a classifier: the class of a part, and all of them for the whole.
 
 Source: Zhong et al., "Semantics Prompting Data-Free Quantization for Low-Bit Vision Transformers", arXiv 2412.16553:
 L = alpha·L_APA + L_SL + 0.05·L_TV, 32 images, Adam at 0.2 (windowed models 0.25), 1000 steps. `exact` keeps the number
@@ -81,7 +81,7 @@ class _Prior:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What a batch begins with: noise, parts (see `rectangles`), the images' and parts' labels, and priors."""
+    """What a batch begins with: noise, parts (see `rectangles`), a classifier's labels of both, and priors."""
 
     start: Tensor
     parts: Tensor
@@ -132,10 +132,12 @@ class Spdfq:
         priors = [replace(prior, rows=prior.rows.to(device)) for prior in drawn.priors]
         rough = roughness(size, model.preprocess.size, generator)
         with rows_of(model, [prior.tap for prior in priors] if self.alignment else []) as rows:
-            terms = [
-                Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, labels[: len(view.outputs)])),
-                Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))),
-            ]
+            terms: list[Term] = []
+            if model.task == "classification":
+                terms.append(
+                    Term("cross_entropy", 1.0, lambda view: F.cross_entropy(view.outputs, labels[: len(view.outputs)]))
+                )
+            terms.append(Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))))
             if self.alignment:
                 terms.append(Term("attention", _ALIGNMENT, functools.partial(_alignment, rows, priors)))
             return optimise(
@@ -153,7 +155,9 @@ class Spdfq:
         """What is drawn for a batch of `size` images before the first step, on the CPU."""
         start = torch.randn((size, *model.preprocess.shape), generator=generator)
         parts = rectangles(size, _PARTS, model.preprocess.size, generator)
-        labels = self._labels(parts[:, 0], size, model.classes, generator)
+        labels = torch.empty(0)
+        if model.task == "classification":
+            labels = self._labels(parts[:, 0], size, model.classes, generator)
         parts = parts if self.reinforcement else parts[:0]
         height, width = model.preprocess.size
         deep = list(enumerate(taps, start=1))[len(taps) // 2 :]

@@ -1,0 +1,91 @@
+"""Attention in models that are not timm's, found by watching: which Linear softmax·V goes into, and in what form.
+
+transformers and hand-written models call their projections what they like. What they compute is the same: a fused
+attention, or a softmax over (rows, heads, tokens, keys), and then a Linear over as many tokens. Whatever lies in a
+decoder, whose tokens are no patches, is left out.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Attention", "attentions_of", "prefix_of"]
+
+_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+_FIRST = ("cls_token", "class_embedding", "dist_token", "distillation_token", "register_tokens", "reg_token")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention.
+
+    Attributes:
+        projection: Name of the Linear that softmax·V goes into.
+        module: Name of the module that computes the softmax.
+        heads: Number of heads.
+        rows: Images times windows.
+        tokens: Tokens that attend to others.
+    """
+
+    projection: str
+    module: str
+    heads: int
+    rows: int
+    tokens: int
+
+
+def attentions_of(module: nn.Module, images: Tensor) -> list[Attention]:
+    """The attentions that a pass of `images` shows, in its order."""
+    watch = _Watch()
+    with contextlib.ExitStack() as exits:
+        for name, part in module.named_modules():
+            for handle in (
+                part.register_forward_pre_hook(lambda part, inputs, name=name: watch.enter(name, part, inputs)),
+                part.register_forward_hook(lambda *_: watch.leave(), always_call=True),
+            ):
+                exits.callback(handle.remove)
+        exits.enter_context(watch)
+        module(images)
+    return [found for found in watch.found if "decoder" not in found.projection]
+
+
+def prefix_of(module: nn.Module) -> int:
+    """How many tokens are put in front of the patches: those that models have parameters for, by their usual names."""
+    parameters = ((name.rpartition(".")[2], value) for name, value in module.named_parameters())
+    return sum(value.shape[-2] if value.ndim > 1 else 1 for name, value in parameters if name in _FIRST)
+
+
+class _Watch(TorchFunctionMode):
+    """Remembers the last attention until a Linear takes up what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Attention] = []
+        self._inside: list[str] = []
+        self._pending: Attention | None = None
+
+    def enter(self, name: str, part: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._inside.append(name)
+        if not isinstance(part, nn.Linear) or self._pending is None:
+            return
+        shape, seen = inputs[0].shape, self._pending
+        if shape[:-1].numel() == seen.rows * seen.tokens and shape[-1] % seen.heads == 0:
+            self.found.append(Attention(name, seen.module, seen.heads, seen.rows, seen.tokens))
+        self._pending = None
+
+    def leave(self) -> None:
+        self._inside.pop()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if (function is F.scaled_dot_product_attention or function in _SOFTMAX) and result.ndim == 4:
+            rows, heads, tokens, _ = result.shape
+            self._pending = Attention("", self._inside[-1], heads, rows, tokens)
+        return result

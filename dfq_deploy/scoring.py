@@ -1,0 +1,72 @@
+"""Scores of a model or of its engine against the truth, where a task has one: mAP, mIoU.
+
+Two calls, one with the float model and one with a runner of its engine, tell what quantization costs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibrators.errors import ImagesError, RecipeError
+from calibrators.registry import names, pick
+from dfq_deploy.models import Model
+from dfq_deploy.reference import float_rows
+from dfq_deploy.runtime import Runner
+from exporters.outputs import parts_of
+
+__all__ = ["score"]
+
+_SCORES = "dfq_deploy.scores"
+
+
+def score(
+    network: Model | Runner, images: np.ndarray, truth: Sequence[Any], *, batch_size: int = 8
+) -> dict[str, float]:
+    """How well `network` does on `images`, in percent, by the names of the field.
+
+    Args:
+        network: A model from `wrap`, or the runner of a bundle.
+        images: Model input, (N, C, H, W) float32; `Runner.preprocess` makes it.
+        truth: What each image shows. Of a segmentation the classes, (H, W); of a detection a dict of `boxes` (n, 4),
+            each (centre x, centre y, width, height) as shares of the image, and `labels` (n,).
+        batch_size: Images per forward pass.
+
+    Raises:
+        RecipeError: The task has no score, or torchmetrics is not installed.
+        ImagesError: There is not one truth per image.
+    """
+    facts = network if isinstance(network, Model) else network.manifest.model
+    if facts.task not in names(_SCORES):
+        raise RecipeError(
+            what=f"there is no score for {facts.task}.",
+            why=f"scores are there for {', '.join(names(_SCORES))}; a check tells top-1 where images have labels.",
+            fix="compare the outputs with what you know, or see the agreement that a check tells.",
+        )
+    if len(images) != len(truth) or not len(images):
+        raise ImagesError(
+            what=f"there are {len(images)} images and {len(truth)} truths.",
+            why="each image has one.",
+            fix="pass as many.",
+        )
+    try:
+        plugin = pick(_SCORES, facts.task)
+        metric = plugin.metric(facts.classes)
+    except ModuleNotFoundError as cause:
+        raise RecipeError(
+            what=f"a score needs the package `{cause.name}`, which is not installed.",
+            why="torchmetrics computes it.",
+            fix="pip install 'dfq-deploy[score]'.",
+        ) from cause
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        found = (
+            network.outputs(batch)
+            if isinstance(network, Runner)
+            else parts_of(float_rows(network, batch), facts.outputs)
+        )
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
+        plugin.add(metric, tensors, list(truth[start : start + batch_size]))
+    scores: dict[str, float] = plugin.read(metric)
+    return scores

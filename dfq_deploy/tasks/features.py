@@ -1,0 +1,45 @@
+"""Features: embeddings of an image or of its patches, of whatever shape, which something else makes use of."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dfq_deploy.tasks import Found, Shapes, unsuitable
+from exporters.outputs import Output
+
+__all__ = ["agree", "count_classes", "decide", "pick_outputs"]
+
+AGREEMENT = "cosine of the features"
+
+
+def pick_outputs(shapes: Shapes) -> dict[str, str]:
+    """All tensors, by the model's names.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not shapes:
+        raise unsuitable(shapes, "features", "one tensor or more, by name if there are several")
+    return {name: name for name in shapes}
+
+
+def count_classes(outputs: Sequence[Output]) -> int:  # noqa: ARG001  # the verbs of all tasks have one signature
+    """None: features tell no classes apart."""
+    return 0
+
+
+def decide(found: Found) -> None:  # noqa: ARG001
+    """Nothing: features decide nothing by themselves."""
+    return
+
+
+def agree(found: Found, wanted: Found) -> np.ndarray:
+    """Cosine of each tensor as one vector, the mean over the tensors; 0 where that is negative."""
+    cosines = [_cosine(found[name], wanted[name]) for name in wanted]
+    return np.asarray(np.maximum(np.mean(cosines, axis=0), 0.0))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = (part.reshape(len(part), -1).astype(np.float64) for part in (a, b))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(1) / np.maximum(lengths, 1e-30))

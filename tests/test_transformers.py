@@ -1,0 +1,58 @@
+"""Models of Hugging Face transformers, tiny and with random weights: what is found in them, and PSAQ-ViT V2 on them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tiny_transformers import EDGE, TASKS, tiny
+
+import dfq_deploy as dfq
+from calibrators.images import ImageSet
+from calibrators.sites import sites_of
+from dfq_deploy.generation.taps import attention_taps
+from dfq_deploy.models import Model
+
+# Outputs; attentions with their heads, windows and patch tokens; layers that stay float.
+FOUND = {
+    "clip": ({"last_hidden_state": (17, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
+    "detr": ({"logits": (10, 8), "boxes": (10, 4)}, [(4, 1, 16)] * 2, 3),
+    "dinov2": ({"last_hidden_state": (17, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
+    "dinov3": ({"last_hidden_state": (17, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
+    "mask2former": ({"logits": (7, 16, 16)}, None, None),
+    "segformer": ({"logits": (7, 16, 16)}, [(1, 1, 256), (2, 1, 64), (2, 1, 16), (4, 1, 4)], 0),
+    "siglip": ({"last_hidden_state": (16, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
+    "upernet": ({"logits": (7, 64, 64)}, None, 0),
+    "yolos": ({"logits": (10, 8), "boxes": (10, 4)}, [(4, 1, 26)] * 2, 0),
+}
+
+
+def _wrapped(name: str) -> Model:
+    return dfq.wrap(tiny(name), torch.zeros(1, 3, EDGE, EDGE), TASKS[name])
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_outputs_attention_and_layers_are_found(name: str) -> None:
+    outputs, attentions, floats = FOUND[name]
+    model = _wrapped(name)
+    assert {output.name: output.shape for output in model.outputs} == outputs
+    taps = [(tap.heads, tap.windows, tap.tokens) for tap in attention_taps(model)]
+    assert taps == attentions if attentions else taps
+    layers = {site.rpartition(".")[0] for site in sites_of(model.module) if site.endswith(".weight")}
+    plain = [name for name, layer in model.module.named_modules() if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)]
+    assert len(layers) >= 11
+    assert floats is None or len(plain) == floats, plain
+
+
+@pytest.mark.parametrize("name", ["upernet", "yolos"])
+def test_psaq_v2_runs_to_the_end_and_the_student_comes_closer(name: str, tmp_path: Path) -> None:
+    model = _wrapped(name)
+    found = dfq.export(model, tmp_path / "run", generator="psaq_v2", count=4, refine="none")
+    assert found.verdict != "fail", found.reason
+    assert found.student
+    assert found.agreement["engine_float"].percent > 95
+    (images,) = (tmp_path / "run" / "work").glob("images-*.safetensors")
+    first, last = ImageSet.load(images).made_by["student"]["discrepancy"]
+    assert 0 < last < first
