@@ -236,10 +236,10 @@ which builds the engine with no GPU and has not run it. Measured {made}; one thr
 every push, another one for each commit; `make coverage` runs all.
 
 *Image* is height x width, *M* millions of parameters, *sites* how many places can be quantized, *parity* how far the
-float ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors* is
-the engine's distance from its reference over the reference's from itself when its input moves by 1e-6, with its interval;
-an engine is *undecided* where 2 lies within. *Top-1* is how often engine and reference agree, in percent. *RTX* counts
-the layers that the built engine computes in INT8. *s* is seconds of CPU time for the whole row.
+float ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors*
+is the engine's distance from its reference over the reference's from itself when its input moves by 1e-6, with its
+interval; an engine is *undecided* where 2 lies within. *Top-1* is how often engine and reference agree, in percent.
+*RTX* counts the layers that the built engine computes in INT8. *s* is seconds of CPU time for the whole row.
 
 {table}
 

@@ -26,7 +26,7 @@ class _Readers(TorchDispatchMode):
     """Counts the operators that read each tensor."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: Counter[tuple[int, int]] = Counter()
         self._kept: list[Tensor] = []  # so that no id is used twice
         self._same: dict[tuple[int, int], tuple[int, int]] = {}

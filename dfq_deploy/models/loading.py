@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -131,7 +132,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _create(name: str, *, pretrained: bool, seed: int, size: tuple[int, int] | None, **changes: int) -> nn.Module:
+def _create(name: str, *, pretrained: bool, seed: int, size: tuple[int, int] | None, **changes: Any) -> nn.Module:
     """The model `name` of timm with its first weights; `changes` are `num_classes` and `in_chans`, if not its own."""
     overlay = None if size is None else {"input_size": (changes.get("in_chans", 3), *size)}
     try:
@@ -149,23 +150,25 @@ def _create(name: str, *, pretrained: bool, seed: int, size: tuple[int, int] | N
             fix="pass a checkpoint with timm's own." if asked else "pass --checkpoint FILE with its weights.",
         ) from cause
     if "in_chans" in changes:
-        module.pretrained_cfg["input_size"] = (changes["in_chans"], *module.pretrained_cfg["input_size"][1:])
+        facts: Any = module.pretrained_cfg
+        facts["input_size"] = (changes["in_chans"], *facts["input_size"][1:])
     return module
 
 
-def _demo(seed: int, size: tuple[int, int] | None, **changes: int) -> nn.Module:
+def _demo(seed: int, size: tuple[int, int] | None, **changes: Any) -> nn.Module:
     """The digits demo: a ViT of 0.2 M parameters, see examples/train_demo.py."""
-    size, sizes = size or (32, 32), {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    size, changes = size or (32, 32), {"num_classes": 10, **changes}
     with _seeded(seed):
-        module = VisionTransformer(img_size=size, **sizes, **{"num_classes": 10, **changes})
+        module = VisionTransformer(img_size=size, patch_size=4, embed_dim=64, depth=4, num_heads=4, **changes)
     shape = (changes.get("in_chans", 3), *size)
-    module.pretrained_cfg = {
+    facts: Any = {
         "input_size": shape,
         "crop_pct": 1.0,
         "mean": (0.5,) * 3,
         "std": (0.5,) * 3,
         **_DEMO_LAYERS,
     }
+    module.pretrained_cfg = facts
     return module
 
 

@@ -18,6 +18,6 @@ def attach_attention(module: nn.Module) -> None:
     """Give every qkv layer of these families its bias, in place."""
     for layer in module.modules():
         if isinstance(layer, _KINDS) and layer.qkv is not None and layer.q_bias is not None:
-            joined = torch.cat((layer.q_bias, layer.k_bias, layer.v_bias)).detach()
+            joined = torch.cat((layer.q_bias, layer.k_bias, layer.v_bias)).detach()  # type: ignore[arg-type]
             layer.qkv.bias = nn.Parameter(joined, requires_grad=False)
-            layer.q_bias = layer.v_bias = None
+            layer.q_bias = layer.v_bias = None  # type: ignore[assignment]
