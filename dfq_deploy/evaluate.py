@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from scipy import stats
 
+from calibrators.errors import ExportError
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy.differences import Differences
@@ -248,6 +249,12 @@ def _layer_errors(reference: Reference, cutter: LayerCutter, images: np.ndarray)
 
     def compare(layer: str, operands: list[np.ndarray], wanted: np.ndarray) -> None:
         found = cutter.run(layer, operands)
+        if found.size != wanted.size:
+            raise ExportError(
+                what=f"layer `{layer}` puts out {found.shape} in ONNX and {wanted.shape} in torch, on the same input.",
+                why="an operator before it, such as padding, was merged into it, and its input is another tensor.",
+                fix=f"add --spare auto,{layer}, so that it stays float.",
+            )
         largest = float(np.abs(wanted).max()) or 1.0
         error = float(np.abs(found.reshape(wanted.shape) - wanted).max())
         if rounded := reference.plan.sites.get(f"{layer}.output"):  # may land on the neighbouring code

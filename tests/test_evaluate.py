@@ -160,7 +160,7 @@ def test_too_few_images_are_undecided_and_the_interval_says_why(bundle: Path) ->
 
 def test_a_check_repeats_to_the_last_bit(bundle: Path) -> None:
     one, two = (dfq.check(bundle, limit=16).report() for _ in range(2))
-    assert one == two
+    assert {**one, "stages": None} == {**two, "stages": None}  # which took what they took
 
 
 _SHARES = {

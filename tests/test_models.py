@@ -264,11 +264,11 @@ def _in_googles_names(module: nn.Module) -> dict[str, np.ndarray]:
 
 
 def test_googles_weights_are_loaded_to_the_last_bit(tmp_path: Path) -> None:
-    trained, module = _googles(), _googles()
+    trained = _googles()
     for parameter in trained.parameters():
         nn.init.normal_(parameter)
     np.savez(tmp_path / "google.npz", **_in_googles_names(trained))
-    load_checkpoint(module, tmp_path / "google.npz")
+    module = load_checkpoint(_googles, tmp_path / "google.npz")
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), trained.parameters(), strict=True))
 
 
@@ -279,20 +279,20 @@ def test_googles_weights_are_loaded_to_the_last_bit(tmp_path: Path) -> None:
 )
 def test_googles_weights_of_another_architecture_are_refused(tmp_path: Path, other: dict[str, int]) -> None:
     np.savez(tmp_path / "google.npz", **_in_googles_names(_googles(**other)))
-    assert "google.npz" in _refusal(lambda: load_checkpoint(_googles(), tmp_path / "google.npz")).what
+    assert "google.npz" in _refusal(lambda: load_checkpoint(_googles, tmp_path / "google.npz")).what
 
 
 @pytest.mark.parametrize("change", [{"head/bias": np.full(5, np.nan, np.float32)}, {"spare": np.zeros(1)}], ids=str)
 def test_googles_weights_with_nan_or_more_than_fits_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     np.savez(tmp_path / "google.npz", **{**_in_googles_names(_googles()), **change})
-    _refusal(lambda: load_checkpoint(_googles(), tmp_path / "google.npz"))
+    _refusal(lambda: load_checkpoint(_googles, tmp_path / "google.npz"))
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_truncated_archive_of_weights_is_refused(tmp_path: Path, kept: int) -> None:
     np.savez(tmp_path / "google.npz", **_in_googles_names(_googles()))
     (tmp_path / "google.npz").write_bytes((tmp_path / "google.npz").read_bytes()[:kept])
-    _refusal(lambda: load_checkpoint(_googles(), tmp_path / "google.npz"))
+    _refusal(lambda: load_checkpoint(_googles, tmp_path / "google.npz"))
 
 
 # --- random weights and the demo ---

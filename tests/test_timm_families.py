@@ -1,0 +1,28 @@
+"""A tenth of the families of timm in docs/coverage.md, another one for each commit: none computes anything wrong."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.coverage import measure, tenth
+
+_ROOT = Path(__file__).parent.parent
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "0"  # of an archive without its history
+
+
+@pytest.mark.parametrize("model", tenth(_commit()).values())
+def test_a_family_is_exported_and_agrees_or_is_refused_with_a_reason(model: str, tmp_path: Path) -> None:
+    found = measure(model, tmp_path / model)
+    if "verdict" in found:
+        assert found["verdict"] in ("pass", "undecided"), found["reason"]
+        assert found["parity"] < 1e-4
+        assert found["sites"] > 0
+    else:
+        assert found["why"]
+        assert found["fix"]
