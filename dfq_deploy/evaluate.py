@@ -143,6 +143,9 @@ def evaluate(
         progress: Called with images done and in all.
         see: Called with the classes (n,) that `float`, `reference` and `engine` decide for, and (k, n) of `moved`: the
             reference with its input moved; with none where the task has no one class for an image.
+
+    Raises:
+        ExportError: What ONNX calls a layer is another operation than in torch.
     """
     model, body = reference.model, facts.options.body
     seen, finite = Differences(task_named(model.task), model.outputs, _PAIRS), True

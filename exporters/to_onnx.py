@@ -257,7 +257,10 @@ def _simplified(model: ir.Model) -> ir.Model:
     tensors = {name: value.const_value for name, value in weights.items()}
     for value in weights.values():
         value.const_value = None
-    proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True)
+    try:
+        proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True)
+    except RuntimeError as cause:  # a graph that torch's exporter wrote out of order, for one
+        raise _cannot_export(cause) from cause
     simplified: ir.Model = ir.from_proto(proto)
     for value in [v for v in simplified.graph.inputs if v.name in tensors]:
         simplified.graph.inputs.remove(value)
