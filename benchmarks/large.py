@@ -1,6 +1,7 @@
 """How cost grows with the model: `make large`. Time and peak memory over ViT-T, S, B, L and H, as JSON and a chart.
 
-Each stage is measured, and the exponents of both in the number of parameters are said; Linux only, needs no download.
+Each stage is measured, and what is fixed of both and the power of the number of parameters that the rest grows with are
+said; Linux only, needs no download.
 Each model is exported in a process of its own, with random weights and a few noise images; what else is on the command
 line goes to that export. A model that the JSON has already is not run again. Weights are random: neither time nor
 memory depends on their values.
@@ -19,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import curve_fit
 
 from dfq_deploy.charts.saving import save
 
@@ -62,11 +64,17 @@ def cost_of(name: str, count: int, flags: list[str]) -> dict[str, Any]:
     }
 
 
-def growth(costs: Mapping[str, Mapping[str, Any]], what: str) -> tuple[float, float]:
-    """Exponent and factor of the power of the number of parameters that fits best, by least squares of logarithms."""
-    logs = np.log([[cost["parameters"], cost[what]] for cost in costs.values()])
-    exponent, offset = np.polyfit(*logs.T, 1)
-    return float(exponent), float(np.exp(offset))
+def growth(costs: Mapping[str, Mapping[str, Any]], what: str) -> tuple[float, float, float]:
+    """Fixed cost, cost per million parameters and exponent that fit best, by least squares of relative errors."""
+    millions = np.array([cost["parameters"] / 1e6 for cost in costs.values()])
+    values = np.array([cost[what] for cost in costs.values()])
+    guess = (values.min() / 2, values.max() / millions.max(), 1)
+    (fixed, factor, exponent), _ = curve_fit(_cost, millions, values, guess, values, bounds=(0, np.inf))
+    return float(fixed), float(factor), float(exponent)
+
+
+def _cost(millions: Any, fixed: float, factor: float, exponent: float) -> Any:
+    return fixed + factor * millions**exponent
 
 
 def draw(costs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -76,15 +84,19 @@ def draw(costs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for axes, what, label, scale in zip(
         panels, ("seconds", "peak_mib"), ("seconds", "peak memory, GiB"), (1, 1024), strict=True
     ):
-        exponent, factor = growth(costs, what)
+        fixed, factor, exponent = growth(costs, what)
         millions = np.array([cost["parameters"] / 1e6 for cost in costs.values()])
         axes.loglog(millions, [cost[what] / scale for cost in costs.values()], "o", color="tab:blue")
-        fitted = factor * (millions * 1e6) ** exponent / scale
-        axes.loglog(millions, fitted, "--", color="0.5", label=f"parameters to the {exponent:.2f}")
+        along = np.geomspace(millions.min(), millions.max())
+        label_of_fit = f"{fixed / scale:.3g} + {factor / scale:.2g} M$^{{{exponent:.2f}}}$"
+        axes.loglog(along, _cost(along, fixed, factor, exponent) / scale, "--", color="0.5", label=label_of_fit)
         for name, cost in costs.items():
             axes.annotate(name, (cost["parameters"] / 1e6, cost[what] / scale), (4, -11), textcoords="offset points")
-        axes.set_xlabel("parameters, millions")
+        axes.set_xlabel("M, millions of parameters")
         axes.set_ylabel(label)
+        axes.margins(0.1)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
@@ -106,9 +118,10 @@ def main() -> None:
             kept.write_text(json.dumps(costs, indent=1))
         found = costs[name]
         print(f"{name}: {found['seconds']:.0f} s, {found['peak_mib']:.0f} MiB, {found['verdict']}", flush=True)
-    if len(costs) > 1:
+    if len(costs) == len(MODELS):
         for what in ("seconds", "peak_mib"):
-            print(f"{what}: parameters to the {growth(costs, what)[0]:.2f}")
+            fixed, factor, exponent = growth(costs, what)
+            print(f"{what}: {fixed:.3g} + {factor:.3g} * (millions of parameters) ** {exponent:.2f}")
         weights = [4 * cost["parameters"] / 2**20 for cost in costs.values()]
         slope, rest = np.polyfit(weights, [cost["peak_mib"] for cost in costs.values()], 1)
         print(f"peak memory: {slope:.2f} times the float weights, and {rest:.0f} MiB")
