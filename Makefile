@@ -7,7 +7,7 @@ FLAGS ?=
 OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inferring plan qdq runtime serve signing sites \
   to_onnx trust)
 
-.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq generators float-body int4 \
+.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq steps generators float-body int4 \
   large latency scaling coverage docs clean
 
 demo: .venv/export.stamp
@@ -50,6 +50,9 @@ simulated: .venv/test.stamp
 
 spdfq: .venv/test.stamp
 	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq
+
+steps: .venv/test.stamp
+	$(BIN)/python benchmarks/steps.py --out $(OUT)/steps
 
 generators: .venv/test.stamp
 	$(BIN)/python examples/compare_generators.py --out $(OUT)/generators $(FLAGS)
