@@ -39,6 +39,7 @@ class Measured:
         self._begun = 0.0
         self._highest = 0.0  # that the process ever held, when the stage began
         self._seen = 0.0  # since then
+        self._lock = threading.Lock()  # or what was seen before a stage would count as its own
         self._over = threading.Event()
         self._looking = threading.Thread(target=self._look, daemon=True)
 
@@ -59,7 +60,8 @@ class Measured:
         self.costs()
         self._stage = None if already_done else name
         self._begun = time.monotonic()
-        self._seen, self._highest = _held()
+        with self._lock:
+            self._seen, self._highest = _held()
         self._watch.stage(name, already_done)
 
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
@@ -80,7 +82,8 @@ class Measured:
 
     def _look(self) -> None:
         while not self._over.wait(_EVERY):
-            self._seen = max(self._seen, _held()[0])
+            with self._lock:
+                self._seen = max(self._seen, _held()[0])
 
 
 def _held() -> tuple[float, float]:

@@ -110,11 +110,17 @@ def test_a_check_gives_the_same_report(nodes: _Nodes, demo_bundle: Path, tmp_pat
     bundle = tmp_path / "bundle"
     shutil.copytree(demo_bundle, bundle)
     alone = dfq.check(bundle)
-    report = (bundle / "report.json").read_bytes()
+    report = _said(bundle)
     shared = dfq.check(bundle, ray=nodes.address)
-    assert dataclasses.asdict(shared) == dataclasses.asdict(alone)
+    assert dataclasses.asdict(shared) | {"stages": None} == dataclasses.asdict(alone) | {"stages": None}
     assert shared.n == 360
-    assert (bundle / "report.json").read_bytes() == report
+    assert _said(bundle) == report
+
+
+def _said(bundle: Path) -> dict[str, Any]:
+    """What the report says but for the time and memory that stages took."""
+    found: dict[str, Any] = json.loads((bundle / "report.json").read_text()) | {"stages": None}
+    return found
 
 
 def test_a_sweep_loses_a_node_and_no_run_and_goes_on_where_it_was(nodes: _Nodes, tmp_path: Path) -> None:

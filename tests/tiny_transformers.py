@@ -21,7 +21,13 @@ TASKS = {
     "yolos": "detection",
 }
 _LABELS = {"num_labels": 7}
-_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_VIT = {
+    "initializer_range": 0.2,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -135,12 +141,15 @@ _MAKE: dict[str, Callable[[], nn.Module]] = {
 
 
 def tiny(name: str) -> nn.Module:
-    """The model, its norms and biases drawn too: at 0 and 1, where they start, the exporter folds them away."""
+    """The model, with what starts at 0 and 1 drawn too.
+
+    The exporter folds norms and biases of 0 and 1 away, and a norm makes much of the least change to a token of zeros.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = _MAKE[name]().eval()
         with torch.no_grad():
             for parameter in module.parameters():
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or not parameter.any():
                     parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     return module
