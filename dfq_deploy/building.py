@@ -30,7 +30,7 @@ from exporters.qdq import InsertQDQ
 from exporters.signing import Signer
 from exporters.to_onnx import export_float, save_model, torch_parity
 
-__all__ = ["build_bundle", "float_onnx", "float_stage", "is_built", "layer_times", "made_with"]
+__all__ = ["build_bundle", "built_with", "float_onnx", "float_stage", "is_built", "layer_times", "made_with"]
 
 _MADE_WITH = ("dfq-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 _BUILDERS = ("tensorrt", "tensorrt-rtx-cu13")
@@ -42,7 +42,7 @@ def made_with() -> dict[str, str]:
     return {name: version(name) for name in _MADE_WITH}
 
 
-def _built_with() -> dict[str, str]:
+def built_with() -> dict[str, str]:
     """Versions of everything that an engine depends on."""
     return made_with() | versions_of(_BUILDERS)
 
@@ -71,7 +71,7 @@ def is_built(out: Path, recipe: Recipe, plan: QuantPlan) -> bool:
     except DeployError:
         return False
     whole = manifest.engine.state == "built" and manifest.backend == recipe.backend
-    return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == _built_with()
+    return same_plan and whole and manifest.recipe == recipe.facts() and manifest.versions == built_with()
 
 
 def build_bundle(
@@ -105,6 +105,8 @@ def build_bundle(
         BackendError: The run-time cannot load the model.
     """
     before = unseal_bundle(out)  # from here until the manifest is written, this is no bundle
+    for weights_beside in out.glob("*.onnx.data"):  # or those of an earlier, larger model would count as this one's
+        weights_beside.unlink()
     plan.save(out / "plan.safetensors")
     save_recipe(recipe, out / "recipe.toml")
     parity = _parity(refined, floats)
@@ -188,6 +190,6 @@ def _manifest(
         images={"source": images.source, "fingerprint": images.fingerprint},
         float_parity=parity,
         engine=EngineFacts.of(built, recipe.options),
-        versions=_built_with(),
+        versions=built_with(),
         files={},
     )

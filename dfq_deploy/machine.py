@@ -1,4 +1,4 @@
-"""What figures were taken on: the processor, what else it does, and the versions of what is installed. No torch."""
+"""What figures were taken on: the processor, what else it does, this process's memory, versions. No torch."""
 
 import os
 import platform
@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["installed", "machine", "versions_of", "vnni"]
+__all__ = ["installed", "machine", "memory_held", "versions_of", "vnni"]
 
 _PROCESSOR = Path("/proc/cpuinfo")
+_STATUS = Path("/proc/self/status")
 
 
 def machine() -> dict[str, str]:
@@ -23,6 +24,18 @@ def machine() -> dict[str, str]:
         "cores": str(usable),
         "load_average": load_average,
     }
+
+
+def memory_held() -> tuple[float, float]:
+    """MiB that this process holds, and the most that it ever held; 0 where the system does not say (Linux does).
+
+    The resident set, libraries included. `getrusage` would count the memory of whoever started the process.
+    """
+    if not _STATUS.exists():
+        return 0.0, 0.0
+    status = _STATUS.read_text(encoding="utf-8")
+    now, highest = (re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE) for key in ("VmRSS", "VmHWM"))
+    return (int(now[1]) / 1024 if now else 0.0), (int(highest[1]) / 1024 if highest else 0.0)
 
 
 def vnni() -> list[str] | None:

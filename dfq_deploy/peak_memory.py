@@ -4,7 +4,6 @@
 interpreter and all libraries too, since whoever runs the engine has these as well. What a GPU holds is not in it.
 """
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from calibrators.errors import BackendError, DeployError
+from dfq_deploy.machine import memory_held
 from dfq_deploy.runtime import load
 
 __all__ = ["peak_mib"]
-
-_STATUS = Path("/proc/self/status")
-_PEAK = re.compile(r"VmHWM:\s+(\d+) kB")  # getrusage's would count the memory of whoever started the process
 
 
 def peak_mib(folder: Path, batch: int, *, provider: str | None = None, threads: int | None = None) -> float | None:
@@ -26,7 +23,7 @@ def peak_mib(folder: Path, batch: int, *, provider: str | None = None, threads: 
     Raises:
         BackendError: The process failed, or was ended for the memory that it took.
     """
-    if not _STATUS.exists():
+    if not memory_held()[1]:
         return None
     arguments = [str(folder), str(batch), provider or "", "" if threads is None else str(threads)]
     command = [sys.executable, "-m", "dfq_deploy.peak_memory", *arguments]
@@ -38,15 +35,13 @@ def peak_mib(folder: Path, batch: int, *, provider: str | None = None, threads: 
             why=f"it ended with {ended.returncode}: {said[-1] if said else 'it said nothing.'}",
             fix="pass a smaller --batch, or free some memory.",
         )
-    return int(ended.stdout) / 1024
+    return float(ended.stdout)
 
 
 def _main(folder: str, batch: str, provider: str, threads: str) -> None:
     with load(folder, provider=provider or None, threads=int(threads) if threads else None) as runner:
         runner(np.zeros((int(batch), *runner.manifest.preprocess.shape), np.float32))
-    found = _PEAK.search(_STATUS.read_text(encoding="utf-8"))
-    assert found is not None
-    sys.stdout.write(found[1])
+        sys.stdout.write(str(memory_held()[1]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Pitfall:
     problem: bool = False
 
 
-_EXTRAS = ("export", "rtx", "serve", "sign")
+_EXTRAS = ("export", "ray", "rtx", "score", "serve", "sign", "transformers")
 _PITFALLS = (
     Pitfall(
         "onnxruntime",

@@ -34,9 +34,15 @@ def score(
         batch_size: Images per forward pass.
 
     Raises:
-        RecipeError: The task has no score, or torchmetrics is not installed.
-        ImagesError: There is not one truth per image.
+        RecipeError: The task has no score, torchmetrics is not installed, or `network` is neither of the two.
+        ImagesError: There is not one truth per image, the images do not fit, or no truth has anything to find.
     """
+    if not isinstance(network, Model | Runner):
+        raise RecipeError(
+            what=f"score takes a model from wrap or a runner, not {type(network).__name__}.",
+            why="it has to know the task.",
+            fix="pass dfq.wrap(module, example, task=…), or dfq.load(FOLDER).",
+        )
     facts = network if isinstance(network, Model) else network.manifest.model
     if facts.task not in names(_SCORES):
         raise RecipeError(
@@ -49,6 +55,14 @@ def score(
             what=f"there are {len(images)} images and {len(truth)} truths.",
             why="each image has one.",
             fix="pass as many.",
+        )
+    images = np.ascontiguousarray(images, np.float32)
+    wanted = (network if isinstance(network, Model) else network.manifest).preprocess.shape
+    if images.shape[1:] != wanted:
+        raise ImagesError(
+            what=f"images of shape {images.shape} do not fit the model.",
+            why=f"it takes (N, {', '.join(map(str, wanted))}).",
+            fix="make them with Runner.preprocess.",
         )
     try:
         plugin = pick(_SCORES, facts.task)
@@ -69,4 +83,10 @@ def score(
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in found.items()}
         plugin.add(metric, tensors, list(truth[start : start + batch_size]))
     scores: dict[str, float] = plugin.read(metric)
+    if not all(0 <= value <= 100 for value in scores.values()):  # torchmetrics says -1 or NaN then
+        raise ImagesError(
+            what="there is nothing to score.",
+            why="the truth has no box, or no place with a class of the model.",
+            fix="pass images with something to find on them.",
+        )
     return scores

@@ -6,19 +6,17 @@ before, the kernel's high-water mark says how much; else it is looked at many ti
 GPU holds is not in it.
 """
 
-import re
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from dfq_deploy.machine import memory_held
 from dfq_deploy.watch import Watch
 
 __all__ = ["Measured", "StageCost"]
 
-_STATUS = Path("/proc/self/status")
 _EVERY = 0.02  # seconds
 
 
@@ -44,7 +42,7 @@ class Measured:
         self._looking = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> "Measured":
-        if _STATUS.exists():
+        if memory_held()[1]:
             self._looking.start()
         return self
 
@@ -57,11 +55,11 @@ class Measured:
 
     def stage(self, name: str, already_done: bool) -> None:
         """A stage begins, and the one before has ended; one that an earlier run did costs nothing."""
-        self.costs()
+        self._costs = self.costs()
         self._stage = None if already_done else name
         self._begun = time.monotonic()
         with self._lock:
-            self._seen, self._highest = _held()
+            self._seen, self._highest = memory_held()
         self._watch.stage(name, already_done)
 
     def progress(self, done: int, total: int, terms: Mapping[str, float]) -> None:
@@ -74,22 +72,16 @@ class Measured:
 
     def costs(self) -> dict[str, StageCost]:
         """What each stage has taken so far, in their order."""
+        costs = dict(self._costs)
         if self._stage is not None:
-            now, highest = _held()
+            now, highest = memory_held()
             peak = highest if highest > self._highest else max(self._seen, now)
-            self._costs[self._stage] = StageCost(round(time.monotonic() - self._begun, 2), round(peak, 1) or None)
-        return dict(self._costs)
+            before = costs.get(self._stage, StageCost(0.0, None))  # a stage may come twice
+            seconds = before.seconds + time.monotonic() - self._begun
+            costs[self._stage] = StageCost(round(seconds, 2), round(max(peak, before.peak_mib or 0.0), 1) or None)
+        return costs
 
     def _look(self) -> None:
         while not self._over.wait(_EVERY):
             with self._lock:
-                self._seen = max(self._seen, _held()[0])
-
-
-def _held() -> tuple[float, float]:
-    """MiB that the process holds now, and the most that it ever held; 0 where the system does not say."""
-    if not _STATUS.exists():
-        return 0.0, 0.0
-    status = _STATUS.read_text(encoding="utf-8")
-    now, highest = (re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE) for key in ("VmRSS", "VmHWM"))
-    return (int(now[1]) / 1024 if now else 0.0), (int(highest[1]) / 1024 if highest else 0.0)
+                self._seen = max(self._seen, memory_held()[0])

@@ -15,7 +15,7 @@ from typing import Any
 
 from calibrators.errors import BackendError, DeployError, RecipeError
 from calibrators.files import clear_unfinished, fingerprint_of, write_json
-from dfq_deploy.building import made_with
+from dfq_deploy.building import built_with
 from dfq_deploy.messages import notes_in_one_line
 from dfq_deploy.opening import engine_bytes
 from dfq_deploy.pipeline import export
@@ -25,7 +25,7 @@ from dfq_deploy.sweep_results import Outcome, Sweep
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workers import Order, Task, threads_here, workers_at
 from dfq_deploy.workspace import held
-from exporters.bundle import open_bundle
+from exporters.bundle import MANIFEST, open_bundle
 
 __all__ = ["sweep"]
 
@@ -65,12 +65,14 @@ def sweep(
     with workers_at(ray) as workers, held(out) as work:
         clear_unfinished(out)
         clear_unfinished(work)
-        results = [work / f"run-{fingerprint_of([run.name, images, limit, made_with()])[:16]}.json" for run in runs]
-        missing = [number for number, result in enumerate(results) if not result.exists()]
+        results = [work / f"run-{fingerprint_of([run.name, images, limit, built_with()])[:16]}.json" for run in runs]
+        bundles = [out / run.name / MANIFEST for run in runs]
+        missing = [n for n, result in enumerate(results) if not (result.exists() and bundles[n].is_file())]
         errors: dict[int, DeployError] = {}
         watch.stage("runs", not missing)
+        done = len(runs) - len(missing)
         if missing:
-            watch.progress(len(runs) - len(missing), len(runs), {})
+            watch.progress(done, len(runs), {})
         order = _order([runs[number] for number in missing], _Sweep(out.resolve(), images, limit))
         for place, answer in workers.answers(order) if missing else ():
             number = missing[place]
@@ -79,10 +81,10 @@ def sweep(
             else:
                 write_json(results[number], answer)
             watch.tell(str(_outcome(runs[number], results[number], errors.get(number))))
-            done = sum(result.exists() for result in results) + len(errors)
+            done += 1
             watch.progress(done, len(runs), {})
         outcomes = [_outcome(run, results[number], errors.get(number)) for number, run in enumerate(runs)]
-        found = Sweep(tuple(outcomes), made_with())
+        found = Sweep(tuple(outcomes), built_with())
         found.save(out)
     return found
 

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +22,8 @@ import onnxruntime
 import onnxsim
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from calibrators.errors import ExportError
 from calibrators.files import written_whole
@@ -128,10 +131,25 @@ def _cannot_export(cause: BaseException) -> ExportError:
     )
 
 
+class _AttentionIn4D(TorchFunctionMode):
+    """Gives fused attention of three dimensions a fourth: torch's exporter expresses no other."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and len(args) >= 3 and args[0].ndim == 3:
+            query, key, value, *rest = args
+            mask = kwargs.get("attn_mask")
+            more = kwargs if mask is None else kwargs | {"attn_mask": mask.unsqueeze(1)}
+            return function(*(part.unsqueeze(1) for part in (query, key, value)), *rest, **more).squeeze(1)
+        return function(*args, **kwargs)
+
+
 def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) -> ir.Model:
     set_mode(module, Mode.MARK)
     try:
-        with _quiet_exporter():
+        with _quiet_exporter(), _AttentionIn4D():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -143,7 +161,10 @@ def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) ->
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as cause:
-        raise _cannot_export(cause.__cause__ or cause) from cause
+        innermost: BaseException = cause
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        raise _cannot_export(innermost) from cause
     finally:
         set_mode(module, Mode.OFF)
     assert program is not None

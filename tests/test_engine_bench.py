@@ -99,7 +99,7 @@ def test_memory_is_that_of_another_process_and_grows_with_the_batch(demo_bundle:
 def test_memory_is_not_made_up_where_the_system_does_not_say(
     demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfq_deploy.peak_memory._STATUS", tmp_path / "status")
+    monkeypatch.setattr("dfq_deploy.machine._STATUS", tmp_path / "status")
     assert peak_mib(demo_bundle, 1) is None
 
 

@@ -25,7 +25,8 @@ def load_checkpoint(make: Callable[..., nn.Module], path: Path, *, resize: bool 
     Args:
         make: Makes the model; takes `num_classes` and `in_chans`.
         path: The file.
-        resize: Resample what depends on the size of the images; else it must fit.
+        resize: Resample what depends on the size of the images, but for an .npz; else it must fit, unless it has an
+            original release's names.
 
     Raises:
         ModelError: The file is missing, truncated or unsafe, or a tensor is missing, left over, of another shape,
@@ -74,10 +75,26 @@ def _fitted(module: nn.Module, weights: dict[str, Tensor], *, resize: bool) -> d
     named = weights.keys() == wanted.keys()
     if filter_fn is None or (named and not (resize and any(weights[k].shape != wanted[k].shape for k in wanted))):
         return weights
+    if _other_patches(module, weights):
+        return weights  # which the filter would resample: the comparison of shapes tells it
     try:
         return dict(filter_fn(weights, module))
-    except (KeyError, RuntimeError, AttributeError, AssertionError):
+    except Exception:  # timm's filters raise whatever tensors that do not fit lead them to
         return weights  # another model's weights: the comparison of names tells it better
+
+
+def _other_patches(module: nn.Module, weights: dict[str, Tensor]) -> bool:
+    """Whether the first convolution of `weights` has another kernel than that of `module`."""
+    own = module.state_dict()
+    places = getattr(module, "pretrained_cfg", {}).get("first_conv") or ()
+    pairs = (
+        (weights.get(f"{place}.weight"), own.get(f"{place}.weight"))
+        for place in ((places,) if isinstance(places, str) else places)
+    )
+    return any(
+        there is not None and here is not None and there.ndim == here.ndim and there.shape[2:] != here.shape[2:]
+        for there, here in pairs
+    )
 
 
 def _changes(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, int]:
@@ -111,7 +128,8 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         raise ModelError(
             what=f"`{path}` cannot be loaded into this model.",
             why=f"{type(cause).__name__}: {first_line(cause)}.",
-            fix="pass Google's .npz of the same architecture and number of classes, or a .safetensors file.",
+            fix="pass Google's .npz of the same architecture, number of classes and size of images (an .npz is not "
+            "resampled for --size), or a .safetensors file.",
         ) from cause
 
 
@@ -148,6 +166,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
 
 
-def first_line(cause: Exception) -> str:
+def first_line(cause: BaseException) -> str:
     """The first line of an error's message, cut to a readable length."""
-    return str(cause).strip().split("\n")[0][:200]
+    return str(cause).strip().split("\n")[0][:300]

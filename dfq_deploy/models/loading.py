@@ -26,7 +26,7 @@ from dfq_deploy.models.hub import check_hub
 from dfq_deploy.recipe import ModelRecipe, size_of
 from exporters.outputs import Output
 
-__all__ = ["fingerprint_of_weights", "load_model", "model_of"]
+__all__ = ["attach_families", "fingerprint_of_weights", "load_model", "model_of"]
 
 _DEMO = Path(__file__).parent / "demo"
 _DEMO_LAYERS = {"classifier": "head", "first_conv": "patch_embed.proj"}
@@ -45,7 +45,7 @@ def load_model(
 
     Args:
         name: A timm name, one of `ALIASES`, or `demo`.
-        checkpoint: Weights to use instead of the hub's; of other classes or channels, too.
+        checkpoint: Weights to use instead of the hub's; of other classes or channels, too, but for an .npz.
         random_weights: Use no trained weights at all; norms and biases are drawn too.
         seed: Seed of the random weights.
         size: Height and width of its images, if not the model's own; what depends on them is resampled.
@@ -70,12 +70,13 @@ def load_model(
         if random_weights:
             _draw_norms_and_biases(module, seed)
     module.eval().requires_grad_(False)
+    if size is not None:
+        _check_patches(name, module, size)
     preprocess = _preprocess(module)
     fingerprint = fingerprint_of_weights(name if size is None else f"{name} at {size[0]}x{size[1]}", module)
     attach_sites(module, leave=_run_again(name, module, preprocess))
     _fix_image_range(module, preprocess)
-    for family in names(_FAMILIES):
-        pick(_FAMILIES, family).attach_attention(module)
+    attach_families(module)
     classes = int(getattr(module, "num_classes", 0))
     return Model(
         name=name,
@@ -91,6 +92,12 @@ def load_model(
     )
 
 
+def attach_families(module: nn.Module) -> None:
+    """Give every attention that a family's file knows what that file gives it, in place."""
+    for family in names(_FAMILIES):
+        pick(_FAMILIES, family).attach_attention(module)
+
+
 def model_of(recipe: ModelRecipe) -> Model:
     """The model that `recipe` names.
 
@@ -104,6 +111,13 @@ def model_of(recipe: ModelRecipe) -> Model:
         seed=recipe.seed,
         size=size_of(recipe.size),
     )
+
+
+def _check_patches(name: str, module: nn.Module, size: tuple[int, int]) -> None:
+    """Return unless patches would leave out the rims of images: what timm then reads it was not trained on."""
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and any(edge % step for edge, step in zip(size, patch, strict=True)):
+        raise _wrong_size(name, size, ValueError(f"patches of {patch[0]}x{patch[1]} do not divide it"))
 
 
 def _fix_image_range(module: nn.Module, preprocess: Preprocess) -> None:
@@ -141,7 +155,7 @@ def _create(name: str, *, pretrained: bool, seed: int, size: tuple[int, int] | N
                 name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **changes
             )
     except Exception as cause:  # constructors that are asked for what they cannot do raise whatever they like
-        if size is not None:
+        if size is not None and not isinstance(cause, OSError):  # as the hub's are
             raise _wrong_size(name, size, cause) from cause
         asked = " and ".join(f"{what}={value}" for what, value in changes.items())
         raise ModelError(
@@ -221,7 +235,7 @@ def _wrong_size(name: str, size: tuple[int, int], cause: Exception) -> ModelErro
     return ModelError(
         what=f"`{name}` takes no images of {size[0]}x{size[1]}.",
         why=f"{type(cause).__name__}: {first_line(cause)}",
-        fix="pass a --size that its patches, strides and windows divide, or none for its own.",
+        fix="pass a --size that its patches, strides and windows divide, or none for its own; or pick another variant.",
     )
 
 

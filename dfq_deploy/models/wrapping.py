@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from calibrators.errors import ModelError
 from calibrators.preprocess import Preprocess
-from calibrators.registry import names, pick
-from calibrators.sites import SitedConv2d, attach_sites
+from calibrators.sites import SitedConv2d, attach_sites, sites_of
 from dfq_deploy.models import Model
-from dfq_deploy.models.loading import fingerprint_of_weights
+from dfq_deploy.models.checkpoint import first_line
+from dfq_deploy.models.loading import attach_families, fingerprint_of_weights
 from dfq_deploy.models.naming import named_tensors
 from dfq_deploy.tasks import task_named
 from exporters.outputs import Output
@@ -29,8 +30,9 @@ from exporters.to_onnx import parameters_in_use
 
 __all__ = ["wrap"]
 
-_FAMILIES = "dfq_deploy.models.families"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")  # of a tensor that an engine puts out
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_PLACED = ("detection", "segmentation", "masks")  # tasks that say what lies where: nothing of a picture may be cut off
 _CLOSE = 1e-3  # of a pixel, which goes from 0 to 1
 
 
@@ -43,6 +45,9 @@ def wrap(
     std: Sequence[float] | None = None,
 ) -> Model:
     """A copy of `module`, ready to be quantized; what `dfq.export` and its kin take in place of a recipe.
+
+    A run goes on in a folder where weights, layers, outputs and preprocessing are as they were. A change of the code of
+    `forward` alone is not seen: export to another folder then.
 
     Args:
         module: Takes images (N, C, H, W) float32 as its only argument, and returns a tensor or tensors by name, each
@@ -60,22 +65,23 @@ def wrap(
     """
     plugin = task_named(task)
     _check(module, example)
-    preprocess = _preprocess(example, mean, std)
+    preprocess = _preprocess(example, task, mean, std)
     module = _copy(module)
     name = type(module).__name__
     pair = example[:1].detach().cpu().expand(2, -1, -1, -1).clone()
+    attach_families(module)  # first: it is what makes some layers run
     with _seen(module, pair) as seen:
-        found = _put_out(module, pair)
+        found = _put_out(module, pair, everything=task == "features")
     picked = plugin.pick_outputs({key: tuple(value.shape[1:]) for key, value in found.items()})
     outputs = tuple(Output(called, tuple(found[key].shape[1:])) for key, called in picked.items())
-    fingerprint = fingerprint_of_weights(f"{name} for {task}: {outputs}", module)
+    written = _ADDRESS.sub("", repr(module))  # weights alone tell neither strides nor activations
+    fingerprint = fingerprint_of_weights(f"{name} for {task}: {outputs}, {preprocess}, {written}", module)
     module.register_forward_hook(_PutOut(tuple(picked)))
     used = parameters_in_use(module, pair)
     attach_sites(
         module, only={layer for layer, calls in seen.calls.items() if calls == 1 and f"{layer}.weight" in used}
     )
-    for family in names(_FAMILIES):
-        pick(_FAMILIES, family).attach_attention(module)
+    _check_sites(module, outputs)
     if isinstance(first := module.get_submodule(seen.first) if seen.first else None, SitedConv2d):
         black, white = preprocess.bounds
         first.input_site.fixed = float(black.min()), float(white.max())
@@ -100,15 +106,22 @@ def _check(module: nn.Module, example: Tensor) -> None:
             why="it runs the one on the other.",
             fix="pass a torch.nn.Module and images (N, C, H, W).",
         )
-    if example.ndim != 4 or not len(example) or example.dtype != torch.float32 or not example.isfinite().all():
+    inside = getattr(module, "_orig_mod", None) or getattr(module, "module", None)  # of torch.compile, of DataParallel
+    unfinished = [value for value in (*module.parameters(), *module.buffers()) if is_lazy(value) or value.is_meta]
+    if isinstance(module, torch.jit.ScriptModule) or isinstance(inside, nn.Module) or unfinished:
+        raise ModelError(
+            what=f"`{type(module).__name__}` cannot be wrapped as it is.",
+            why="it is compiled, or spread over devices, or its weights are not there yet.",
+            fix="pass the module itself (compiled._orig_mod, parallel.module), loaded, lazy layers after a first run.",
+        )
+    if example.ndim != 4 or not example.numel() or example.dtype != torch.float32 or not example.isfinite().all():
         raise ModelError(
             what=f"the example is {tuple(example.shape)} {str(example.dtype).removeprefix('torch.')}.",
             why="it has to be images (N, C, H, W), float32 and finite.",
             fix="pass torch.rand(1, 3, 224, 224), or images of your own.",
         )
-    others = {str(value.dtype) for value in module.state_dict().values() if value.is_floating_point()} - {
-        "torch.float32"
-    }
+    weights = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    others = {str(value.dtype) for value in weights if value.is_floating_point()} - {"torch.float32"}
     if others:
         raise ModelError(
             what=f"`{type(module).__name__}` has weights of {', '.join(sorted(others))}.",
@@ -117,7 +130,23 @@ def _check(module: nn.Module, example: Tensor) -> None:
         )
 
 
-def _preprocess(example: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocess:
+def _check_sites(module: nn.Module, outputs: Sequence[Output]) -> None:
+    sites = sites_of(module)
+    if not sites:
+        raise ModelError(
+            what=f"`{type(module).__name__}` has no layer to quantize.",
+            why="that takes an nn.Linear or nn.Conv2d inside of it, not a subclass, that runs once in a pass.",
+            fix="wrap a module that has one (a single layer: nn.Sequential(layer)).",
+        )
+    if taken := {output.name for output in outputs} & {"images", *sites}:
+        raise ModelError(
+            what=f"no output can be called {', '.join(sorted(taken))}.",
+            why="the engine's input or a layer's tensor is.",
+            fix="return it under another name.",
+        )
+
+
+def _preprocess(example: Tensor, task: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocess:
     channels, height, width = example.shape[1:]
     low, high = float(example.min()), float(example.max())
     if mean is None and std is None and not -_CLOSE <= low <= high <= 1 + _CLOSE:
@@ -126,15 +155,15 @@ def _preprocess(example: Tensor, mean: Sequence[float] | None, std: Sequence[flo
             why="without a mean and a deviation the module takes pixels, which go from 0 to 1.",
             fix="pass mean=… and std=… as the module was trained with, or an example of such pixels.",
         )
-    mean, std = tuple(mean or (0.0,) * channels), tuple(std or (1.0,) * channels)
+    mean = (0.0,) * channels if mean is None else tuple(map(float, mean))
+    std = (1.0,) * channels if std is None else tuple(map(float, std))
     if not len(mean) == len(std) == channels:
         raise ModelError(
             what=f"there are {len(mean)} means and {len(std)} deviations for {channels} channels.",
             why="each channel has one of both.",
             fix="pass as many.",
         )
-    mode: Any = "center" if height == width else "squash"
-    return Preprocess((height, width), 1.0, mode, "bicubic", mean, std)
+    return Preprocess((height, width), 1.0, "squash" if task in _PLACED else "center", "bicubic", mean, std)
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -143,7 +172,7 @@ def _copy(module: nn.Module) -> nn.Module:
     except Exception as cause:  # whatever an attribute of the user's raises
         raise ModelError(
             what=f"`{type(module).__name__}` cannot be copied.",
-            why=f"{type(cause).__name__}: {_first_line(cause)}",
+            why=f"{type(cause).__name__}: {first_line(cause)}",
             fix="wrap it before it has run, without hooks and open files.",
         ) from cause
 
@@ -158,7 +187,7 @@ class _Seen:
 
     def note(self, name: str, images: Tensor, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A layer ran."""
-        self.calls[name] += 1
+        self.calls[name] += 1 if inputs else 2  # by keyword: no site sees it, as of a layer that runs twice
         if inputs and inputs[0] is images and not self.first:
             self.first = name
         self._outputs = [*self._outputs, (name, output)][-8:]
@@ -196,11 +225,12 @@ class _PutOut:
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _put_out(module: nn.Module, pair: Tensor) -> dict[str, Tensor]:
+def _put_out(module: nn.Module, pair: Tensor, *, everything: bool) -> dict[str, Tensor]:
     """What an engine could put out of what `module` returns for two images, by name.
 
     Raises:
-        ModelError: It cannot be run on them, or returns nothing of the kind.
+        ModelError: It cannot be run on them, or returns nothing of the kind, or something else while `everything` is
+            asked for, or NaN or Inf.
     """
     name = type(module).__name__
     try:
@@ -209,13 +239,14 @@ def _put_out(module: nn.Module, pair: Tensor) -> dict[str, Tensor]:
     except Exception as cause:  # whatever a module of the user's raises
         raise ModelError(
             what=f"`{name}` cannot be run on the example.",
-            why=f"{type(cause).__name__}: {_first_line(cause)}",
+            why=f"{type(cause).__name__}: {first_line(cause)}",
             fix="pass an example of the shape that it takes, and a module that takes nothing else.",
         ) from cause
+    named = named_tensors(found)
     tensors = {
-        name: value
-        for name, value in named_tensors(found).items()
-        if _NAME.fullmatch(name) and value.dtype == torch.float32 and value.ndim >= 2 and len(value) == len(pair)
+        key: value
+        for key, value in named.items()
+        if _NAME.fullmatch(key) and value.dtype == torch.float32 and value.ndim >= 2 and len(value) == len(pair)
     }
     if not tensors:
         raise ModelError(
@@ -223,9 +254,16 @@ def _put_out(module: nn.Module, pair: Tensor) -> dict[str, Tensor]:
             why="that is all that an engine puts out. Boxes after suppression, another number per image, are none.",
             fix="wrap a module that returns one tensor, or a dict of them, before post-processing.",
         )
+    if everything and (left := named.keys() - tensors.keys()):
+        raise ModelError(
+            what=f"`{name}` puts out what no engine can: {', '.join(sorted(map(str, left)))}.",
+            why="outputs are float32 (N, …) under names of letters, digits, `_` and `.`, not a digit first.",
+            fix="wrap a module that returns a dict of what you need, under such names.",
+        )
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise ModelError(
+            what=f"`{name}` puts out NaN or Inf for the example.",
+            why="with that nothing can be compared.",
+            fix="pass an example of real pixels, or mend the module.",
+        )
     return tensors
-
-
-def _first_line(cause: BaseException) -> str:
-    lines = str(cause).strip().split("\n")
-    return lines[0][:300]

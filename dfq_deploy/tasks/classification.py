@@ -13,15 +13,16 @@ AGREEMENT = "top-1 agreement"
 
 
 def pick_outputs(shapes: Shapes) -> dict[str, str]:
-    """The only tensor with one axis, or the one called `logits`; see `Task`.
+    """The only tensor with one axis, or the one called `logits`, of two classes or more; see `Task`.
 
     Raises:
         ModelError: There is none, or several that are not called so.
     """
-    flat = [name for name, shape in shapes.items() if len(shape) == 1]
+    flat = [name for name, shape in shapes.items() if len(shape) == 1 and shape[0] > 1]
     name = "logits" if "logits" in flat else flat[0] if len(flat) == 1 else ""
     if not name:
-        raise unsuitable(shapes, "classification", "one tensor (N, classes), or one of them called `logits`")
+        wanted = "one tensor (N, classes) of two classes or more, or one of them called `logits`"
+        raise unsuitable(shapes, "classification", wanted)
     return {name: "logits"}
 
 

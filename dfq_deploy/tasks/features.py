@@ -34,7 +34,7 @@ def decide(found: Found) -> None:  # noqa: ARG001
 
 
 def agree(found: Found, wanted: Found) -> np.ndarray:
-    """Cosine of each tensor as one vector, the mean over the tensors; 0 where that is negative."""
+    """Cosine of each tensor as one vector, the mean over the tensors; 0 where that is negative, 1 of equal ones."""
     cosines = [_cosine(found[name], wanted[name]) for name in wanted]
     return np.asarray(np.maximum(np.mean(cosines, axis=0), 0.0))
 
@@ -42,4 +42,4 @@ def agree(found: Found, wanted: Found) -> np.ndarray:
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (part.reshape(len(part), -1).astype(np.float64) for part in (a, b))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray((a * b).sum(1) / np.maximum(lengths, 1e-30))
+    return np.where((a == b).all(1), 1.0, (a * b).sum(1) / np.maximum(lengths, 1e-30))
