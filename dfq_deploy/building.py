@@ -38,7 +38,7 @@ _PARITY_LIMIT = 1e-3  # of an output's largest value; a faithful float export is
 
 
 def made_with() -> dict[str, str]:
-    """Versions of everything that an artefact depends on."""
+    """Versions of everything that images, plans and float models depend on."""
     return {name: version(name) for name in _MADE_WITH}
 
 

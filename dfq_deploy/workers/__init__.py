@@ -17,7 +17,7 @@ import torch
 
 from calibrators.errors import BackendError, DeployError, RecipeError
 from calibrators.registry import pick
-from dfq_deploy.building import built_with
+from dfq_deploy.building import made_with
 
 __all__ = ["Order", "Task", "Workers", "answer", "first_error_raised", "threads_here", "workers_at"]
 
@@ -102,12 +102,8 @@ def answer(order: Order, task: Task, versions: Mapping[str, str], folder: str) -
     with contextlib.suppress(OSError):  # of another machine: a file that is not there either will be told by name
         os.chdir(folder)
     try:
-        here = built_with()
-        differing = [name for name in {**versions, **here} if versions.get(name) != here.get(name)]
-        if differing:
-            others, wanted = (
-                [f"{name} {there.get(name, 'missing')}" for name in differing] for there in (here, versions)
-            )
+        if others := [f"{name} {there}" for name, there in made_with().items() if versions[name] != there]:
+            wanted = [f"{name} {versions[name]}" for name in versions if versions[name] != made_with()[name]]
             raise BackendError(
                 what=f"{platform.node()} has {', '.join(others)}.",
                 why=f"the run was started with {', '.join(wanted)}, and other versions give other numbers.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.errors import BackendError
-from dfq_deploy.building import built_with
+from dfq_deploy.building import made_with
 from dfq_deploy.workers import Order, Task, answer
 
 __all__ = ["answers", "connected"]
@@ -30,7 +30,7 @@ def answers(order: Order) -> Iterator[tuple[int, Any]]:
 def _in_a_process(order: Order, task: Task) -> Any:
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads cannot compute
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_send_answer, args=(sending, order, task, built_with(), str(Path.cwd())))
+    process = context.Process(target=_send_answer, args=(sending, order, task, made_with(), str(Path.cwd())))
     process.start()
     sending.close()  # or its end would not be seen when the process dies
     try:

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from calibrators.errors import BackendError, RecipeError
-from dfq_deploy.building import built_with
+from dfq_deploy.building import made_with
 from dfq_deploy.workers import Order, Task, answer
 
 __all__ = ["answers", "connected"]
@@ -57,7 +57,7 @@ def answers(order: Order) -> Iterator[tuple[int, Any]]:
     """See `Workers`; inside of `connected`."""
     _check_room(order.tasks)
     call = ray.remote(max_calls=1 if order.fresh else 0)(answer)
-    shared, where = ray.put(order), (built_with(), str(Path.cwd()))
+    shared, where = ray.put(order), (made_with(), str(Path.cwd()))
     waiting = {
         call.options(num_cpus=task.cpus, num_gpus=task.gpus, memory=int(task.memory * _GIB) or None).remote(
             shared, task, *where
