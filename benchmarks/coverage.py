@@ -26,7 +26,7 @@ from exporters.bundle import open_bundle
 
 __all__ = ["ROWS", "measure", "page", "tenth"]
 
-_MOST_SECONDS = 3600
+_MOST_SECONDS = 1800
 _COUNT = 8  # images; six are the fewest that can decide
 _VERSIONS = ("dfq-deploy", "timm", "torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13")
 
@@ -181,11 +181,11 @@ def results(rows: Mapping[str, str], folder: Path) -> dict[str, dict[str, Any]]:
             process = context.Process(target=_row, args=(model, folder / model, path))
             process.start()
             process.join(_MOST_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            late = process.is_alive()
+            process.kill()
+            process.join()
             if not path.exists():
-                ended = f"the process ended with {process.exitcode}" if process.exitcode else "it left no result"
+                ended = f"it took more than {_MOST_SECONDS} s" if late else f"the process ended with {process.exitcode}"
                 write_json(path, {"what": "the row could not be measured.", "why": f"{ended}.", "fix": ""})
         found[family] = json.loads(path.read_text(encoding="utf-8"))
         print(model, found[family].get("verdict") or found[family]["why"], flush=True)
