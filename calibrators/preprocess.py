@@ -27,7 +27,8 @@ class Preprocess:
     Attributes:
         size: Height and width of the input, in pixels.
         crop_pct: Share of the resized image's edge that the centre crop keeps.
-        crop_mode: `center` keeps the aspect ratio and loses the rims; `squash` keeps all and distorts.
+        crop_mode: `center` keeps the aspect ratio and loses the rims; `squash` keeps all and distorts; `border` keeps
+            both, and fills what is left with the mean.
         interpolation: A PIL resampling name, such as `bicubic`.
         mean: Per-channel mean, subtracted after scaling pixels to 0..1.
         std: Per-channel standard deviation, divided by after that.
@@ -35,16 +36,16 @@ class Preprocess:
 
     size: tuple[int, int]
     crop_pct: float
-    crop_mode: Literal["center", "squash"]
+    crop_mode: Literal["center", "squash", "border"]
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.crop_mode not in ("center", "squash"):
+        if self.crop_mode not in ("center", "squash", "border"):
             raise ImagesError(
                 what=f"preprocessing with crop mode `{self.crop_mode}` is not supported.",
-                why="only `center` and `squash` are built.",
+                why="only `center`, `squash` and `border` are built.",
                 fix="use a variant of the model with one of those.",
             )
         edges = [edge / self.crop_pct for edge in self.size] if 0 < self.crop_pct < math.inf else [0]
@@ -97,29 +98,33 @@ class Preprocess:
         width, height = self._resized(*image.size)
         refuse_huge(width, height, name=f"{name}, resized for the model,", most_pixels=most_pixels)
         image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        pixels = np.asarray(_centre_crop(image, self.size), np.float32) / np.float32(255)
+        pixels = np.asarray(self._centred(image), np.float32) / np.float32(255)
         pixels = np.atleast_3d(pixels).transpose(2, 0, 1)
         mean, std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return np.ascontiguousarray((pixels - mean) / std)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         target_h, target_w = (math.floor(edge / self.crop_pct) for edge in self.size)
-        if self.crop_mode == "center":  # one edge meets the target, the other, which is longer than its own, follows
-            if target_h != target_w:
-                ratio = min(height / target_h, width / target_w)
-                return round(width / ratio), round(height / ratio)
-            if width <= height:
-                target_h = int(target_w * height / width)
-            else:
-                target_w = int(target_h * width / height)
-        return target_w, target_h
+        if self.crop_mode == "squash":
+            return target_w, target_h
+        if self.crop_mode == "border" or target_h != target_w:  # one edge meets the target, the other follows
+            ratio = (max if self.crop_mode == "border" else min)(height / target_h, width / target_w)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        if width <= height:
+            return target_w, int(target_w * height / width)
+        return int(target_h * width / height), target_h
+
+    def _centred(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        fill = tuple(round(255 * mean) for mean in self.mean)
+        canvas = Image.new(image.mode, (width, height), fill if len(fill) > 1 else fill[0])
+        canvas.paste(image, (_offset(width, image.width), _offset(height, image.height)))
+        return canvas
 
 
-def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    left = round((image.width - width) / 2)
-    top = round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+def _offset(canvas: int, image: int) -> int:
+    """Where an image begins on a canvas in whose middle it lies."""
+    return (canvas - image) // 2 if canvas > image else -round((image - canvas) / 2)
 
 
 class PreparedPixels:

@@ -279,7 +279,7 @@ def _simplified(model: ir.Model) -> ir.Model:
     for value in weights.values():
         value.const_value = None
     try:
-        proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True)
+        proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True, skipped_optimizers=["fuse_pad_into_conv"])
     except RuntimeError as cause:  # a graph that torch's exporter wrote out of order, for one
         raise _cannot_export(cause) from cause
     simplified: ir.Model = ir.from_proto(proto)

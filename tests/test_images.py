@@ -58,7 +58,7 @@ def _timms(preprocess: Preprocess, picture: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
-@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("squash", 1.0)])
+@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("squash", 1.0), ("border", None), ("border", 1.0)])
 @pytest.mark.parametrize("model", ["vit_t", "deit_t"])
 def test_preprocessing_equals_timms(model: str, mode: str, crop_mode: Any, crop_pct: float | None) -> None:
     preprocess = _from_timm(model)
@@ -89,7 +89,7 @@ def test_bounds_are_what_black_and_white_become() -> None:
     np.testing.assert_allclose(white, np.broadcast_to(high, SMALL.shape), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("crop_mode", "size"), [("border", (8, 8)), ("center", (0, 8))])
+@pytest.mark.parametrize(("crop_mode", "size"), [("reflect", (8, 8)), ("center", (0, 8))])
 def test_preprocessing_that_is_not_built_is_refused(crop_mode: Any, size: tuple[int, int]) -> None:
     _refusal(lambda: dataclasses.replace(SMALL, crop_mode=crop_mode, size=size))
 

@@ -216,8 +216,10 @@ def test_python_preprocesses_as_the_bundle_does(
         Preprocess((24, 24), 0.9, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         Preprocess((24, 40), 0.95, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         Preprocess((28, 28), 0.875, "center", "bicubic", (0.1307,), (0.3081,)),
+        Preprocess((24, 40), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        Preprocess((24, 32), 1.0, "border", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ],
-    ids=["cropped", "squashed", "grey"],
+    ids=["cropped", "squashed", "grey", "wide", "bordered"],
 )
 def test_python_preprocesses_whatever_the_numbers(
     repository: Path, schema: ModuleType, backend: Any, preprocess: Preprocess

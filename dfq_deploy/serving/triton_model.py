@@ -41,9 +41,8 @@ class TritonPythonModel:
     def _decoded(self, data: bytes, which: int) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            short = self._facts["size"][0] / self._facts["crop_pct"] if self._facts["crop_mode"] == "center" else 0
-            growth = max(1.0, short / min(image.size)) ** 2  # a narrow image grows when it is resized
-            small = image.width * image.height * growth <= self._facts["max_pixels"]
+            resized = self._resized(*image.size)  # a narrow image grows
+            small = max(math.prod(image.size), math.prod(resized)) <= self._facts["max_pixels"]
             if small:
                 image.load()
         except Exception as cause:  # Pillow's decoders raise what they like
@@ -57,18 +56,28 @@ class TritonPythonModel:
 
     def _input(self, image: Image.Image) -> np.ndarray:
         facts, (height, width) = self._facts, self._facts["size"]
-        image = self._resized(image.convert("RGB" if len(facts["mean"]) == 3 else "L"))
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        image = image.crop((left, top, left + width, top + height))
-        pixels = np.atleast_3d(np.asarray(image, np.float32) / np.float32(255)).transpose(2, 0, 1)
+        image = image.convert("RGB" if len(facts["mean"]) == 3 else "L")
+        image = image.resize(self._resized(*image.size), Image.Resampling[facts["interpolation"].upper()])
+        fill = tuple(round(255 * mean) for mean in facts["mean"])
+        canvas = Image.new(image.mode, (width, height), fill if len(fill) > 1 else fill[0])
+        canvas.paste(image, (_offset(width, image.width), _offset(height, image.height)))
+        pixels = np.atleast_3d(np.asarray(canvas, np.float32) / np.float32(255)).transpose(2, 0, 1)
         mean, std = (np.asarray(facts[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
         return np.ascontiguousarray((pixels - mean) / std)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        target_h, target_w = (math.floor(edge / self._facts["crop_pct"]) for edge in self._facts["size"])
-        if self._facts["crop_mode"] == "center":  # the shorter edge meets the target, the other follows
-            if image.width <= image.height:
-                target_h = int(target_w * image.height / image.width)
-            else:
-                target_w = int(target_h * image.width / image.height)
-        return image.resize((target_w, target_h), Image.Resampling[self._facts["interpolation"].upper()])
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        mode, crop_pct = self._facts["crop_mode"], self._facts["crop_pct"]
+        target_h, target_w = (math.floor(edge / crop_pct) for edge in self._facts["size"])
+        if mode == "squash":
+            return target_w, target_h
+        if mode == "border" or target_h != target_w:  # one edge meets the target, the other follows
+            ratio = (max if mode == "border" else min)(height / target_h, width / target_w)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        if width <= height:
+            return target_w, int(target_w * height / width)
+        return int(target_h * width / height), target_h
+
+
+def _offset(canvas: int, image: int) -> int:
+    """Where an image begins on a canvas in whose middle it lies."""
+    return (canvas - image) // 2 if canvas > image else -round((image - canvas) / 2)
