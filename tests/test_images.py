@@ -58,7 +58,9 @@ def _timms(preprocess: Preprocess, picture: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
-@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("squash", 1.0), ("border", None), ("border", 1.0)])
+@pytest.mark.parametrize(
+    ("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("squash", 1.0), ("border", None), ("border", 1.0)]
+)
 @pytest.mark.parametrize("model", ["vit_t", "deit_t"])
 def test_preprocessing_equals_timms(model: str, mode: str, crop_mode: Any, crop_pct: float | None) -> None:
     preprocess = _from_timm(model)
