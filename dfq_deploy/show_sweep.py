@@ -20,8 +20,8 @@ def print_sweep(found: "Sweep", folder: Path) -> None:
     table.add_column("run", overflow="fold")
     for column in ("verdict", "top-1 %", "points lost", "= float %", "SQNR dB", "MiB", "s"):
         table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
-    for one in found.outcomes:
-        table.add_row(*one.cells()[:-1])
+    for row in found.rows():
+        table.add_row(*row[:-1])
     _console.print(table)
     for one in found.outcomes:
         if one.verdict != "pass":

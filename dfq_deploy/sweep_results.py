@@ -1,7 +1,7 @@
 """What a sweep found: a row per run, as JSON, as a markdown table, and as one verdict. It runs nothing."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from calibrators.files import write_json, write_text
 __all__ = ["Outcome", "Sweep"]
 
 _TITLES = ("run", "verdict", "top-1, %", "points lost", "= float, %", "SQNR, dB", "MiB", "s", "why")
+_NAMED = {"model", "scheme", "generator", "backend"}  # fields that a run is called by
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Sweep:
             return "fail"
         return "undecided" if "undecided" in self.counts else "pass"
 
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """The rows of a table for people: beside its name, a run has the fields that tell it from the others."""
+        fields = self.outcomes[0].recipe.keys() - _NAMED
+        telling = [key for key in sorted(fields) if len({str(one.recipe[key]) for one in self.outcomes}) > 1]
+        for one in self.outcomes:
+            name, *figures = one.cells()
+            told = ", ".join(f"{key} {one.recipe[key]}" for key in telling)
+            yield (f"{name} ({told})" if told else name, *figures)
+
     def report(self) -> dict[str, Any]:
         """All of it as JSON."""
         runs = [
@@ -88,8 +98,8 @@ class Sweep:
     def markdown(self) -> str:
         """A row per run."""
         lines = [f"| {' | '.join(_TITLES)} |", "|---" * len(_TITLES) + "|"]
-        for one in self.outcomes:
-            cells = (cell.replace("|", "\\|") for cell in one.cells())
+        for row in self.rows():
+            cells = (cell.replace("|", "\\|") for cell in row)
             lines.append(f"| {' | '.join(cells)} |")
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
         return "\n".join([f"{len(self.outcomes)} runs: {counts}", "", *lines]) + "\n"

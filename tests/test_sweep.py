@@ -92,6 +92,15 @@ def test_two_sweeps_in_one_folder_are_refused(write: Callable[[str], Path], tmp_
         dfq.sweep(file)
 
 
+def test_a_row_tells_what_its_name_does_not() -> None:
+    error = {"what": "gone.", "why": "so.", "fix": "no."}
+    recipes = [{"model": "demo", "scheme": "w8a8", "seed": seed, "count": 8} for seed in (0, 1)]
+    one, two = Sweep(tuple(Outcome("demo-w8a8", recipe, None, error) for recipe in recipes), {}).rows()
+    assert (one[0], two[0]) == ("demo-w8a8 (seed 0)", "demo-w8a8 (seed 1)")
+    (alone,) = Sweep((Outcome("demo-w8a8", recipes[0], None, error),), {}).rows()
+    assert alone[0] == "demo-w8a8"
+
+
 def _carry_out(_shared: None, what: str) -> int:
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
