@@ -116,6 +116,8 @@ def test_refined_models_have_no_copy_of_what_they_do_not_change(demo: Model, tmp
 
 _STAGES = """
 import numpy as np
+from dfq_deploy.stage_costs import Measured
+from dfq_deploy.watch import SILENT
 
 with Measured(SILENT) as measured:
     measured.stage("before", False)
@@ -124,6 +126,7 @@ with Measured(SILENT) as measured:
     measured.stage("less", False)
     np.ones(2**26, np.uint8)
     measured.stage("done by an earlier run", True)
+    measured.stage("much", False)
 for name, cost in measured.costs().items():
     print(name, *cost)
 """

@@ -132,6 +132,20 @@ def test_a_checkpoint_of_a_training_run_is_unwrapped(trained: Weights, tmp_path:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
 
 
+def test_weights_of_other_patches_are_not_resampled(tmp_path: Path) -> None:
+    weights = load_model("demo").module.state_dict()
+    weights["patch_embed.proj.weight"] = torch.zeros(64, 3, 8, 8)
+    path = _save(weights, tmp_path / "weights.safetensors")
+    for size in (None, (32, 32)):
+        refusal = _refusal(lambda size=size: load_model("demo", checkpoint=path, size=size))
+        assert "`patch_embed.proj.weight` has shape (64, 3, 8, 8)" in refusal.what
+
+
+def test_a_size_that_patches_do_not_divide_is_refused() -> None:
+    assert "patches of 4x4 do not divide it" in _refusal(lambda: load_model("demo", size=(32, 18))).why
+    assert load_model("demo", size=(32, 24)).preprocess.size == (32, 24)
+
+
 Change = Callable[[Weights], Weights]
 CHANGES: dict[str, tuple[Change, str]] = {
     "missing": (lambda w: _without(w, "norm.bias"), "1 tensors are missing (norm.bias)"),

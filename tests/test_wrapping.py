@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from wrapped import EXAMPLE, Small
 
@@ -82,6 +84,52 @@ def test_other_weights_are_another_model() -> None:
     assert model.fingerprint != dfq.wrap(Small("masks"), EXAMPLE, "segmentation").fingerprint
 
 
+def test_other_layers_or_pixels_are_another_model() -> None:
+    def wrapped(activation: nn.Module, **pixels: tuple[float, ...]) -> str:
+        layers = nn.Sequential(nn.Conv2d(3, 4, 8, 8), activation, nn.Flatten())
+        with torch.no_grad():
+            layers[0].weight.fill_(0.1), layers[0].bias.zero_()
+        return dfq.wrap(layers, EXAMPLE, "features", **pixels).fingerprint
+
+    plain = wrapped(nn.GELU())
+    assert plain == wrapped(nn.GELU())
+    assert len({plain, wrapped(nn.ReLU()), wrapped(nn.GELU(), mean=(0.5,) * 3)}) == 3
+
+
+@every_task
+def test_nothing_is_cut_off_where_the_task_says_what_lies_where(task: str) -> None:
+    wanted = "squash" if task in ("detection", "segmentation", "masks") else "center"
+    assert _wrapped(task).preprocess.crop_mode == wanted
+
+
+def test_torchs_own_encoder_layer_is_quantized() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    model = dfq.wrap(nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), _Turned(), encoder), EXAMPLE, "features")
+    called = []
+    for name, layer in model.module.named_modules():
+        if name.endswith(("linear1", "linear2")):
+            layer.weight_site.register_forward_hook(lambda *_, name=name: called.append(name))
+    model.rows(EXAMPLE)
+    assert called == ["3.layers.0.linear1", "3.layers.0.linear2"]
+
+
+def test_timms_attention_in_a_module_has_its_layers() -> None:
+    model = dfq.wrap(
+        nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), _Turned(), BeitAttention(16, 2)), EXAMPLE, "features"
+    )
+    assert "3.qkv.weight" in sites_of(model.module)
+
+
+def test_a_layer_that_is_called_by_keyword_gets_no_site() -> None:
+    class Keyword(Small):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(input=self.stem(images).flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (4, 4))
+
+    model = dfq.wrap(Keyword("masks"), EXAMPLE, "masks")
+    assert {name.rpartition(".")[0] for name in sites_of(model.module)} == {"stem"}
+    assert model.rows(EXAMPLE).shape == (1, 96)
+
+
 # --- what it refuses ---
 
 
@@ -105,6 +153,26 @@ class _Boxes(Small):
 class _Tuple(Small):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return images, images
+
+
+class _Turned(nn.Module):
+    def forward(self, found: Tensor) -> Tensor:
+        return found.transpose(1, 2)
+
+
+class _Gives(Small):
+    """Puts out what a function makes of the tokens."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__("features")
+        self.made = made
+
+    def forward(self, images: Tensor) -> Any:
+        return self.made(self.stem(images).flatten(2).transpose(1, 2))
+
+
+def _given(made: Callable[[Tensor], Any], task: str) -> Callable[[], object]:
+    return lambda: dfq.wrap(_Gives(made), EXAMPLE, task)
 
 
 def _half(task: str) -> nn.Module:
@@ -131,6 +199,18 @@ def _half(task: str) -> nn.Module:
         (lambda: dfq.wrap(Small("masks"), EXAMPLE * 2, "masks"), ModelError, "values from", "0 to 1"),
         (lambda: dfq.wrap(_half("masks"), EXAMPLE, "masks"), ModelError, "weights of torch.float16", "float32"),
         (lambda: dfq.wrap(Small("masks"), EXAMPLE, "masks", mean=(0.5,)), ModelError, "1 means", "each channel"),
+        (_given(lambda t: t.mean((1, 2))[:, None], "classification"), ModelError, "no outputs", "two classes or more"),
+        (
+            _given(lambda t: {"0": t, "pool": t.mean(1)}, "features"),
+            ModelError,
+            "no engine can: 0",
+            "not a digit first",
+        ),
+        (_given(lambda t: t / 0, "features"), ModelError, "NaN or Inf", "compared"),
+        (_given(lambda t: {"images": t}, "features"), ModelError, "called images", "input"),
+        (lambda: dfq.wrap(nn.Flatten(), EXAMPLE, "features"), ModelError, "no layer to quantize", "nn.Linear"),
+        (lambda: dfq.wrap(nn.DataParallel(Small("masks")), EXAMPLE, "masks"), ModelError, "as it is", "spread"),
+        (lambda: dfq.wrap(nn.LazyLinear(4), EXAMPLE, "masks"), ModelError, "as it is", "weights"),
         (lambda: dfq.wrap(torch.sigmoid, EXAMPLE), ModelError, "takes a module and a tensor", "runs"),  # type: ignore[arg-type]
     ],
 )
@@ -280,6 +360,13 @@ def test_a_score_of_what_the_model_says_itself_is_full() -> None:
     assert dfq.score(model, images, [truth[0], *empty]) == {"mIoU": pytest.approx(100)}
     wrong = (truth[0] + 1) % 6
     assert dfq.score(model, images, [wrong, *empty])["mIoU"] < 50
+    assert dfq.score(model, images.astype(np.float64), truth)["mIoU"] == pytest.approx(100)
+    with pytest.raises(ImagesError, match="nothing to score"):
+        dfq.score(model, images[1:], empty)
+    with pytest.raises(ImagesError, match="do not fit"):
+        dfq.score(model, images[:, :2], truth)
+    with pytest.raises(RecipeError, match="not Small"):
+        dfq.score(Small("segmentation"), images, truth)  # type: ignore[arg-type]
 
 
 def test_a_score_is_that_of_the_field(run: tuple[str, Path, Check]) -> None:
