@@ -210,7 +210,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     versions = ", ".join(f"{name} {found[next(iter(found))]['versions'].get(name, '-')}" for name in _VERSIONS)
     return _PAGE.format(
         counts=f"{with_attention} of {len(ATTENTION)} families with attention "
-        f"({with_attention / len(ATTENTION):.0%}) and {cnns} of {len(CNNS)} CNNs export and check, {failed} fail; "
+        f"({with_attention / len(ATTENTION):.1%}) and {cnns} of {len(CNNS)} CNNs export and check, {failed} fail; "
         f"{built} build for TensorRT for RTX",
         made=f"{dates[0]} to {dates[-1]}, {versions}",
         count=_COUNT,
