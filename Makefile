@@ -7,8 +7,8 @@ FLAGS ?=
 OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inferring plan qdq runtime serve signing sites \
   to_onnx trust)
 
-.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq steps generators float-body int4 \
-  large latency scaling coverage docs clean
+.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq steps generators \
+  float-body int4 large latency scaling coverage docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo

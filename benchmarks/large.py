@@ -1,10 +1,9 @@
 """How cost grows with the model: `make large`. Time and peak memory over ViT-T, S, B, L and H, as JSON and a chart.
 
 Each stage is measured, and what is fixed of both and the power of the number of parameters that the rest grows with are
-said; Linux only, needs no download.
-Each model is exported in a process of its own, with random weights and a few noise images; what else is on the command
-line goes to that export. A model that the JSON has already is not run again. Weights are random: neither time nor
-memory depends on their values.
+said; Linux only, needs no download. Each model is exported in a process of its own, with random weights and a few noise
+images; what else is on the command line goes to that export. A model that the JSON has already is not run again.
+Weights are random: neither time nor memory depends on their values.
 """
 
 import argparse

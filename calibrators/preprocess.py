@@ -6,7 +6,7 @@ The facts come from the model and travel with every artefact. No torch here: pro
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,10 @@ from PIL import Image
 from calibrators.decoding import MOST_PIXELS, Picture, decoded, name_of, refuse_huge
 from calibrators.errors import ImagesError
 
-__all__ = ["PreparedPixels", "Preprocess"]
+__all__ = ["CropMode", "PreparedPixels", "Preprocess"]
+
+CropMode: TypeAlias = Literal["center", "squash", "border"]
+"""How a picture of another shape becomes the image, see `Preprocess`."""
 
 _LARGEST = 2**14  # pixels of an edge, before the crop
 _MODES = {1: "L", 3: "RGB"}  # of pictures, by channels
@@ -36,13 +39,13 @@ class Preprocess:
 
     size: tuple[int, int]
     crop_pct: float
-    crop_mode: Literal["center", "squash", "border"]
+    crop_mode: CropMode
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.crop_mode not in ("center", "squash", "border"):
+        if self.crop_mode not in get_args(CropMode):
             raise ImagesError(
                 what=f"preprocessing with crop mode `{self.crop_mode}` is not supported.",
                 why="only `center`, `squash` and `border` are built.",

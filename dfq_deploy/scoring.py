@@ -56,6 +56,10 @@ def score(
             why="each image has one.",
             fix="pass as many.",
         )
+    if batch_size < 1:
+        raise RecipeError(
+            what=f"a batch of {batch_size} images is none.", why="the images pass in batches.", fix="pass 1 or more."
+        )
     images = np.ascontiguousarray(images, np.float32)
     wanted = (network if isinstance(network, Model) else network.manifest).preprocess.shape
     if images.shape[1:] != wanted:

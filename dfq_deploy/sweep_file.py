@@ -16,7 +16,11 @@ from calibrators.files import fingerprint_of
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.recipe_file import check_fields, fields_in, recipe_of
 
-__all__ = ["Needs", "SweepRun", "runs_in"]
+__all__ = ["NAMED_BY", "Needs", "SweepRun", "runs_in"]
+
+
+NAMED_BY = ("model", "scheme", "generator", "backend")
+"""The fields of a recipe that a run is called by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +109,5 @@ def _run(found: Mapping[str, Any], path: Path) -> SweepRun:
     of_needs = {field.name for field in fields(Needs)}
     needs = recipe_of(Needs, {name: value for name, value in found.items() if name in of_needs}, path)
     recipe = recipe_of(Recipe, {name: value for name, value in found.items() if name not in of_needs}, path)
-    words = (recipe.model, recipe.scheme, recipe.generator, recipe.backend, fingerprint_of(recipe.facts())[:8])
+    words = (*(getattr(recipe, field) for field in NAMED_BY), fingerprint_of(recipe.facts())[:8])
     return SweepRun("-".join(re.sub(r"[^\w.]+", "_", word) for word in words), recipe, needs)

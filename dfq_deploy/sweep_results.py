@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.files import write_json, write_text
+from dfq_deploy.sweep_file import NAMED_BY
 
 __all__ = ["Outcome", "Sweep"]
 
 _TITLES = ("run", "verdict", "top-1, %", "points lost", "= float, %", "SQNR, dB", "MiB", "s", "why")
-_NAMED = {"model", "scheme", "generator", "backend"}  # fields that a run is called by
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Sweep:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The rows of a table for people: beside its name, a run has the fields that tell it from the others."""
-        fields = self.outcomes[0].recipe.keys() - _NAMED
+        fields = self.outcomes[0].recipe.keys() - set(NAMED_BY)
         telling = [key for key in sorted(fields) if len({str(one.recipe[key]) for one in self.outcomes}) > 1]
         for one in self.outcomes:
             name, *figures = one.cells()

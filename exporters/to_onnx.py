@@ -137,13 +137,24 @@ class _AttentionIn4D(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and len(args) >= 3 and args[0].ndim == 3:
-            query, key, value, *rest = args
-            mask = kwargs.get("attn_mask")
-            more = kwargs if mask is None else kwargs | {"attn_mask": mask.unsqueeze(1)}
-            return function(*(part.unsqueeze(1) for part in (query, key, value)), *rest, **more).squeeze(1)
-        return function(*args, **kwargs)
+        called = _attention_in_4d if function is F.scaled_dot_product_attention else function
+        return called(*args, **(kwargs or {}))
+
+
+def _attention_in_4d(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *rest: Any,
+    **more: Any,
+) -> torch.Tensor:
+    if query.ndim != 3:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **more)
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, *rest, **more).squeeze(1)
 
 
 def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) -> ir.Model:

@@ -42,7 +42,7 @@ def suited(demo: Model, convolutional: Model, name: str) -> Model:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (psaq_v1, spdfq, zeroq):
-        for stages in ("_FAST_STAGES", "_V1_STAGES", "_STAGES"):
+        for stages in ("_FAST_STAGES", "V1_STAGES", "_STAGES"):
             monkeypatch.setattr(module, stages, FEW, raising=False)
     for stages in ("_FAST_STAGES", "_EXACT_STAGES"):
         monkeypatch.setattr(psaq_v2, stages, FEW * 2)

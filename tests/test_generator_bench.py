@@ -259,7 +259,7 @@ def test_a_published_form_stands_beside_the_fast_one(
     tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psaq_v1, "_FAST_STAGES", (Stage(2, 2),))
-    monkeypatch.setattr(psaq_v1, "_V1_STAGES", (Stage(3, 2), Stage(2, 2)))
+    monkeypatch.setattr(psaq_v1, "V1_STAGES", (Stage(3, 2), Stage(2, 2)))
     recipe = dfq.GeneratorsRecipe(
         **_ASKED | {"generators": "psaq_v1,psaq_v1:exact", "schemes": "w4a4,w6a6"}, seeds="3", count=2
     )

@@ -114,6 +114,14 @@ def test_refined_models_have_no_copy_of_what_they_do_not_change(demo: Model, tmp
     assert {f"{layer}.weight" for layer in layers_of(back) if layer.startswith("blocks")} <= changed
 
 
+def test_weights_that_an_earlier_model_left_beside_are_no_file_of_the_bundle(beside: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(beside, tmp_path / "bundle")
+    assert "model.onnx.data" in open_bundle(folder).files
+    dfq.export(dfq.Recipe(model="demo", scheme="w8a8_asym", generator="noise", count=8, refine="none"), folder, limit=8)
+    assert "model.onnx.data" not in open_bundle(folder).files
+    assert not (folder / "model.onnx.data").exists()
+
+
 _STAGES = """
 import numpy as np
 from dfq_deploy.stage_costs import Measured

@@ -3,8 +3,10 @@
 A node is a machine to Ray, with processes of its own; here all of them share this one.
 """
 
+import contextlib
 import dataclasses
 import json
+import operator
 import shutil
 import socket
 import sys
@@ -19,6 +21,7 @@ import torch
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, RecipeError
 from calibrators.images import ImageSet
+from calibrators.registry import pick
 from dfq_deploy import workers
 from dfq_deploy.recipe import GenerateRecipe
 from dfq_deploy.workers import Order, Task, workers_at
@@ -40,6 +43,21 @@ class _Nodes:
 
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=1, object_store_memory=_STORE)
+
+    @contextlib.contextmanager
+    def with_a_larger_one(self) -> Iterator[Callable[[], None]]:
+        """A third node, with two CPUs; what is given kills it."""
+        node = self._cluster.add_node(num_cpus=2, object_store_memory=_STORE)
+        lost: list[object] = []
+
+        def lose() -> None:
+            if not lost:
+                lost.append(self._cluster.remove_node(node, allow_graceful=False))
+
+        try:
+            yield lose
+        finally:
+            lose()
 
     def lose_one(self) -> None:
         """Kill a node with all its processes, as when a machine fails."""
@@ -143,6 +161,18 @@ def test_a_sweep_loses_a_node_and_no_run_and_goes_on_where_it_was(nodes: _Nodes,
 def test_what_no_node_has_room_for_is_refused_and_does_not_wait(nodes: _Nodes) -> None:
     with workers_at(nodes.address) as crew, pytest.raises(RecipeError, match="no machine of the cluster has room"):
         next(iter(crew.answers(Order(len, (), [Task((), cpus=1000)]))))
+
+
+def test_what_no_node_has_room_for_any_more_stops_no_other(nodes: _Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with nodes.with_a_larger_one() as lose, workers_at(nodes.address) as crew:
+        monkeypatch.setattr(pick("dfq_deploy.workers", "ray"), "_LOOK_EVERY", 1.0)
+        found = crew.answers(Order(operator.call, time.sleep, [Task((600,), cpus=2), Task((0,), cpus=1)]))
+        assert next(found) == (1, None)
+        lose()
+        number, refused = next(found)
+        assert (number, type(refused)) == (0, RecipeError)
+        assert "room for a task of 2 CPUs" in refused.what
+        assert not list(found)
 
 
 def _mute() -> socket.socket:

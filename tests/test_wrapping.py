@@ -12,6 +12,7 @@ import pytest
 import torch
 from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
 from wrapped import EXAMPLE, Small
 
 import dfq_deploy as dfq
@@ -118,6 +119,31 @@ def test_timms_attention_in_a_module_has_its_layers() -> None:
         nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), _Turned(), BeitAttention(16, 2)), EXAMPLE, "features"
     )
     assert "3.qkv.weight" in sites_of(model.module)
+
+
+def test_a_module_may_hold_another_one_as_module() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Small("masks")
+
+        def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+            return self.module(images)
+
+    assert "module.head.weight" in sites_of(dfq.wrap(Around(), EXAMPLE, "masks").module)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(16, 16), torch.zeros(1, 16, 16)], ids=["none", "shared", "own"])
+def test_attention_of_three_dimensions_is_exported(mask: Tensor | None, tmp_path: Path) -> None:
+    class Flat(Small):
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.stem(images).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(tokens).chunk(3, -1)
+            bias = mask if mask is None or mask.ndim == 2 else mask.expand(q.shape[0], -1, -1)
+            return self.head(F.scaled_dot_product_attention(q, k, v, bias)).transpose(1, 2).unflatten(2, (4, 4))
+
+    found = dfq.export(dfq.wrap(Flat("masks"), EXAMPLE, "masks"), tmp_path, generator="noise", count=8, refine="none")
+    assert found.verdict == "pass", found.reason
 
 
 def test_a_layer_that_is_called_by_keyword_gets_no_site() -> None:
@@ -365,6 +391,8 @@ def test_a_score_of_what_the_model_says_itself_is_full() -> None:
         dfq.score(model, images[1:], empty)
     with pytest.raises(ImagesError, match="do not fit"):
         dfq.score(model, images[:, :2], truth)
+    with pytest.raises(RecipeError, match="a batch of 0 images"):
+        dfq.score(model, images, truth, batch_size=0)
     with pytest.raises(RecipeError, match="not Small"):
         dfq.score(Small("segmentation"), images, truth)  # type: ignore[arg-type]
 

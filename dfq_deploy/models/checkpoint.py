@@ -4,7 +4,7 @@ Every way in which a file can fail to fit is told with the tensor's name; nothin
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,25 +85,27 @@ def _fitted(module: nn.Module, weights: dict[str, Tensor], *, resize: bool) -> d
 
 def _other_patches(module: nn.Module, weights: dict[str, Tensor]) -> bool:
     """Whether the first convolution of `weights` has another kernel than that of `module`."""
-    own = module.state_dict()
-    places = getattr(module, "pretrained_cfg", {}).get("first_conv") or ()
-    pairs = (
-        (weights.get(f"{place}.weight"), own.get(f"{place}.weight"))
-        for place in ((places,) if isinstance(places, str) else places)
-    )
     return any(
         there is not None and here is not None and there.ndim == here.ndim and there.shape[2:] != here.shape[2:]
-        for there, here in pairs
+        for there, here in _weights_of("first_conv", module, weights)
     )
+
+
+def _weights_of(
+    fact: str, module: nn.Module, weights: dict[str, Tensor]
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The weight in `weights`, and that of `module`, of each layer that timm's configuration names as `fact`."""
+    places = getattr(module, "pretrained_cfg", {}).get(fact) or ()
+    own = module.state_dict()
+    for place in (places,) if isinstance(places, str) else places:
+        yield weights.get(f"{place}.weight"), own.get(f"{place}.weight")
 
 
 def _changes(module: nn.Module, weights: dict[str, Tensor]) -> dict[str, int]:
     """What `weights` have other than `module`: `num_classes` by the classifier, `in_chans` by the first convolution."""
-    facts, own = getattr(module, "pretrained_cfg", {}), module.state_dict()
     found = {}
-    for change, axis, places in (("num_classes", 0, facts.get("classifier")), ("in_chans", 1, facts.get("first_conv"))):
-        for place in (places,) if isinstance(places, str) else places or ():
-            there, here = weights.get(f"{place}.weight"), own.get(f"{place}.weight")
+    for change, axis, fact in (("num_classes", 0, "classifier"), ("in_chans", 1, "first_conv")):
+        for there, here in _weights_of(fact, module, weights):
             if there is None or (here is None and axis) or (here is not None and here.ndim != there.ndim):
                 continue
             if here is None or here.shape[axis] != there.shape[axis]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from calibrators.errors import ModelError
-from calibrators.preprocess import Preprocess
+from calibrators.preprocess import CropMode, Preprocess
 from calibrators.sites import SitedConv2d, attach_sites, sites_of
 from dfq_deploy.models import Model
 from dfq_deploy.models.checkpoint import first_line
@@ -32,7 +32,7 @@ __all__ = ["wrap"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")  # of a tensor that an engine puts out
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_PLACED = ("detection", "segmentation", "masks")  # tasks that say what lies where: nothing of a picture may be cut off
+_AROUND = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CLOSE = 1e-3  # of a pixel, which goes from 0 to 1
 
 
@@ -65,13 +65,13 @@ def wrap(
     """
     plugin = task_named(task)
     _check(module, example)
-    preprocess = _preprocess(example, task, mean, std)
+    preprocess = _preprocess(example, plugin.CROP_MODE, mean, std)
     module = _copy(module)
     name = type(module).__name__
     pair = example[:1].detach().cpu().expand(2, -1, -1, -1).clone()
     attach_families(module)  # first: it is what makes some layers run
     with _seen(module, pair) as seen:
-        found = _put_out(module, pair, everything=task == "features")
+        found = _put_out(module, pair, everything=plugin.TAKES_ALL)
     picked = plugin.pick_outputs({key: tuple(value.shape[1:]) for key, value in found.items()})
     outputs = tuple(Output(called, tuple(found[key].shape[1:])) for key, called in picked.items())
     written = _ADDRESS.sub("", repr(module))  # weights alone tell neither strides nor activations
@@ -106,9 +106,8 @@ def _check(module: nn.Module, example: Tensor) -> None:
             why="it runs the one on the other.",
             fix="pass a torch.nn.Module and images (N, C, H, W).",
         )
-    inside = getattr(module, "_orig_mod", None) or getattr(module, "module", None)  # of torch.compile, of DataParallel
-    unfinished = [value for value in (*module.parameters(), *module.buffers()) if is_lazy(value) or value.is_meta]
-    if isinstance(module, torch.jit.ScriptModule) or isinstance(inside, nn.Module) or unfinished:
+    unfinished = any(is_lazy(value) or value.is_meta for value in (*module.parameters(), *module.buffers()))
+    if isinstance(module, _AROUND) or hasattr(module, "_orig_mod") or unfinished:  # that is torch.compile's
         raise ModelError(
             what=f"`{type(module).__name__}` cannot be wrapped as it is.",
             why="it is compiled, or spread over devices, or its weights are not there yet.",
@@ -146,7 +145,9 @@ def _check_sites(module: nn.Module, outputs: Sequence[Output]) -> None:
         )
 
 
-def _preprocess(example: Tensor, task: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocess:
+def _preprocess(
+    example: Tensor, crop_mode: CropMode, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocess:
     channels, height, width = example.shape[1:]
     low, high = float(example.min()), float(example.max())
     if mean is None and std is None and not -_CLOSE <= low <= high <= 1 + _CLOSE:
@@ -163,7 +164,7 @@ def _preprocess(example: Tensor, task: str, mean: Sequence[float] | None, std: S
             why="each channel has one of both.",
             fix="pass as many.",
         )
-    return Preprocess((height, width), 1.0, "squash" if task in _PLACED else "center", "bicubic", mean, std)
+    return Preprocess((height, width), 1.0, crop_mode, "bicubic", mean, std)
 
 
 def _copy(module: nn.Module) -> nn.Module:

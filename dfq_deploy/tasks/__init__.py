@@ -5,7 +5,7 @@ labels, so that it can be measured on synthetic images too. No torch here, and n
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -26,9 +26,14 @@ class Task(Protocol):
 
     Attributes:
         AGREEMENT: What `agree` measures, for people.
+        CROP_MODE: How a picture becomes an image: `squash` where outputs say what lies where, so that nothing may be
+            cut off, else `center`.
+        TAKES_ALL: Whether every tensor that a model puts out is needed; else what the task does not know is left out.
     """
 
     AGREEMENT: str
+    CROP_MODE: Literal["center", "squash"]
+    TAKES_ALL: bool
 
     def pick_outputs(self, shapes: Shapes) -> dict[str, str]:
         """Those of a model's tensors that the task needs, and what it calls each, in the order of an engine's outputs.

@@ -17,6 +17,8 @@ from exporters.outputs import Output
 __all__ = ["agree", "count_classes", "decide", "pick_outputs"]
 
 AGREEMENT = "IoU of matched boxes"
+CROP_MODE = "squash"
+TAKES_ALL = False
 _LEAST = 0.5  # of an image's best score: what scores less is not counted as found; random weights have scores, too
 _MOST = 100  # boxes per image
 

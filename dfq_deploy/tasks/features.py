@@ -10,6 +10,8 @@ from exporters.outputs import Output
 __all__ = ["agree", "count_classes", "decide", "pick_outputs"]
 
 AGREEMENT = "cosine of the features"
+CROP_MODE = "center"
+TAKES_ALL = True
 
 
 def pick_outputs(shapes: Shapes) -> dict[str, str]:

@@ -10,6 +10,8 @@ from exporters.outputs import Output
 __all__ = ["agree", "count_classes", "decide", "pick_outputs"]
 
 AGREEMENT = "mask IoU"
+CROP_MODE = "squash"
+TAKES_ALL = False
 
 
 def pick_outputs(shapes: Shapes) -> dict[str, str]:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ def connected(address: str) -> Iterator[None]:
 
 def answers(order: Order) -> Iterator[tuple[int, Any]]:
     """See `Workers`; inside of `connected`."""
-    _check_room(order.tasks)
+    there = _machines()
+    for task in order.tasks:
+        if refused := _no_room(task, there):
+            raise refused
     call = ray.remote(max_calls=1 if order.fresh else 0)(answer)
     shared, where = ray.put(order), (made_with(), str(Path.cwd()))
     waiting = {
@@ -67,12 +70,12 @@ def answers(order: Order) -> Iterator[tuple[int, Any]]:
     while waiting:
         ready, _ = ray.wait(list(waiting), timeout=_LOOK_EVERY)
         if not ready:
-            for one in list(waiting):
-                try:
-                    _check_room([order.tasks[waiting[one]]])
-                except RecipeError as error:
+            there = _machines()
+            for one, number in list(waiting.items()):
+                if refused := _no_room(order.tasks[number], there):
                     ray.cancel(one)
-                    yield waiting.pop(one), error
+                    del waiting[one]
+                    yield number, refused
         for one in ready:
             yield waiting.pop(one), _answer_in(one)
 
@@ -101,22 +104,22 @@ def _greet(address: str) -> None:
             raise ConnectionError(message)
 
 
-def _check_room(tasks: Sequence[Task]) -> None:
-    """Return if each task fits a machine that is there.
+def _machines() -> list[dict[str, float]]:
+    """What the machines that are there have in all, used or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
-    Raises:
-        RecipeError: One does not, and would wait for ever.
-    """
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for task in tasks:
-        asked = {"CPU": float(task.cpus), "GPU": float(task.gpus), "memory": task.memory * _GIB}
-        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in asked.items()) for node in there):
-            most = {kind: max((node.get(kind, 0.0) for node in there), default=0.0) for kind in asked}
-            raise RecipeError(
-                what=f"no machine of the cluster has room for a task of {task.cpus} CPUs, "
-                f"{task.gpus} GPUs and {task.memory:g} GiB.",
-                why=f"{len(there)} machines are there, with up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and "
-                f"{most['memory'] / _GIB:.1f} GiB.",
-                fix="start larger machines first, or ask for less: OMP_NUM_THREADS says how many CPUs a task takes, "
-                "in a sweep its file.",
-            )
+
+def _no_room(task: Task, there: Sequence[Mapping[str, float]]) -> RecipeError | None:
+    """The error of a task that fits none of the machines, and would wait for ever."""
+    asked = {"CPU": float(task.cpus), "GPU": float(task.gpus), "memory": task.memory * _GIB}
+    if any(all(node.get(kind, 0.0) >= amount for kind, amount in asked.items()) for node in there):
+        return None
+    most = {kind: max((node.get(kind, 0.0) for node in there), default=0.0) for kind in asked}
+    return RecipeError(
+        what=f"no machine of the cluster has room for a task of {task.cpus} CPUs, "
+        f"{task.gpus} GPUs and {task.memory:g} GiB.",
+        why=f"{len(there)} machines are there, with up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and "
+        f"{most['memory'] / _GIB:.1f} GiB.",
+        fix="start larger machines first, or ask for less: OMP_NUM_THREADS says how many CPUs a task takes, "
+        "in a sweep its file.",
+    )

@@ -34,22 +34,30 @@ _WARMUP = 0.2
 _CHROMA = 0.1  # brighter colours than photographs' widen the ranges of the first block
 
 
-def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+def generate(
+    model: Model, options: GenerateOptions, *, progress: Progress = quiet, steps: int | None = None
+) -> ImageSet:
     """`options.count` images for `model`, see `Generator`.
+
+    Args:
+        model: See `Generator`.
+        options: See `Generator`.
+        progress: See `Generator`.
+        steps: How many. None: as many as by default.
 
     Raises:
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
-    one_batch = functools.partial(_one_batch, model, attention_taps(model), exact=options.exact)
+    one_batch = functools.partial(_one_batch, model, attention_taps(model), steps or _STAGE.steps, exact=options.exact)
     return optimised_set("dfq", model, options, one_batch, progress)
 
 
-def _one_batch(model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
+def _one_batch(model: Model, taps: Sequence[AttentionTap], steps: int, batch: Batch, *, exact: bool) -> Optimised:
     """One batch of images."""
     size, generator = batch.size, batch.generator
     device = next(model.module.parameters()).device
     scale = min(model.preprocess.size) / 224
-    schedule = Schedule((Stage(_STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
+    schedule = Schedule((Stage(steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
     classes = class_term(model, size, generator, device)
     random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
