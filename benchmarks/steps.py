@@ -14,7 +14,8 @@ from judged import asked, judged, model_asked_for, tabulated
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.engine import Stage
-from dfq_deploy.generation.generators import dfq, psaq_v1
+from dfq_deploy.generation.generators.dfq import Dfq
+from dfq_deploy.generation.generators.psaq_v1 import V1_STAGES, PsaqV1
 
 _TIMED = 2  # steps
 
@@ -25,12 +26,12 @@ def main() -> None:
     model, options = model_asked_for(args), GenerateOptions(args.count, args.seed)
     makers: dict[str, Callable[[], ImageSet]] = {
         **{
-            f"dfq, {steps} steps": lambda steps=steps: dfq.generate(model, options, steps=steps)
+            f"dfq, {steps} steps": lambda steps=steps: Dfq(steps).generate(model, options)
             for steps in (12, 25, 50, 100, 200)
         },
-        "psaq_v1, until the plateau": lambda: psaq_v1.generate(model, options),
-        "psaq_v1, 100 steps": lambda: psaq_v1.generate(model, options, stages=[Stage(100, 30)]),
-        "psaq_v1, 2 x 500 steps": lambda: psaq_v1.generate(model, options, stages=psaq_v1.V1_STAGES),
+        "psaq_v1, until the plateau": lambda: PsaqV1().generate(model, options),
+        "psaq_v1, 100 steps": lambda: PsaqV1([Stage(100, 30)]).generate(model, options),
+        "psaq_v1, 2 x 500 steps": lambda: PsaqV1(V1_STAGES).generate(model, options),
     }
     rows = {}
     for name, make in makers.items():
@@ -39,7 +40,7 @@ def main() -> None:
     exact, took = replace(options, exact=True), []
     for steps in (1, 1 + _TIMED):
         began = time.monotonic()
-        psaq_v1.generate(model, exact, stages=[Stage(steps, 30)])
+        PsaqV1([Stage(steps, 30)]).generate(model, exact)
         took.append(time.monotonic() - began)
     print(f"one step of psaq_v1 as published: {(took[1] - took[0]) / _TIMED:.1f} s for {args.count} images")
 

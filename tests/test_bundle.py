@@ -96,7 +96,7 @@ _DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "an absolute path": lambda facts: facts["files"].update({"/etc/passwd": "0" * 64}),
     "a hidden file": lambda facts: facts["files"].update({".x": "0" * 64}),
     "no hash": lambda facts: facts["files"].update({"model.onnx": ""}),
-    "a crop that is not built": lambda facts: facts["preprocess"].update(crop_mode="border"),
+    "a crop that is not built": lambda facts: facts["preprocess"].update(crop_mode="reflect"),
     "an edge without pixels": lambda facts: facts["preprocess"].update(size=[0, 0]),
     "an edge of too many": lambda facts: facts["preprocess"].update(crop_pct=1e-9),
     "a deviation of zero": lambda facts: facts["preprocess"].update(std=[0, 1, 1]),

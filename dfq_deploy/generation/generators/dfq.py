@@ -12,6 +12,7 @@ The exact and the fast form differ in precision alone.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dfq_deploy.generation.similarity import Similarity, class_term
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
-__all__ = ["generate"]
+__all__ = ["Dfq", "generate"]
 
 _STAGE = Stage(50, 30)  # steps, and pixels of shift at 224 x 224
 _LEARNING_RATE = 0.1
@@ -34,44 +35,52 @@ _WARMUP = 0.2
 _CHROMA = 0.1  # brighter colours than photographs' widen the ranges of the first block
 
 
-def generate(
-    model: Model, options: GenerateOptions, *, progress: Progress = quiet, steps: int | None = None
-) -> ImageSet:
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
     """`options.count` images for `model`, see `Generator`.
-
-    Args:
-        model: See `Generator`.
-        options: See `Generator`.
-        progress: See `Generator`.
-        steps: How many. None: as many as by default.
 
     Raises:
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
-    one_batch = functools.partial(_one_batch, model, attention_taps(model), steps or _STAGE.steps, exact=options.exact)
-    return optimised_set("dfq", model, options, one_batch, progress)
+    return Dfq().generate(model, options, progress=progress)
 
 
-def _one_batch(model: Model, taps: Sequence[AttentionTap], steps: int, batch: Batch, *, exact: bool) -> Optimised:
-    """One batch of images."""
-    size, generator = batch.size, batch.generator
-    device = next(model.module.parameters()).device
-    scale = min(model.preprocess.size) / 224
-    schedule = Schedule((Stage(steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None)
-    classes = class_term(model, size, generator, device)
-    random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
-    roughness = total_variation(start).item()
-    return optimise(
-        model,
-        start,
-        batch,
-        layers={tap.name: tap.layer for tap in taps},
-        terms=(
-            Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
-            *classes,
-            Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - roughness).abs()),
-        ),
-        schedule=schedule,
-        dtype=None if exact else fast_dtype(device),
-    )
+@dataclass(frozen=True)
+class Dfq:
+    """The recipe.
+
+    Attributes:
+        steps: How many. None: as many as by default.
+    """
+
+    steps: int | None = None
+
+    def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+        """As the module's `generate`, in so many steps."""
+        one_batch = functools.partial(self._one_batch, model, attention_taps(model), exact=options.exact)
+        return optimised_set("dfq", model, options, one_batch, progress)
+
+    def _one_batch(self, model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
+        """One batch of images."""
+        size, generator = batch.size, batch.generator
+        device = next(model.module.parameters()).device
+        scale = min(model.preprocess.size) / 224
+        schedule = Schedule(
+            (Stage(self.steps or _STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None
+        )
+        classes = class_term(model, size, generator, device)
+        random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
+        roughness = total_variation(start).item()
+        return optimise(
+            model,
+            start,
+            batch,
+            layers={tap.name: tap.layer for tap in taps},
+            terms=(
+                Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
+                *classes,
+                Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - roughness).abs()),
+            ),
+            schedule=schedule,
+            dtype=None if exact else fast_dtype(device),
+        )

@@ -16,6 +16,7 @@ two stages of half; it stops on a plateau.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -27,7 +28,7 @@ from dfq_deploy.generation.similarity import class_term, roughness, schedule, si
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 
-__all__ = ["V1_STAGES", "generate"]
+__all__ = ["V1_STAGES", "PsaqV1", "generate"]
 
 V1_STAGES = (Stage(500, 15), Stage(500, 30))
 """Those of the paper: steps, and pixels of shift at 224 x 224."""
@@ -35,51 +36,51 @@ _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
 
 
-def generate(
-    model: Model,
-    options: GenerateOptions,
-    *,
-    progress: Progress = quiet,
-    stages: Sequence[Stage] | None = None,
-) -> ImageSet:
+def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
     """`options.count` PSAQ-ViT images for `model`, see `Generator`.
-
-    Args:
-        model: See `Generator`.
-        options: See `Generator`.
-        progress: See `Generator`.
-        stages: Run through to their end. None: those of the exact or the fast form, of which the latter stops early.
 
     Raises:
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
     """
-    taps = attention_taps(model)
-    one_batch = functools.partial(_one_batch, model, taps, stages, exact=options.exact)
-    return optimised_set("psaq_v1", model, options, one_batch, progress)
+    return PsaqV1().generate(model, options, progress=progress)
 
 
-def _one_batch(
-    model: Model, taps: Sequence[AttentionTap], stages: Sequence[Stage] | None, batch: Batch, *, exact: bool
-) -> Optimised:
-    """One batch of images."""
-    size, generator = batch.size, batch.generator
-    device = next(model.module.parameters()).device
-    plateau = None if exact or stages else _FAST_PLATEAU
-    steps = schedule(model, taps, stages or (V1_STAGES if exact else _FAST_STAGES), plateau)
-    start = torch.randn((size, *model.preprocess.shape), generator=generator)
-    classes = class_term(model, size, generator, device)
-    rough = roughness(size, model.preprocess.size, generator)
-    terms = (
-        Term("patch_similarity", 1.0, similarity(taps, exact, steps.steps, generator, device)),
-        *classes,
-        Term("total_variation", 0.05, rough),
-    )
-    return optimise(
-        model,
-        start,
-        batch,
-        layers={tap.name: tap.layer for tap in taps},
-        terms=terms,
-        schedule=steps,
-        dtype=None if exact else fast_dtype(device),
-    )
+@dataclass(frozen=True)
+class PsaqV1:
+    """The recipe.
+
+    Attributes:
+        stages: Run through to their end. None: those of the exact or the fast form, of which the latter stops early.
+    """
+
+    stages: Sequence[Stage] | None = None
+
+    def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+        """As the module's `generate`, with these stages."""
+        taps = attention_taps(model)
+        one_batch = functools.partial(self._one_batch, model, taps, exact=options.exact)
+        return optimised_set("psaq_v1", model, options, one_batch, progress)
+
+    def _one_batch(self, model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
+        """One batch of images."""
+        size, generator = batch.size, batch.generator
+        device = next(model.module.parameters()).device
+        plateau = None if exact or self.stages else _FAST_PLATEAU
+        steps = schedule(model, taps, self.stages or (V1_STAGES if exact else _FAST_STAGES), plateau)
+        start = torch.randn((size, *model.preprocess.shape), generator=generator)
+        classes = class_term(model, size, generator, device)
+        rough = roughness(size, model.preprocess.size, generator)
+        terms = (
+            Term("patch_similarity", 1.0, similarity(taps, exact, steps.steps, generator, device)),
+            *classes,
+            Term("total_variation", 0.05, rough),
+        )
+        return optimise(
+            model,
+            start,
+            batch,
+            layers={tap.name: tap.layer for tap in taps},
+            terms=terms,
+            schedule=steps,
+            dtype=None if exact else fast_dtype(device),
+        )
