@@ -166,12 +166,16 @@ def _massive(name: str, module: nn.Module, values: Tensor) -> Massive | None:
     stream = isinstance(module, nn.LayerNorm)
     norm_of_maps = isinstance(module, nn.LayerNorm) and values.shape[-1] != module.normalized_shape[-1]
     axis = 1 if norm_of_maps or isinstance(module, nn.Conv2d) else -1
-    sizes = values.float().abs().movedim(axis, -1).reshape(-1, values.shape[axis])  # (tokens, channels)
+    sizes = values.float().abs()
     share = _STREAM_BULK if stream else _BULK
-    bulk = float(sizes.flatten().kthvalue(max(1, int(share * sizes.numel()))).values)
-    huge = sizes > _LIMIT * bulk
-    if bulk <= 0 or not huge.any():
+    rank = max(1, int(share * sizes.numel()))
+    if int((sizes < sizes.max() / _LIMIT).sum()) < rank:  # counted sooner than ranked
         return None
+    bulk = float(sizes.flatten().kthvalue(rank).values)
+    if bulk <= 0:
+        return None
+    sizes = sizes.movedim(axis, -1).reshape(-1, values.shape[axis])  # (tokens, channels)
+    huge = sizes > _LIMIT * bulk
     largest = sizes.amax(0)
     channels = sorted(huge.any(0).nonzero().flatten().tolist(), key=lambda channel: -largest[channel])
     return Massive(

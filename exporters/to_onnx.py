@@ -10,10 +10,13 @@ so no size limit of protobuf's is met.
 import contextlib
 import io
 import logging
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -36,6 +39,10 @@ __all__ = ["OPSET", "export_float", "parameters_in_use", "save_model", "torch_pa
 OPSET = 20
 _EXTERNAL_DATA_FROM_BYTES = 1 << 31  # protobuf's limit for one message
 _STREAMED_FROM_BYTES = 1 << 28  # of a float model: in one file its weights would be in memory three times to be written
+# How torch names the line of a module that its exporter cannot follow.
+_RAISED_BY = re.compile(
+    r'following call raised this error:\n\s*File "(?P<file>[^"]+)", line (?P<line>\d+).*\n(?P<code>.+)'
+)
 
 
 def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, outputs: Sequence[str] = ("logits",)) -> None:
@@ -111,7 +118,7 @@ def parameters_in_use(module: nn.Module, example: torch.Tensor) -> set[str]:
     """
     batch = {0: torch.export.Dim("batch")}
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with _quiet_exporter(), _any_length(module), torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes=(batch,), strict=False)
             program = program.run_decompositions({})  # without operations in place, which count as used
     except Exception as cause:  # the exporter's errors have no common base class
@@ -123,9 +130,12 @@ def parameters_in_use(module: nn.Module, example: torch.Tensor) -> set[str]:
 
 
 def _cannot_export(cause: BaseException) -> ExportError:
+    told = str(cause)
+    line = _RAISED_BY.search(told)
+    where = f" ({line['file']}:{line['line']}: {line['code'].strip()})" if line else ""
     return ExportError(
         what="torch cannot export this model to ONNX.",
-        why=(" ".join(str(cause).split()) or type(cause).__name__)[:300],
+        why=(" ".join(told.split()) or type(cause).__name__)[: 200 if where else 300] + where,
         fix="take what depends on the values of tensors, or on the number of images, out of its forward (torch.where "
         "in place of if), wrap the part without it, or pick another variant of the model.",
     )
@@ -160,7 +170,7 @@ def _attention_in_4d(
 def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) -> ir.Model:
     set_mode(module, Mode.MARK)
     try:
-        with _quiet_exporter(), _AttentionIn4D():
+        with _quiet_exporter(), _any_length(module), _AttentionIn4D():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -183,17 +193,36 @@ def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) ->
 
 
 @contextlib.contextmanager
+def _any_length(module: nn.Module) -> Iterator[None]:
+    """Let `len` of a tensor follow the number of images, in the files of `module`'s parts: Python's own fixes it."""
+    names = {type(part).__module__ for part in module.modules()}
+    files = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    with contextlib.ExitStack() as patched:
+        for file in files:
+            if not hasattr(file, "len"):
+                patched.enter_context(mock.patch.object(file, "len", _length, create=True))
+        yield
+
+
+def _length(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+
+@contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Keep torch's exporter from narrating: what matters comes as an exception."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    nowhere = io.StringIO()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_by_sites(model: ir.Model) -> list[str]:

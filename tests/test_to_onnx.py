@@ -156,13 +156,15 @@ class _DependsOnData(nn.Module):
         return y if y.sum() > 0 else -y
 
 
-def test_a_model_whose_path_depends_on_its_data_is_refused(tmp_path: Path) -> None:
+def test_a_model_whose_path_depends_on_its_data_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = _DependsOnData().eval()
     attach_sites(module)
     with pytest.raises(ExportError, match="torch cannot export this model") as caught:
         export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
     assert "data-dependent" in caught.value.why
+    assert caught.value.why.endswith(": return y if y.sum() > 0 else -y)")
     assert "\n" not in caught.value.why
+    assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())
     assert {site.mode for site in sites_of(module).values()} == {Mode.OFF}
 

@@ -22,6 +22,7 @@ FOUND = {
     "dinov2": ({"last_hidden_state": (17, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
     "dinov3": ({"last_hidden_state": (17, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
     "mask2former": ({"logits": (7, 16, 16)}, None, None),
+    "rt_detr": ({"sigmoid_logits": (10, 7), "boxes": (10, 4)}, [(4, 1, 4)], None),
     "segformer": ({"logits": (7, 16, 16)}, [(1, 1, 256), (2, 1, 64), (2, 1, 16), (4, 1, 4)], 0),
     "siglip": ({"last_hidden_state": (16, 32), "pooler_output": (32,)}, [(4, 1, 16)] * 2, 0),
     "upernet": ({"logits": (7, 64, 64)}, None, 0),
@@ -45,6 +46,13 @@ def test_outputs_attention_and_layers_are_found(name: str) -> None:
     plain = [name for name, layer in model.module.named_modules() if type(layer) in (torch.nn.Linear, torch.nn.Conv2d)]
     assert len(layers) >= 11
     assert floats is None or len(plain) == floats, plain
+
+
+def test_a_detector_that_counts_its_images_by_len_is_exported(tmp_path: Path) -> None:
+    found = dfq.export(_wrapped("rt_detr"), tmp_path / "run", generator="noise", count=4, refine="none", limit=4)
+    assert found.verdict == "pass", found.reason
+    assert found.engine.census.counts["int8"] >= 70
+    assert found.agreement["engine_reference"].percent >= 99
 
 
 @pytest.mark.parametrize("name", ["upernet", "yolos"])

@@ -24,6 +24,7 @@ from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.taps import attention_taps
 from exporters.bundle import open_bundle
 from exporters.outputs import Output
+from exporters.to_onnx import export_float, torch_parity
 
 OUTPUTS = {
     "classification": {"logits": (6,)},
@@ -146,6 +147,14 @@ def test_attention_of_three_dimensions_is_exported(mask: Tensor | None, tmp_path
     assert found.verdict == "pass", found.reason
 
 
+def test_len_of_a_tensor_follows_the_number_of_images(tmp_path: Path) -> None:
+    model = dfq.wrap(_Counted("masks"), EXAMPLE, "features")
+    path = tmp_path / "float.onnx"
+    export_float(model.module, torch.zeros(2, *EXAMPLE.shape[1:]), path)
+    images = np.random.default_rng(0).random((3, *EXAMPLE.shape[1:]), dtype=np.float32)
+    assert torch_parity(model.module, path, images) < 1e-5
+
+
 def test_a_layer_that_is_called_by_keyword_gets_no_site() -> None:
     class Keyword(Small):
         def forward(self, images: Tensor) -> Tensor:
@@ -167,6 +176,11 @@ class _Branching(Small):
 class _OfOneSize(Small):
     def forward(self, images: Tensor) -> Tensor:
         return self.stem(images).reshape(2, 16, 16).mean(2)
+
+
+class _Counted(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stem(images).reshape(len(images), 16, 16).mean(2)
 
 
 class _Boxes(Small):
