@@ -60,6 +60,7 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, output
     model = _traced(module, example, outputs)
     sites = _name_by_sites(model)
     _split_gemm(model)
+    _part_from_relu(model)
     model = _simplified(model)
     kept = {node.name for node in model.graph} | set(model.graph.initializers)
     lost = sorted(site for site in sites if site not in kept and layer_of(site) not in kept)
@@ -305,9 +306,24 @@ def _split_gemm(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
 
 
+def _part_from_relu(model: ir.Model) -> None:
+    """A Relu right after a MatMul becomes Max with 0: ONNX Runtime computes the pair in float, quantized or not."""
+    graph = model.graph
+    for relu in [node for node in graph if node.op_type == "Relu"]:
+        x = relu.inputs[0]
+        producer = None if x is None else x.producer()
+        if producer is None or producer.op_type != "MatMul":
+            continue
+        zero = ir.val(f"{relu.name}.zero", const_value=ir.tensor(np.float32(0), name=f"{relu.name}.zero"))
+        graph.initializers[f"{relu.name}.zero"] = zero
+        most = ir.node("Max", [x, zero], name=relu.name)
+        ir.convenience.replace_nodes_and_values(graph, relu, [relu], [most], relu.outputs, most.outputs)
+
+
 def _simplified(model: ir.Model) -> ir.Model:
     """The graph after onnxsim, which sees the sites' weights as inputs and so leaves them as they are."""
     graph = model.graph
+    graph.sort()  # torch's exporter does not always
     names = {f"{node.name}.weight" for node in graph if node.name}
     weights = {name: value for name, value in graph.initializers.items() if name in names}
     for name, value in weights.items():
@@ -320,7 +336,7 @@ def _simplified(model: ir.Model) -> ir.Model:
         value.const_value = None
     try:
         proto, _ = onnxsim.simplify(ir.to_proto(model), skip_fuse_bn=True, skipped_optimizers=["fuse_pad_into_conv"])
-    except RuntimeError as cause:  # a graph that torch's exporter wrote out of order, for one
+    except RuntimeError as cause:
         raise _cannot_export(cause) from cause
     simplified: ir.Model = ir.from_proto(proto)
     for value in [v for v in simplified.graph.inputs if v.name in tensors]:

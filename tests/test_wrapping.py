@@ -155,6 +155,22 @@ def test_len_of_a_tensor_follows_the_number_of_images(tmp_path: Path) -> None:
     assert torch_parity(model.module, path, images) < 1e-5
 
 
+def test_a_layer_without_bias_is_quantized_before_a_relu(tmp_path: Path) -> None:
+    class Unbiased(Small):
+        def __init__(self) -> None:
+            super().__init__("masks")
+            self.head = nn.Linear(16, 6, bias=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.stem(images).flatten(2).transpose(1, 2)
+            return self.head(tokens).relu().transpose(1, 2).unflatten(2, (4, 4))
+
+    model = dfq.wrap(Unbiased(), EXAMPLE, "masks")
+    found = dfq.export(model, tmp_path, generator="noise", count=8, refine="none", spare="none")
+    assert found.verdict == "pass", found.reason
+    assert found.engine.census.counts == {"int8": 2}
+
+
 def test_a_layer_that_is_called_by_keyword_gets_no_site() -> None:
     class Keyword(Small):
         def forward(self, images: Tensor) -> Tensor:
