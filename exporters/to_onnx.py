@@ -190,7 +190,16 @@ def _traced(module: nn.Module, example: torch.Tensor, outputs: Sequence[str]) ->
     finally:
         set_mode(module, Mode.OFF)
     assert program is not None
+    _keep_constants(program.model)
     return program.model
+
+
+def _keep_constants(model: ir.Model) -> None:
+    """Make initializers of constants that the exporter only holds in memory, as it does of some Clip's bounds."""
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.producer() is None:
+                model.graph.initializers.setdefault(str(value.name), value)
 
 
 @contextlib.contextmanager
@@ -323,7 +332,6 @@ def _part_from_relu(model: ir.Model) -> None:
 def _simplified(model: ir.Model) -> ir.Model:
     """The graph after onnxsim, which sees the sites' weights as inputs and so leaves them as they are."""
     graph = model.graph
-    graph.sort()  # torch's exporter does not always
     names = {f"{node.name}.weight" for node in graph if node.name}
     weights = {name: value for name, value in graph.initializers.items() if name in names}
     for name, value in weights.items():

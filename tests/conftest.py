@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin starve child processes
@@ -11,7 +10,6 @@ import pytest
 
 import dfq_deploy as dfq
 from calibrators.errors import BackendError
-from dfq_deploy import building
 from dfq_deploy.evaluate import Check
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -64,28 +62,6 @@ def imagenet() -> Path:
     found = _data()
     assert found is not None
     return found
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _float_models_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A float ONNX model that a test of this session had made is copied: torch takes seconds for each.
-
-    What tells models apart is what tells them apart in a run's folder.
-    """
-    kept, made = tmp_path_factory.mktemp("float"), building.float_onnx
-
-    def float_onnx(model: Model, path: Path) -> None:
-        first = kept / f"{model.fingerprint}.onnx"
-        if first.is_file():
-            shutil.copyfile(first, path)
-            return
-        made(model, path)
-        if len(list(path.parent.glob(f"{path.name}*"))) == 1:  # else its weights lie beside it, under its name
-            shutil.copyfile(path, first)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(building, "float_onnx", float_onnx)
-        yield
 
 
 @pytest.fixture(scope="module")

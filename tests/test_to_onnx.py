@@ -169,6 +169,24 @@ def test_a_model_whose_path_depends_on_its_data_is_refused(tmp_path: Path, capfd
     assert {site.mode for site in sites_of(module).values()} == {Mode.OFF}
 
 
+class _ClipsOneTensorTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 3 * self.fc(x.mean((2, 3)))
+        return y.clamp(-0.2, 0.2).relu() + y.clamp(-0.1, 0.3).relu()
+
+
+def test_bounds_that_torchs_exporter_loses_are_kept(tmp_path: Path) -> None:
+    module = _ClipsOneTensorTwice().eval()
+    attach_sites(module)
+    export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
+    images = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    assert torch_parity(module, tmp_path / "float.onnx", images) < 1e-5
+
+
 class _RunsTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
