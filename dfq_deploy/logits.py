@@ -1,8 +1,8 @@
 """What an engine is judged by: its own logits, its reference's, float's, and the reference's with its input moved.
 
 Of a model that is no classifier it is all that is put out, its outputs side by side. Images go through in batches, and
-what a batch gives depends on its images, its number and how many images there are: shards of whole batches give, one
-behind the other, what all images give at once.
+what a batch gives depends on its images and its number alone: shards of whole batches give, one behind the other, what
+all images give at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,6 @@ AT_ONCE = 16
 """Images per batch, a power of two; fewer, and one too, where each puts out much."""
 _MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
 _MOVES = 3  # of the input, each another one; rounding to a body is the same each time
-_ENOUGH = 768  # moved images in all: of 921, one move each gives the distance of three within 1 %
 _SEED = 0
 
 
@@ -35,9 +34,7 @@ def logits_by_batch(
     stop: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The logits that an engine is judged by, batch by batch, which shards of whole batches repeat.
-
-    The more images there are in all, the fewer times each is moved: once where they are hundreds.
+    """The logits that an engine is judged by, batch by batch; a batch's depend on its images and its number alone.
 
     Args:
         reference: The torch model under the plan that the engine was built from.
@@ -53,7 +50,7 @@ def logits_by_batch(
     """
     numbers = sum(output.size for output in reference.model.outputs)
     size = next(n for n in (AT_ONCE, 8, 4, 2, 1) if n * numbers <= _MOST or n == 1)
-    moves = min(_MOVES, -(-_ENOUGH // max(len(pixels), 1))) if body == "fp32" else 1
+    moves = _MOVES if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
     for first in range(start, stop, size):
         batch = pixels[first : min(first + size, stop)]

@@ -18,10 +18,7 @@ from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from dfq_deploy import evaluate
 from dfq_deploy.evaluate import Check
-from dfq_deploy.logits import logits_by_batch
 from dfq_deploy.measures import Share
-from dfq_deploy.models import Model
-from dfq_deploy.reference import Reference
 from exporters.backends import ort
 from exporters.bundle import MANIFEST
 
@@ -266,13 +263,3 @@ def test_without_labels_there_is_no_accuracy(bundle: Path) -> None:
 def test_the_plan_that_a_bundle_holds_is_the_one_that_is_checked(bundle: Path) -> None:
     plan = QuantPlan.load(bundle / "plan.safetensors")
     assert dfq.check(bundle, limit=1).layer_error.keys() == set(plan.layers)
-
-
-@pytest.mark.parametrize(("count", "moves"), [(8, 3), (256, 3), (257, 3), (384, 2), (767, 2), (768, 1), (5000, 1)])
-def test_many_images_are_moved_once_each(count: int, moves: int, demo: Model, demo_bundle: Path) -> None:
-    reference = Reference(demo, QuantPlan.load(demo_bundle / "plan.safetensors"))
-    shape = (count, *demo.preprocess.shape)
-    pixels = np.broadcast_to(np.zeros((), np.float32), shape)
-    first = next(logits_by_batch(reference, reference.quantized, pixels, "fp32"))
-    assert first["moved"].shape == (moves, *first["reference"].shape)
-    assert next(logits_by_batch(reference, reference.quantized, pixels, "fp16"))["moved"].shape[0] == 1

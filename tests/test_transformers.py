@@ -49,10 +49,12 @@ def test_outputs_attention_and_layers_are_found(name: str) -> None:
 
 
 def test_a_detector_that_counts_its_images_by_len_is_exported(tmp_path: Path) -> None:
-    found = dfq.export(_wrapped("rt_detr"), tmp_path / "run", generator="noise", count=4, refine="none", limit=4)
-    assert found.verdict != "fail", found.reason
+    found = dfq.export(
+        _wrapped("rt_detr"), tmp_path / "run", generator="noise", count=8, refine="none", spare="massive"
+    )
+    assert found.verdict == "pass", found.reason
     assert found.engine.census.counts["int8"] >= 70
-    assert found.agreement["engine_reference"].percent >= 90
+    assert found.agreement["engine_reference"].percent >= 99
 
 
 @pytest.mark.parametrize("name", ["upernet", "yolos"])
