@@ -17,7 +17,8 @@ from calibrators.plan import layer_of
 from calibrators.sites import Mode, attach_sites, sites_of
 from dfq_deploy.models.families import swin
 from dfq_deploy.models.loading import load_model
-from exporters.to_onnx import OPSET, export_float, save_model, torch_parity
+from exporters.to_onnx import export_float, save_model, torch_parity
+from exporters.tracing import OPSET
 
 _SIZE = {"demo": 32, "test_vit": 160, "small_swin": 32}
 

@@ -26,7 +26,7 @@ from dfq_deploy.models.loading import attach_families, fingerprint_of_weights
 from dfq_deploy.models.naming import named_tensors
 from dfq_deploy.tasks import task_named
 from exporters.outputs import Output
-from exporters.to_onnx import parameters_in_use
+from exporters.tracing import parameters_in_use
 
 __all__ = ["wrap"]
 
