@@ -2,6 +2,7 @@
 
 1. One PSAQ step for DeiT-T at batch 32, fast form against exact form.
 2. ONNX Runtime INT8 against float, same process, calls taken in turn, median of the ratios pair by pair.
+3. `dfq-deploy --help` against a Python that does nothing, calls taken in turn, median of the ratios.
 
 Weights are random: speed does not depend on their values.
 """
@@ -9,6 +10,8 @@ Weights are random: speed does not depend on their values.
 import argparse
 import contextlib
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -71,6 +74,18 @@ def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]
     return {"float_ms": float(medians[0]), "int8_ms": float(medians[1]), "float_over_int8": ratio}
 
 
+def help_against_python() -> dict[str, float]:
+    """Seconds of `dfq-deploy --help` and of a Python that does nothing, and the median ratio of the two."""
+    command = str(Path(sys.executable).with_name("dfq-deploy"))
+    runs = ([command, "--help"], [sys.executable, "-c", "pass"])
+    calls = [partial(subprocess.run, run, check=True, stdout=subprocess.DEVNULL) for run in runs]
+    times = seconds_in_turn(calls, rounds=CALLS, warm_up=WARM_UP)
+    medians = np.median(times, axis=0)
+    ratio, *_ = median_ratio(times[:, 0], times[:, 1])
+    print(f"--help {medians[0]:.2f} s, python {medians[1]:.2f} s, {ratio:.1f}x", flush=True)
+    return {"help_s": float(medians[0]), "python_s": float(medians[1]), "help_over_python": ratio}
+
+
 def machine_facts() -> dict[str, str]:
     """What the figures were taken on."""
     return {**machine(), "vnni": str(bool(vnni())), **versions_of(("torch", "timm", "onnxruntime"))}
@@ -86,6 +101,7 @@ def main() -> None:
     print(f"PSAQ step, DeiT-T, batch 32: fast {fast:.2f} s, exact {exact:.2f} s, {exact / fast:.1f}x", flush=True)
     result: dict[str, Any] = {
         "machine": machine_facts(),
+        "help": help_against_python(),
         "psaq_step": {"fast_s": fast, "exact_s": exact, "exact_over_fast": exact / fast},
     }
     with tempfile.TemporaryDirectory() as folder:
