@@ -48,7 +48,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dfq_deploy.auditing import audit
-    from dfq_deploy.bench_recipe import GeneratorsRecipe
     from dfq_deploy.charts.generators import plot_generators
     from dfq_deploy.charts.sensitivity import plot_sensitivity
     from dfq_deploy.converting import ImageSet, ImageSetReader, convert
@@ -56,7 +55,8 @@ if TYPE_CHECKING:
     from dfq_deploy.engine_bench import bench
     from dfq_deploy.gating.limits import GateLimits
     from dfq_deploy.gating.running import gate
-    from dfq_deploy.generator_bench import bench_generators
+    from dfq_deploy.generator_bench.recipe import GeneratorsRecipe
+    from dfq_deploy.generator_bench.running import bench_generators
     from dfq_deploy.inferring import infer
     from dfq_deploy.layer_costs import sensitivity
     from dfq_deploy.models.wrapping import wrap
@@ -69,13 +69,13 @@ if TYPE_CHECKING:
     from dfq_deploy.serving.options import RepoOptions, ServeOptions
     from dfq_deploy.serving.server import serve
     from dfq_deploy.serving.triton import serve_repo
-    from dfq_deploy.sweeping import sweep
+    from dfq_deploy.sweeping.running import sweep
     from dfq_deploy.target import build
 
 _HOMES = {
     "AuditRecipe": "recipe",
     "GateLimits": "gating.limits",
-    "GeneratorsRecipe": "bench_recipe",
+    "GeneratorsRecipe": "generator_bench.recipe",
     "ImageSet": "converting",
     "ImageSetReader": "converting",
     "Recipe": "recipe",
@@ -84,7 +84,7 @@ _HOMES = {
     "ServeOptions": "serving.options",
     "audit": "auditing",
     "bench": "engine_bench",
-    "bench_generators": "generator_bench",
+    "bench_generators": "generator_bench.running",
     "build": "target",
     "calibrate": "pipeline",
     "check": "pipeline",
@@ -104,7 +104,7 @@ _HOMES = {
     "serve": "serving.server",
     "serve_repo": "serving.triton",
     "simulate": "pipeline",
-    "sweep": "sweeping",
+    "sweep": "sweeping.running",
     "wrap": "models.wrapping",
 }
 

@@ -20,7 +20,7 @@ from calibrators.observers import MinMax, Percentile
 from calibrators.plan import QParams, QuantPlan
 from calibrators.sites import sites_of
 from calibrators.student import Student
-from dfq_deploy import audited, coverage, show_sets
+from dfq_deploy import audited, coverage
 from dfq_deploy.audited import Audit, judged
 from dfq_deploy.coverage import Held, SiteCoverage
 from dfq_deploy.generation import GenerateOptions
@@ -32,6 +32,8 @@ from dfq_deploy.generation.seen import attention_maps, similarity_histograms
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe
+from dfq_deploy.showing.console import console
+from dfq_deploy.showing.sets import print_audit
 
 _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 
@@ -179,7 +181,7 @@ def test_the_limits_are_where_levels_change() -> None:
 def test_the_table_looks_as_it_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show_sets._console, "width", 80)
+    monkeypatch.setattr(console, "width", 80)
     against, level, verdict = judged(_CASES["no real images"])
     audit = Audit(
         model="demo",
@@ -197,7 +199,7 @@ def test_the_table_looks_as_it_should(
         pictures=("ranges.png",),
         left_out=("no attention.png: why.",),
     )
-    show_sets.print_audit(audit, Path("out"))
+    print_audit(audit, Path("out"))
     assert capsys.readouterr().out == snapshot
 
 

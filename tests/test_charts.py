@@ -12,9 +12,10 @@ from syrupy.assertion import SnapshotAssertion
 
 import dfq_deploy as dfq
 from calibrators.errors import RecipeError
-from dfq_deploy import show
 from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, SparedLayer
 from dfq_deploy.measures import Share
+from dfq_deploy.showing.console import console
+from dfq_deploy.showing.sensitivity import print_sensitivity
 from dfq_deploy.sparing import Massive
 
 _AGREED = Share(87.5, 63.98, 96.5, 16)
@@ -60,8 +61,8 @@ _MADE_UP = Sensitivity(
 def test_the_tables_look_as_they_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show._console, "width", 80)
-    show.print_sensitivity(_MADE_UP)
+    monkeypatch.setattr(console, "width", 80)
+    print_sensitivity(_MADE_UP)
     assert capsys.readouterr().out == snapshot
 
 

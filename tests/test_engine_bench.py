@@ -13,7 +13,7 @@ from calibrators.errors import BackendError, BundleError, RecipeError
 from dfq_deploy import engine_bench
 from dfq_deploy.engine_bench import EngineBench
 from dfq_deploy.peak_memory import peak_mib
-from dfq_deploy.show_engine import print_engine_bench
+from dfq_deploy.showing.engine import print_engine_bench
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dfq_deploy.gating.baseline import Baseline, changes_between, hashed
 from dfq_deploy.gating.checks import drop_check, exact_check, share_check
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
 from dfq_deploy.measures import Share
-from dfq_deploy.show_gate import print_gate
+from dfq_deploy.showing.gate import print_gate
 from dfq_deploy.statistics import Paired
 from dfq_deploy.watch import SILENT
 from exporters.bundle import MANIFEST

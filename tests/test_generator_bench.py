@@ -17,13 +17,16 @@ from syrupy.assertion import SnapshotAssertion
 import dfq_deploy as dfq
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
-from dfq_deploy import cli, generator_bench, show_sets
+from dfq_deploy import cli
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import psaq_v1, psaq_v2
-from dfq_deploy.generator_results import GeneratorBench, Result, Row, Spread, gaps_of
+from dfq_deploy.generator_bench import running
+from dfq_deploy.generator_bench.results import GeneratorBench, Result, Row, Spread, gaps_of
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import open_images
 from dfq_deploy.recipe import CalibrateRecipe
+from dfq_deploy.showing.console import console
+from dfq_deploy.showing.sets import print_generators
 
 _DIGITS = Path(dfq.__file__).parent / "models" / "demo" / "held_back.npz"
 _IMAGES, _REAL = "npz:judged.npz", "npz:drawn.npz"  # its halves
@@ -72,10 +75,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    of_images = counted(lambda names, _model, options: f"{names[0]} {options.seed}", generator_bench.make_images)
-    monkeypatch.setattr(generator_bench, "make_images", of_images)
-    monkeypatch.setattr(generator_bench, "compare", counted(lambda *_: "result", generator_bench.compare))
-    monkeypatch.setattr(generator_bench, "float_rows", counted(lambda *_: "float", generator_bench.float_rows))
+    of_images = counted(lambda names, _model, options: f"{names[0]} {options.seed}", running.make_images)
+    monkeypatch.setattr(running, "make_images", of_images)
+    monkeypatch.setattr(running, "compare", counted(lambda *_: "result", running.compare))
+    monkeypatch.setattr(running, "float_rows", counted(lambda *_: "float", running.float_rows))
     return computed
 
 
@@ -222,7 +225,7 @@ def test_a_shorter_run_in_between_costs_nothing(folder: Path, calls: list[str], 
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = generator_bench.compare
+    compare = running.compare
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         if calls.count("result") == 4:
@@ -230,7 +233,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, calls: list[str], monkey
         return compare(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generator_bench, "compare", stopped)
+        patch.setattr(running, "compare", stopped)
         _run(tmp_path / "run")
     calls.clear()
     found = _run(tmp_path / "run")
@@ -318,8 +321,8 @@ def _made_up() -> GeneratorBench:
 def test_the_tables_look_as_they_should(
     snapshot: SnapshotAssertion, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show_sets._console, "width", 80)
-    show_sets.print_generators(_made_up(), Path("runs/bench"))
+    monkeypatch.setattr(console, "width", 80)
+    print_generators(_made_up(), Path("runs/bench"))
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines() if "±" in line) <= 80
     assert "…" not in said

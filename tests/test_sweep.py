@@ -20,8 +20,8 @@ from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import GenerateRecipe
 from dfq_deploy.sharded import _made_batch, _precision, _Wanted
-from dfq_deploy.sweep_file import runs_in
-from dfq_deploy.sweep_results import Outcome, Sweep
+from dfq_deploy.sweeping.file import runs_in
+from dfq_deploy.sweeping.results import Outcome, Sweep
 from dfq_deploy.workers import Order, Task, answer, workers_at
 from dfq_deploy.workspace import Workspace, held
 

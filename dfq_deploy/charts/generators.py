@@ -5,9 +5,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dfq_deploy.bench_recipe import NOISE, REAL
 from dfq_deploy.charts.saving import check_format, save
-from dfq_deploy.generator_results import GeneratorBench, Row
+from dfq_deploy.generator_bench.recipe import NOISE, REAL
+from dfq_deploy.generator_bench.results import GeneratorBench, Row
 
 __all__ = ["plot_generators"]
 

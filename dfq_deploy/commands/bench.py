@@ -8,11 +8,11 @@ from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
 from calibrators.files import writable, write_json
-from dfq_deploy.bench_recipe import GeneratorsRecipe
+from dfq_deploy.generator_bench.recipe import GeneratorsRecipe
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import ProviderName
-from dfq_deploy.show_engine import print_engine_bench
-from dfq_deploy.show_sets import print_generators
+from dfq_deploy.showing.engine import print_engine_bench
+from dfq_deploy.showing.sets import print_generators
 
 __all__ = ["bench"]
 

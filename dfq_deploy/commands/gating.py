@@ -10,7 +10,7 @@ from calibrators.files import writable
 from dfq_deploy.commands import EXIT
 from dfq_deploy.gating.limits import GateLimits
 from dfq_deploy.progress import shown_progress
-from dfq_deploy.show_gate import print_gate
+from dfq_deploy.showing.gate import print_gate
 
 __all__ = ["gate"]
 

@@ -7,11 +7,12 @@ from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
 from calibrators.files import writable
-from dfq_deploy import show as shown
 from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import AuditRecipe
-from dfq_deploy.show_sets import print_audit
+from dfq_deploy.showing.checks import print_check
+from dfq_deploy.showing.sensitivity import print_sensitivity
+from dfq_deploy.showing.sets import print_audit
 
 __all__ = ["audit", "check", "sensitivity"]
 
@@ -66,7 +67,7 @@ def check(
         found = dfq.check(
             folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, ray=ray, watch=watch
         )
-    shown.print_check(found, folder)
+    print_check(found, folder)
     return EXIT[found.verdict]
 
 
@@ -99,7 +100,7 @@ def sensitivity(
             writable(path, flag)
     with shown_progress() as watch:
         found = dfq.sensitivity(folder, images=images, limit=limit, checkpoint=checkpoint, verify=verify, watch=watch)
-    shown.print_sensitivity(found)
+    print_sensitivity(found)
     if json is not None:
         found.save(json)
     if plot is not None and draw is not None:

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from dfq_deploy import show as shown
 from dfq_deploy.progress import shown_progress
+from dfq_deploy.showing.bundles import print_converted, print_path
+from dfq_deploy.showing.checks import print_report
+from dfq_deploy.showing.doctor import print_findings
 
 __all__ = ["convert", "doctor", "report", "show"]
 
@@ -32,13 +34,13 @@ def convert(
         tensorrt: For cache: version of the TensorRT that shall read it, such as 10.16.1.
     """
     dfq.convert(file, out, to=to, onnx=onnx, tensorrt=tensorrt)
-    shown.print_converted(file, out, to)
+    print_converted(file, out, to)
     return 0
 
 
 def doctor() -> int:
     """Say what is installed, what that enables, and what would go wrong."""
-    return shown.print_findings(dfq.diagnose())
+    return print_findings(dfq.diagnose())
 
 
 def report(
@@ -66,7 +68,7 @@ def report(
         found = dfq.report(
             folder, out=out, compare=compare, quick=quick, checkpoint=checkpoint, verify=verify, watch=watch
         )
-    shown.print_report(found)
+    print_report(found)
     return 0
 
 
@@ -77,5 +79,5 @@ def show(path: Path, /, *, verify: Path | None = None) -> int:
         path: A bundle's folder or a .zip of it, or a .safetensors file.
         verify: Public key (PEM) that the bundle must be signed with.
     """
-    shown.print_path(path, verify)
+    print_path(path, verify)
     return 0

@@ -6,10 +6,11 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from dfq_deploy import show as shown
 from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
 from dfq_deploy.recipe import BackendName, CalibrateRecipe, GenerateRecipe, Recipe, SimulateRecipe
+from dfq_deploy.showing.bundles import print_engine, print_images, print_packed, print_plan
+from dfq_deploy.showing.checks import print_check, print_simulation
 
 __all__ = ["build", "calibrate", "export", "generate", "pack", "simulate"]
 
@@ -33,7 +34,7 @@ def export(
     """
     with shown_progress() as watch:
         found = dfq.export(recipe, out, images=images, limit=limit, sign=sign, watch=watch)
-    shown.print_check(found, out)
+    print_check(found, out)
     return EXIT[found.verdict]
 
 
@@ -47,7 +48,7 @@ def generate(recipe: Annotated[GenerateRecipe, Parameter(name="*")], *, out: Pat
     """
     with shown_progress() as watch:
         images = dfq.generate(recipe, out, ray=ray, watch=watch)
-    shown.print_images(images, out)
+    print_images(images, out)
     return 0
 
 
@@ -60,7 +61,7 @@ def calibrate(recipe: Annotated[CalibrateRecipe, Parameter(name="*")], *, out: P
     """
     with shown_progress() as watch:
         plan = dfq.calibrate(recipe, out, watch=watch)
-    shown.print_plan(plan)
+    print_plan(plan)
     return 0
 
 
@@ -81,7 +82,7 @@ def build(
         verify: Public key (PEM) that the bundle must be signed with.
     """
     manifest = dfq.build(folder, backend=backend, sign=sign, verify=verify)
-    shown.print_engine(manifest.engine, folder)
+    print_engine(manifest.engine, folder)
     return 0 if manifest.engine.state == "built" else EXIT["undecided"]
 
 
@@ -95,7 +96,7 @@ def pack(folder: Path, /, *, out: Path, sign: Path | None = None, verify: Path |
         verify: Public key (PEM) that the bundle must be signed with.
     """
     dfq.pack(folder, out, sign=sign, verify=verify)
-    shown.print_packed(out)
+    print_packed(out)
     return 0
 
 
@@ -117,5 +118,5 @@ def simulate(
     """
     with shown_progress() as watch:
         found = dfq.simulate(recipe, out, images=images, limit=limit, watch=watch)
-    shown.print_simulation(found, out)
+    print_simulation(found, out)
     return 0

@@ -6,8 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 import dfq_deploy as dfq
-from dfq_deploy import show_engine as shown
 from dfq_deploy.recipe import ProviderName
+from dfq_deploy.showing.engine import print_answers, print_answers_as_json
 
 __all__ = ["infer"]
 
@@ -36,5 +36,5 @@ def infer(
         verify: Public key (PEM) that the bundle must be signed with.
     """
     answers = dfq.infer(folder, (image, *more), top=top, provider=provider, verify=verify)
-    (shown.print_answers_as_json if json else shown.print_answers)(answers)
+    (print_answers_as_json if json else print_answers)(answers)
     return _ERROR if any(answer.error for answer in answers) else 0

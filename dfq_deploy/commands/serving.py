@@ -6,8 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import dfq_deploy as dfq
-from dfq_deploy import show_serving as shown
 from dfq_deploy.serving.options import RepoOptions, ServeOptions
+from dfq_deploy.showing.serving import print_listening, print_repository, print_tally
 
 __all__ = ["serve", "serve_repo"]
 
@@ -21,7 +21,7 @@ def serve(folder: Path, /, options: Annotated[ServeOptions, Parameter(name="*")]
         folder: A bundle with a built engine, or a .zip of one.
         options: How to serve.
     """
-    shown.print_tally(dfq.serve(folder, options, listening=shown.print_listening))
+    print_tally(dfq.serve(folder, options, listening=print_listening))
     return 0
 
 
@@ -33,5 +33,5 @@ def serve_repo(folder: Path, /, options: Annotated[RepoOptions, Parameter(name="
         options: What its configuration says.
         out: Folder to write, where nothing is yet.
     """
-    shown.print_repository(dfq.serve_repo(folder, out, options))
+    print_repository(dfq.serve_repo(folder, out, options))
     return 0

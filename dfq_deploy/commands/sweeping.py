@@ -8,7 +8,7 @@ from cyclopts import Parameter, validators
 import dfq_deploy as dfq
 from dfq_deploy.commands import EXIT
 from dfq_deploy.progress import shown_progress
-from dfq_deploy.show_sweep import print_sweep
+from dfq_deploy.showing.sweep import print_sweep
 
 __all__ = ["sweep"]
 

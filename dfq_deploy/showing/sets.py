@@ -4,18 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dfq_deploy.showing.console import COLOURS, console
+
 if TYPE_CHECKING:  # both need torch, which --help does not wait for
     from dfq_deploy.audited import Audit
-    from dfq_deploy.generator_results import GeneratorBench
+    from dfq_deploy.generator_bench.results import GeneratorBench
 
 __all__ = ["print_audit", "print_generators"]
-
-_console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
-_COLOURS = {"good": "green", "bad": "red", "doubtful": "yellow"}
 
 
 def print_audit(found: "Audit", folder: Path) -> None:
@@ -34,20 +32,20 @@ def print_audit(found: "Audit", folder: Path) -> None:
             f"{by_noise / 1e4:.3f}",
             f"{np.median(drifts):.2f} ({drifts[0]:.2f} to {drifts[-1]:.2f})",
         )
-    _console.print(table)
+    console.print(table)
     for name, why in found.absent.items():
-        _console.print(f"not held against {name}: {why}")
-    _console.print("cut off: values of that set beyond these ranges, more than these ranges leave out of their own")
-    _console.print("width: of these ranges over that set's own")
-    _console.print(Text.assemble((found.level, _COLOURS[found.level]), f": {found.verdict}"))
+        console.print(f"not held against {name}: {why}")
+    console.print("cut off: values of that set beyond these ranges, more than these ranges leave out of their own")
+    console.print("width: of these ranges over that set's own")
+    console.print(Text.assemble((found.level, COLOURS[found.level]), f": {found.verdict}"))
     for line in found.left_out:
-        _console.print(line)
-    _console.print(f"written: {', '.join(str(folder / name) for name in ('audit.json', *found.pictures))}")
+        console.print(line)
+    console.print(f"written: {', '.join(str(folder / name) for name in ('audit.json', *found.pictures))}")
 
 
 def print_generators(found: "GeneratorBench", folder: Path) -> None:
     """A benchmark of generators: a row per quantizer and kind of images, and why a share is missing."""
-    _console.print(
+    console.print(
         f"{found.model}: float top-1 {found.float_top1:.2f} %, {found.n} images, {found.images}", style="bold"
     )
     for scheme, refine in dict.fromkeys((row.scheme, row.refine) for row in found.rows):
@@ -61,11 +59,11 @@ def print_generators(found: "GeneratorBench", folder: Path) -> None:
                 decibels, seconds = means
                 way = " / ".join(share or "-" for share in row.shares()) if any(row.shares()) else ""
                 table.add_row(row.generator, *figures, decibels, way, seconds)
-        _console.print(table)
-    _console.print(f"\nmean ± standard deviation over seeds {found.settings['seeds']}; s: seconds to make the images")
-    _console.print(found.doubt)
-    _console.print("way: from noise (0) to real images (100), by agreement with float / by top-1")
-    _console.print(f"passes of the whole model per image, forward / backward: {found.passes()}")
+        console.print(table)
+    console.print(f"\nmean ± standard deviation over seeds {found.settings['seeds']}; s: seconds to make the images")
+    console.print(found.doubt)
+    console.print("way: from noise (0) to real images (100), by agreement with float / by top-1")
+    console.print(f"passes of the whole model per image, forward / backward: {found.passes()}")
     for note in found.notes():
-        _console.print(f"  no way told in {note}")
-    _console.print(f"figures, table and chart: {folder / 'generators'}.json, .md, .png")
+        console.print(f"  no way told in {note}")
+    console.print(f"figures, table and chart: {folder / 'generators'}.json, .md, .png")

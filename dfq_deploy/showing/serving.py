@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from dfq_deploy.showing.console import console
 
 if TYPE_CHECKING:  # the server's imports are those of the extra `serve`
     from dfq_deploy.serving.server import Tally
@@ -10,23 +10,21 @@ if TYPE_CHECKING:  # the server's imports are those of the extra `serve`
 
 __all__ = ["print_listening", "print_repository", "print_tally"]
 
-_console = Console(highlight=False, soft_wrap=True)
-
 
 def print_listening(address: str, models: list[str]) -> None:
     """Where the server listens, and what it serves."""
-    _console.print(f"{address}: {' and '.join(models)}; metrics at {address}/metrics; Ctrl-C stops")
+    console.print(f"{address}: {' and '.join(models)}; metrics at {address}/metrics; Ctrl-C stops")
 
 
 def print_tally(tally: "Tally") -> None:
     """What the server did."""
-    _console.print(
+    console.print(
         f"stopped: {tally.answered} request{'' if tally.answered == 1 else 's'} answered, {tally.refused} refused"
     )
 
 
 def print_repository(repository: "Repository") -> None:
     """What was written."""
-    _console.print(f"{repository.folder}: {', '.join(repository.models)}", style="bold")
+    console.print(f"{repository.folder}: {', '.join(repository.models)}", style="bold")
     for note in repository.notes:
-        _console.print(f"  {note}")
+        console.print(f"  {note}")

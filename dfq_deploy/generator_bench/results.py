@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from calibrators.files import write_json, write_text
-from dfq_deploy.bench_recipe import NOISE, REAL
+from dfq_deploy.generator_bench.recipe import NOISE, REAL
 from dfq_deploy.measures import without_nan
 
 __all__ = ["Gap", "GeneratorBench", "Result", "Row", "Spread", "gaps_of"]

@@ -4,18 +4,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from dfq_deploy.messages import print_error
+from dfq_deploy.showing.console import console
 
 if TYPE_CHECKING:  # both load the run-time, which --help does not wait for
     from dfq_deploy.engine_bench import EngineBench
     from dfq_deploy.inferring import Answer
 
 __all__ = ["print_answers", "print_answers_as_json", "print_engine_bench"]
-
-_console = Console(highlight=False, markup=False, soft_wrap=True)  # names may hold brackets: they are no markup
 
 
 def print_answers(answers: "list[Answer]") -> None:
@@ -24,9 +22,9 @@ def print_answers(answers: "list[Answer]") -> None:
         if answer.error is not None:
             print_error(answer.error.what, answer.error.why, answer.error.fix)
             continue
-        _console.print(answer.image, style="bold")
+        console.print(answer.image, style="bold")
         for guess in answer.classes:
-            _console.print(f"  {100 * guess.probability:6.2f} %  {guess.index:>5}  {guess.name}")
+            console.print(f"  {100 * guess.probability:6.2f} %  {guess.index:>5}  {guess.name}")
 
 
 def print_answers_as_json(answers: "list[Answer]") -> None:
@@ -43,7 +41,7 @@ def print_answers_as_json(answers: "list[Answer]") -> None:
 def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
     """A benchmark of engines: a row for each engine and batch size, the ratios, and what may have disturbed it."""
     for folder, facts in found.engines.items():
-        _console.print(f"{folder}: {facts}")
+        console.print(f"{folder}: {facts}")
     names = {folder: Path(folder).name for folder in found.engines}
     if len(set(names.values())) < len(names):
         names = {folder: folder for folder in found.engines}
@@ -63,7 +61,7 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
             f"{pace.images_per_s:.1f}",
             f"{pace.peak_mib:.0f}" if pace.peak_mib is not None else "-",
         )
-    _console.print(table)
+    console.print(table)
     for ratio in found.ratios:
         this, other = names.values()
         faster, told = f"{ratio.faster:.2f}x", ": too few calls to say how certain that is"
@@ -71,13 +69,13 @@ def print_engine_bench(found: "EngineBench", file: Path | None) -> None:
             low, high = ratio.interval
             faster += f" ({low:.2f} to {high:.2f})"
             told = "" if low > 1 or high < 1 else ": no difference can be told"
-        _console.print(f"batch {ratio.batch}: {this} is {faster} as fast as {other}{told}")
-    _console.print("peak: of a process of its own, libraries included; what a GPU holds is not in it")
+        console.print(f"batch {ratio.batch}: {this} is {faster} as fast as {other}{told}")
+    console.print("peak: of a process of its own, libraries included; what a GPU holds is not in it")
     threads = found.threads or "its own choice"
-    _console.print("{processor}, {cores} cores, load average {load_average} before".format(**found.machine))
-    _console.print(f"ONNX Runtime's threads: {threads}")
+    console.print("{processor}, {cores} cores, load average {load_average} before".format(**found.machine))
+    console.print(f"ONNX Runtime's threads: {threads}")
     if file is not None:
-        _console.print(f"written: {file}")
+        console.print(f"written: {file}")
 
 
 def _ms(value: float | None) -> str:

@@ -19,8 +19,6 @@ import numpy as np
 
 from calibrators.files import write_json, written_whole
 from calibrators.images import ImageSet
-from dfq_deploy.bench_images import draw, images_to_draw, images_to_judge
-from dfq_deploy.bench_recipe import REAL, GeneratorsRecipe, form_of
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
@@ -29,7 +27,9 @@ from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
-from dfq_deploy.generator_results import Gap, GeneratorBench, Result, Row, gaps_of
+from dfq_deploy.generator_bench.images import draw, images_to_draw, images_to_judge
+from dfq_deploy.generator_bench.recipe import REAL, GeneratorsRecipe, form_of
+from dfq_deploy.generator_bench.results import Gap, GeneratorBench, Result, Row, gaps_of
 from dfq_deploy.measures import Share, without_nan
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of

@@ -20,8 +20,8 @@ from dfq_deploy.messages import notes_in_one_line
 from dfq_deploy.opening import engine_bytes
 from dfq_deploy.pipeline import export
 from dfq_deploy.recipe import Recipe
-from dfq_deploy.sweep_file import SweepRun, runs_in
-from dfq_deploy.sweep_results import Outcome, Sweep
+from dfq_deploy.sweeping.file import SweepRun, runs_in
+from dfq_deploy.sweeping.results import Outcome, Sweep
 from dfq_deploy.watch import SILENT, Watch
 from dfq_deploy.workers import Order, Task, threads_here, workers_at
 from dfq_deploy.workspace import held
@@ -45,7 +45,7 @@ def sweep(
     """Export every combination that the TOML file `file` names, each by itself, and write one table over all.
 
     Args:
-        file: Fields of a recipe; a list of values stands for a run with each (see `sweep_file`).
+        file: Fields of a recipe; a list of values stands for a run with each (see `sweeping.file`).
         out: Folder of `sweep.json`, `sweep.md` and a bundle for each run. None: as the file is called, without its
             suffix. Runs that an earlier sweep in it finished are not run again.
         images: What to check on (`folder:PATH`, `npz:PATH`, a file); see `check`.

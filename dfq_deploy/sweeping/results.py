@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.files import write_json, write_text
-from dfq_deploy.sweep_file import NAMED_BY
+from dfq_deploy.sweeping.file import NAMED_BY
 
 __all__ = ["Outcome", "Sweep"]
 
