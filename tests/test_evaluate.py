@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 import dfq_deploy as dfq
-from calibrators.errors import BackendError, NotHereError
+from calibrators.errors import BackendError, ExportError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.plan import QuantPlan
 from dfq_deploy import evaluate
@@ -21,6 +21,7 @@ from dfq_deploy.evaluate import Check
 from dfq_deploy.measures import Share
 from exporters.backends import ort
 from exporters.bundle import MANIFEST
+from exporters.cut import LayerCutter
 
 
 @pytest.fixture
@@ -105,6 +106,16 @@ def test_a_scale_that_is_off_by_two_percent_is_caught(bundle: Path, layer: str, 
     found = dfq.check(bundle, limit=8)
     assert found.verdict == "fail"
     assert f"layer {layer} is off" in found.reason
+
+
+def test_a_layer_that_puts_out_another_size_is_named_with_what_to_spare(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LayerCutter.run
+    monkeypatch.setattr(LayerCutter, "run", lambda *args: np.concatenate([run(*args)] * 2))
+    with pytest.raises(ExportError, match=r"`blocks\.0\.attn\.qkv` puts out") as raised:
+        dfq.check(demo_bundle, limit=1)
+    assert "--spare auto,blocks.0.attn.qkv" in raised.value.fix
 
 
 def test_one_channels_scale_that_is_off_is_caught(bundle: Path) -> None:
