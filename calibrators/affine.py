@@ -101,7 +101,7 @@ def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     `scale` and `zero_point` must broadcast against `values`; see `QParams.along` in `calibrators.plan`.
     """
     xp = array_namespace(values)
-    steps = values / scale
+    steps = xp.asarray(values / scale)
     if codes.per_octave:
         exponents = xp.log2(xp.clip(steps, codes.low, codes.high))
         return xp.exp2(xp.round(exponents * codes.per_octave) / codes.per_octave)
@@ -110,7 +110,11 @@ def quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
         binade = xp.floor(xp.log2(xp.clip(xp.abs(steps), _SMALLEST_NORMAL, None)))
         spacing = 2.0 ** (binade - codes.mantissa)
         return xp.round(steps / spacing) * spacing
-    return xp.clip(xp.round(steps) + zero_point, codes.low, codes.high)
+    # In place: a pass over a large activation costs less than the memory for another one. Gradients need each step.
+    free = None if getattr(steps, "requires_grad", False) else steps
+    rounded = xp.round(steps, out=free)
+    rounded += zero_point
+    return xp.clip(rounded, codes.low, codes.high, out=free)
 
 
 def dequantize(quantized: Any, scale: Any, zero_point: Any) -> Any:
@@ -120,4 +124,9 @@ def dequantize(quantized: Any, scale: Any, zero_point: Any) -> Any:
 
 def fake_quantize(values: Any, scale: Any, zero_point: Any, codes: Codes) -> Any:
     """`values` as they come back from a round trip through `codes`, same shape and dtype."""
-    return dequantize(quantize(values, scale, zero_point, codes), scale, zero_point)
+    quantized = quantize(values, scale, zero_point, codes)
+    if getattr(quantized, "requires_grad", False):
+        return dequantize(quantized, scale, zero_point)
+    quantized -= zero_point
+    quantized *= scale
+    return quantized
