@@ -43,10 +43,10 @@ coverage: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage --out $(OUT)/coverage $(FLAGS)
 
 accuracy: .venv/test.stamp
-	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy
+	$(BIN)/python benchmarks/accuracy.py --out $(OUT)/accuracy $(FLAGS)
 
 simulated: .venv/test.stamp
-	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated
+	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated $(FLAGS)
 
 spdfq: .venv/test.stamp
 	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq
@@ -61,7 +61,7 @@ float-body: .venv/test.stamp
 	$(BIN)/python benchmarks/float_body.py --out $(OUT)/float-body
 
 int4: .venv/test.stamp
-	$(BIN)/python benchmarks/int4.py --out $(OUT)/int4
+	$(BIN)/python benchmarks/int4.py --out $(OUT)/int4 $(FLAGS)
 
 large: .venv/test.stamp
 	$(BIN)/python benchmarks/large.py --out $(OUT)/large $(FLAGS)

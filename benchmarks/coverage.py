@@ -207,12 +207,13 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     done = {family: row for family, row in found.items() if row.get("verdict") in ("pass", "undecided")}
     built = sum(row["rtx"].get("state") == "built" for row in done.values())
     with_attention, cnns = (sum(family in done for family in group) for group in (ATTENTION, CNNS))
-    failed = sum(row.get("verdict") == "fail" for row in found.values())
+    failed, open_ = (sum(row.get("verdict") == word for row in found.values()) for word in ("fail", "undecided"))
     dates = sorted(row["date"] for row in found.values() if "date" in row)
     versions = ", ".join(f"{name} {found[next(iter(found))]['versions'].get(name, '-')}" for name in _VERSIONS)
     return _PAGE.format(
         counts=f"{with_attention} of {len(ATTENTION)} families with attention "
-        f"({with_attention / len(ATTENTION):.1%}) and {cnns} of {len(CNNS)} CNNs export and check, {failed} fail; "
+        f"({with_attention / len(ATTENTION):.1%}) and {cnns} of {len(CNNS)} CNNs export and check "
+        f"({open_} of them undecided), {failed} fail; "
         f"{built} build for TensorRT for RTX",
         made=f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {versions}",
         count=_COUNT,
@@ -234,8 +235,9 @@ one that is 0 or 1: what works here is the pipeline, and of accuracy the table s
     dfq-deploy export --model NAME --random-weights --generator noise --count {count} --refine none --spare massive
 
 with `--backend ort`, checked on the images that it was calibrated on, and once more with `--backend rtx --target sm89`,
-which builds the engine with no GPU and has not run it. Measured {made}; one thread. CI runs a tenth of the rows on
-every push, another one for each commit, but for three that take eight minutes and more; `make coverage` runs all.
+which builds the engine with no GPU and has not run it. One thread; CI runs a tenth of the rows on every push, another
+one for each commit, but for three that take eight minutes and more; `make coverage` runs all. Measured:
+{made}.
 
 *Image* is height x width, *M* millions of parameters, *sites* how many places can be quantized, *parity* how far the
 float ONNX model is from torch, relative to the largest value that it puts out. *INT8 + float* counts layers. *Floors*
@@ -270,7 +272,7 @@ def _line(family: str, row: Mapping[str, Any], notes: list[str]) -> str:
             f"{rtx['layers']['int8']} INT8" if rtx.get("state") == "built" else f"no{_note(rtx, notes)}",
         ]
     else:
-        cells += [*[""] * 5, f"refused{_note(row, notes)}", *[""] * 3]
+        cells += [*[""] * 5, f"{'refused' if row['fix'] else 'not measured'}{_note(row, notes)}", *[""] * 3]
     return f"| {' | '.join([*cells, str(round(row.get('cpu_seconds', 0)))])} |"
 
 

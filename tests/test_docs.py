@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dfq_deploy as dfq
 from dfq_deploy.cli import run
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,11 @@ def test_the_site_builds(tmp_path: Path) -> None:
             r'(?:<script[^>]*src|<link[^>]*rel="stylesheet"[^>]*href|<img[^>]*src)="(https?:[^"]*)', page.read_text()
         )
         assert not fetched, page
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    told = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name in dfq.__all__ if not name.startswith("__")} <= {path.rpartition(".")[2] for path in told}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
