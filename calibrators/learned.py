@@ -46,19 +46,23 @@ class Learned:
         set_mode(module, Mode.FAKE, qparams=self._plan)
         for name, site in self._sites.items():
             qparams = self._plan[name]
-            scale, zero = (torch.from_numpy(part).to(device) for part in qparams.along(2))
+            parts = (qparams.scale, qparams.zero_point.astype(np.float32)) if qparams.block else qparams.along(2)
+            scale, zero = (torch.from_numpy(part).to(device) for part in parts)
             self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.integers)
             if qparams.codes.integers and not qparams.codes.signed:
                 self.zeros[name] = nn.Parameter(zero.clone())
-            site.round_with(self._rounding(name, qparams.codes))
+            site.round_with(self._rounding(name, qparams.codes, qparams.block or 1))
 
-    def _rounding(self, name: str, codes: Codes) -> Callable[[Tensor], Tensor]:
+    def _rounding(self, name: str, codes: Codes, block: int) -> Callable[[Tensor], Tensor]:
         scale = self.scales[name]
         zero = self.zeros.get(name, torch.zeros(()))
 
         def rounding(values: Tensor) -> Tensor:
-            rows = values.flatten(1) if scale.ndim else values  # a weight's, with a scale each
-            found: Tensor = _Rounding.apply(rows.float(), scale, zero, codes)
+            rows = values.flatten(1) if scale.ndim else values  # a weight's, with a scale each, or one per block
+            steps, zeros = (
+                part.repeat_interleave(block, 1) if block > 1 and part.ndim else part for part in (scale, zero)
+            )
+            found: Tensor = _Rounding.apply(rows.float(), steps, zeros, codes)
             return found.view_as(values).to(values.dtype)
 
         return rounding

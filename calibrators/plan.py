@@ -132,10 +132,12 @@ class QuantPlan:
         for name, q in plan.sites.items():
             whole = q.scale.dtype == np.float32 and q.zero_point.dtype == q.codes.zero_dtype
             whole &= is_placed(q.scale, q.axis, q.block) and isinstance(q.dynamic, bool)
+            zero = q.zero_point.astype(np.float64)
+            whole &= bool((zero == 0).all() if q.codes.signed else ((zero >= 0) & (zero <= q.codes.high)).all())
             if not whole or q.scale.shape != q.zero_point.shape or not (np.isfinite(q.scale) & (q.scale > 0)).all():
                 raise PlanError(
                     what=f"`{path}` has an unusable scale at `{name}`.",
-                    why="scales must be positive, finite float32 with zero-points of the same shape.",
+                    why="scales must be positive, finite float32, with zero-points that are codes, of the same shape.",
                     fix="make the plan again with `dfq-deploy calibrate`.",
                 )
         return plan

@@ -99,7 +99,16 @@ def correct(
     """
     passes = [pick("calibrators.refine", name) for name in names]
     pixels = torch.from_numpy(images.spread(_IMAGES).pixels[:])
-    halves = [_Halves(name, layer, plan, passes, len(pixels)) for name, layer in layers_of(module).items()]
+    layers, apart = layers_of(module), _by_images(module, pixels.shape[1:])
+    mixed = [name for name in layers if f"{name}.weight" in plan and name not in apart]
+    if mixed:
+        warnings.warn(
+            f"{' and '.join(names)} left `{mixed[0]}` and {len(mixed) - 1} more layers as they are: what they read "
+            "does not have one part for each image.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    halves = [_Halves(name, layers[name], plan, passes, len(pixels)) for name in layers if name in apart]
     _round_operands(module, plan)
     try:
         with torch.no_grad():
@@ -109,6 +118,37 @@ def correct(
             half.close()
         set_mode(module, Mode.OFF)
     return {**plan, **{site: qparams for half in halves for site, qparams in half.settled.items()}}
+
+
+def _by_images(module: nn.Module, shape: Sequence[int]) -> set[str]:
+    """The layers that read image after image: where two images trade places, so do the halves of what comes in.
+
+    Others have tokens first, or read the same for every image.
+    """
+    pair = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    sums: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for order, read in zip((pair, pair.flip(0)), sums, strict=True):
+
+        def note(name: str, inputs: tuple[Tensor, ...], read: dict[str, Tensor] = read) -> None:
+            if len(inputs[0]) % 2 == 0:
+                halves = inputs[0].double().reshape(2, -1)
+                read[name] = halves @ torch.arange(halves.shape[1], dtype=torch.float64).sin()
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _layer, inputs, name=name, note=note: note(name, inputs))
+            for name, layer in layers_of(module).items()
+        ]
+        try:
+            with torch.inference_mode():
+                module(order)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {name for name, one in sums[0].items() if _traded(one, sums[1][name])}
+
+
+def _traded(one: Tensor, other: Tensor) -> bool:
+    return bool((one.flip(0) - other).abs().sum() < (one - other).abs().sum())
 
 
 def _round_operands(module: nn.Module, plan: Mapping[str, QParams]) -> None:
@@ -147,7 +187,7 @@ class _Halves:
         del self._layer.forward
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not self.settled or x.shape[0] % 2:  # an odd first dimension: it does not depend on the images
+        if not self.settled:
             return F.linear(x, self._layer.weight, self._layer.bias)
         floats, quantized = x.chunk(2)
         wanted = F.linear(floats, *self._float)

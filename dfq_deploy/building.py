@@ -122,7 +122,8 @@ def build_bundle(
         write_text(out / "classes.txt", "\n".join(model.class_names) + "\n")
         files.append("classes.txt")
     files += [f"{name}.data" for name in files if (out / f"{name}.data").exists()]
-    for stale in before - set(files):  # of another backend, or another option
+    # Of another backend or option, or left by an export that failed, whose files no manifest names.
+    for stale in {*before, "float.onnx", "classes.txt"} - set(files):
         (out / stale).unlink(missing_ok=True)
     seal_bundle(out, _manifest(recipe, model, weights, images, built, parity), files, sign=sign)
 

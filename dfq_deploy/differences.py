@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dfq_deploy.measures import sqnr_db
+from dfq_deploy.measures import cosine, sqnr_db
 from dfq_deploy.tasks import Task
 from exporters.outputs import Output, parts_of
 
@@ -41,7 +41,7 @@ class Differences:
         for pair, (first, second) in self._pairs.items():
             found, wanted = parts[first], parts[second]
             self._distances[pair].append(self._per_image(_distance, found, wanted))
-            self._cosines[pair].append(self._per_image(_cosine, found, wanted))
+            self._cosines[pair].append(self._per_image(cosine, found, wanted))
             self._agreements[pair].append(self._agreement(found, wanted))
             signal = sum(float(np.square(part).sum()) for part in wanted.values())
             noise = sum(float(np.square(wanted[name] - part).sum()) for name, part in found.items())
@@ -98,8 +98,3 @@ class Differences:
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b|² / |b|²; unlike a cosine it sees a wrong scale."""
     return np.asarray(np.square(a - b).sum(-1) / np.maximum(np.square(b).sum(-1), 1e-30))
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.asarray((a * b).sum(-1) / np.maximum(lengths, 1e-30))

@@ -107,14 +107,16 @@ class Check:
     def report(self) -> dict[str, Any]:
         """The check as JSON: percentages plain, their intervals beside them, None for what is not finite."""
         shares = {**{f"top1_{k}": v for k, v in (self.top1 or {}).items()}, **self.agreement}
-        return {
-            **without_nan(asdict(self)),
+        found = {
+            **asdict(self),
             "top1": {k: v.percent for k, v in self.top1.items()} if self.top1 else None,
             "agreement": {k: v.percent for k, v in self.agreement.items()},
             "intervals_95": {name: [share.low, share.high] for name, share in shares.items()},
             "engine": self.engine.report(),
             "stages": {name: cost._asdict() for name, cost in self.stages.items()},
         }
+        cleaned: dict[str, Any] = without_nan(found)
+        return cleaned
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from calibrators.ranges import Ranges
 from calibrators.scheme import SCHEMES, scheme_named
 from calibrators.sites import block_ranges
 from dfq_deploy.assignment import Assignment, Budget, apply, assign, noisy_layers, sizes
-from dfq_deploy.building import float_stage, layer_times, made_with
+from dfq_deploy.building import built_with, float_stage, layer_times, made_with
 from dfq_deploy.choices import blocks_of, blocks_up_to, collector_of, observer_of, placement_of, scheme_of
 from dfq_deploy.models import Model
 from dfq_deploy.readers import read_by_several
@@ -120,7 +120,7 @@ def formats_from(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> Quant
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
     scheme, placement = scheme_of(recipe), placement_of(recipe)
-    ends = {layer_of(next(iter(ranges.sites))), *model.classifiers} if scheme.simulated else ()
+    ends = {model.first, *model.classifiers} if scheme.simulated else ()
     ranges = replace(ranges, sites={**ranges.sites, **block_ranges(model.module, blocks_of(recipe))})
     asked = [] if recipe.spare == "none" else recipe.spare.split(",")
     spare = _asked_for([name for name in asked if name not in _WORDS], model, ranges)
@@ -175,7 +175,7 @@ def _ranges(job: Job) -> Ranges:
         ).save(path)
 
     used = described(observer, recipe.percentile, codes)
-    facts = [model.fingerprint, images.fingerprint, recipe.collector, used, made_with()]
+    facts = [model.fingerprint, images.fingerprint, recipe.collector, used, built_with()]
     return Ranges.load(job.work.stage("ranges", ".safetensors", facts, make))
 
 

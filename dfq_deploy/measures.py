@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-__all__ = ["Share", "sqnr_db", "sqnr_of", "without_nan"]
+__all__ = ["Share", "cosine", "sqnr_db", "sqnr_of", "without_nan"]
 
 _CONFIDENCE = 0.95
 
@@ -39,6 +39,12 @@ class Share:
             low, high = max(0.0, share - spread), min(1.0, share + spread)
         percent, low, high = (round(100 * v, 3) for v in (share, low, high))
         return cls(percent, low, high, n)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of vectors along the last axis; 1 of two that are equal, be they zero."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.where((a == b).all(-1), 1.0, (a * b).sum(-1) / np.maximum(lengths, 1e-30))
 
 
 def sqnr_db(signal: float, noise: float) -> float:

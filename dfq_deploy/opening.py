@@ -190,7 +190,7 @@ def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str |
     if images is None:
         raise ImagesError(
             what="there are no images to check on.",
-            why=f"`{folder / 'work'}`, where the synthetic ones lay, is gone.",
+            why=f"the synthetic ones that it was calibrated on are not in `{folder / 'work'}` any more.",
             fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
         )
     return _labelled_for(model, images)
@@ -200,13 +200,20 @@ def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageS
     """The images that the bundle in `folder` was calibrated on; None where they were synthetic and are gone.
 
     Raises:
-        ImagesError: They are elsewhere and cannot be had.
+        ImagesError: They are elsewhere and cannot be had, or are others by now.
     """
-    calib = str(manifest.recipe["calib"])
-    kept = sorted((folder / "work").glob("images-*.safetensors"))
-    if calib == "synthetic" and not kept:
-        return None
-    return open_images(str(kept[0]) if calib == "synthetic" else calib, model.preprocess)
+    calib, wanted = str(manifest.recipe["calib"]), manifest.images["fingerprint"]
+    if calib == "synthetic":
+        kept = (open_images(str(path), model.preprocess) for path in (folder / "work").glob("images-*.safetensors"))
+        return next((images for images in kept if images.fingerprint == wanted), None)
+    images = open_images(calib, model.preprocess)
+    if images.fingerprint != wanted:
+        raise ImagesError(
+            what=f"the images at `{calib}` are not those that `{folder}` was calibrated on.",
+            why="their fingerprint differs from the manifest's.",
+            fix="put back what lay there, or pass --images.",
+        )
+    return images
 
 
 def _labelled_for(model: Model, images: ImageSet) -> ImageSet:

@@ -184,7 +184,7 @@ def simulate(
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         (out / "report.json").unlink(missing_ok=True)  # of another plan
         plan.save(out / "plan.safetensors")
-        shown = (picked or calibration).spread(limit or len(picked or calibration))
+        shown = (picked or calibration).spread(len(picked or calibration) if limit is None else limit)
         reference = Reference(refined, plan, model)
 
         watch.stage("float", False)
@@ -228,8 +228,9 @@ def check(
     """
     _refuse_elsewhere(model, ray)
     with workers_at(ray) as workers, bundle_folder(Path(folder)) as opened:
-        manifest = open_bundle(opened, verify=verify)
+        open_bundle(opened, verify=verify)  # before anything is written there
         with held(opened), Measured(watch) as measured:
+            manifest = open_bundle(opened, verify=verify)  # as it is now: an export may just have ended
             model = load_again(opened, manifest, checkpoint, model)
             share = None
             if ray is not None:

@@ -116,6 +116,8 @@ class GenerateRecipe(ModelRecipe):
         asked = self.generator.split(",")
         for name in asked:
             _check_name("generator", name, names("dfq_deploy.generation.generators"))
+        wrong = f"--generator {self.generator} names one twice."
+        _check(len(set(asked)) == len(asked), wrong, "it would make the same images twice.", "each name once")
         _check(self.count >= 1, f"--count {self.count} makes no images.", "at least one is needed.", "--count 32")
         wrong = f"--count {self.count} is too few for {len(asked)} generators."
         _check(self.count >= len(asked), wrong, "each makes one image or more.", f"--count {BATCH * len(asked)}")

@@ -81,10 +81,9 @@ class Reference:
         def move(values: Tensor) -> Tensor:
             return values * (1 + _MOVE * torch.randn(values.shape, generator=generator))
 
-        first = next(name for name in sites_of(self._module) if name.endswith(".input"))
-        if first not in self.plan.sites:
+        if f"{self.model.first}.input" not in self.plan.sites:
             return self._run(move(torch.from_numpy(images)).numpy())
-        layer = self._module.get_submodule(first.removesuffix(".input"))
+        layer = self._module.get_submodule(self.model.first)
         hook = layer.register_forward_hook(lambda _layer, _inputs, output: move(output))
         try:
             return self._run(images)

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrators.plan import layer_of
 from calibrators.scheme import QuantScheme
-from calibrators.sites import SitedConv2d, SitedLinear, sites_of
+from calibrators.sites import SitedConv2d, SitedLinear
 from dfq_deploy.models import Model
 
 __all__ = ["Massive", "layers_to_spare", "massive_activations"]
@@ -103,9 +102,8 @@ def layers_to_spare(model: Model, scheme: QuantScheme, *, first_layer: bool, mea
         return found
     if not measured:
         found |= dict.fromkeys(model.classifiers, "it puts out the logits: its error counts in full, its time hardly")
-    first = next(iter(sites_of(model.module)))
-    if not first_layer:
-        found[layer_of(first)] = "it reads the image: its error reaches every layer, its time hardly counts"
+    if not first_layer and model.first:
+        found[model.first] = "it reads the image: its error reaches every layer, its time hardly counts"
     return found
 
 

@@ -40,7 +40,7 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
         recipe.first,
         recipe.seed,
         recipe.exact,
-        recipe.device,
+        str(device_named(recipe.device)),
         model.fingerprint,
         made_with(),
     ]

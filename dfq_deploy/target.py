@@ -53,8 +53,9 @@ def build(
             fix="unpack it, build that folder, and pack it again with `dfq-deploy pack`.",
         )
     signs = None if sign is None else signer(sign)
-    manifest = open_bundle(folder, engine=False, verify=verify)
+    open_bundle(folder, engine=False, verify=verify)  # before anything is written there
     with held(folder):
+        manifest = open_bundle(folder, engine=False, verify=verify)  # as it is now: an export may just have ended
         return _build(folder, manifest, backend, signs)
 
 

@@ -110,7 +110,8 @@ def provider_options(provider: str, model: Path, options: BuildOptions) -> dict[
         return {}
     # Engines are code, and the manifest vouches for all code in a bundle: they stay outside it.
     weights = model.with_name(f"{model.name}.data")
-    key = fingerprint_of([sha256_of(file) for file in (model, weights) if file.exists()])
+    files = [sha256_of(file) for file in (model, weights) if file.exists()]
+    key = fingerprint_of([files, options.batch, options.workspace, options.level])
     cache = str(platformdirs.user_cache_path("dfq-deploy", ensure_exists=True) / f"ort-{key[:16]}")
     prefix = "nv" if provider == "rtx" else "trt"
     graph = onnx.load(model, load_external_data=False).graph

@@ -84,7 +84,7 @@ def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int | N
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     """Largest difference of `path` in ONNX Runtime from `module` on `images`, relative to the largest value there.
 
-    Of several outputs the worst.
+    Of several outputs the worst: NaN where one has that, infinite where shapes differ.
     """
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of all weights, for three images
@@ -93,7 +93,9 @@ def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     with torch.inference_mode():
         put_out = module(torch.from_numpy(images))
     wanted = [part.numpy() for part in ([put_out] if isinstance(put_out, torch.Tensor) else put_out)]
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
+    if [part.shape for part in found] != [part.shape for part in wanted]:
+        return float("inf")
+    return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, wanted, strict=True)]))
 
 
 def _name_by_sites(model: ir.Model) -> list[str]:

@@ -57,6 +57,7 @@ _MISTAKES = {
     "a word too many": ["export", *_NOISE, "--out", "o", "extra"],
     "no number": ["export", *_NOISE, "--out", "o", "--count", "many"],
     "no images": ["export", *_NOISE, "--out", "o", "--count", "0"],
+    "a generator twice": ["export", "--model", "demo", "--generator", "noise,noise", "--out", "o"],
     "a part that begins no batch": ["export", *_NOISE, "--out", "o", "--first", "5"],
     "a part of several generators": ["export", *_NOISE[:3], "noise,dfq", "--out", "o", "--first", "32"],
     "a part for a student": ["generate", "--model", "demo", "--generator", "psaq_v2", "--out", "o", "--first", "32"],

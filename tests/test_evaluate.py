@@ -15,12 +15,15 @@ from scipy import stats
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, ExportError, NotHereError
 from calibrators.files import sha256_of
+from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy import evaluate
 from dfq_deploy.evaluate import Check
 from dfq_deploy.measures import Share
+from dfq_deploy.models import Model
+from dfq_deploy.opening import calibration_images
 from exporters.backends import ort
-from exporters.bundle import MANIFEST
+from exporters.bundle import MANIFEST, open_bundle
 from exporters.cut import LayerCutter
 
 
@@ -97,6 +100,15 @@ def test_the_drop_is_the_paired_difference_with_its_interval(demo_run: tuple[Pat
     difference = found.top1["float"].percent - found.top1["engine"].percent
     assert found.drop[0] == pytest.approx(difference, abs=2e-3)
     assert found.drop[1] < found.drop[2]  # not even where float and engine are right on the same images
+
+
+def test_images_of_another_run_do_not_pass_for_those_it_was_calibrated_on(bundle: Path, demo: Model) -> None:
+    manifest = open_bundle(bundle)
+    found = calibration_images(bundle, manifest, demo)
+    assert found is not None
+    (kept,) = (bundle / "work").glob("images-*.safetensors")
+    ImageSet.of(np.flip(found.pixels[:], 0).copy(), demo.preprocess, source="another run").save(kept)
+    assert calibration_images(bundle, manifest, demo) is None
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.3.attn.proj"])

@@ -51,7 +51,10 @@ def test_what_drifted_fails_on_few_images(
     MUTATIONS[mutation](bundle)
     failed = {check.name for check in _gate(bundle, mode, 48).checks if check.verdict == "fail"}
     record_property("gate mutation", (mutation, mode, bool(failed), bool(failed & _SAW)))
-    assert mutation in _SLIGHT or bool(failed) == (mutation not in _UNSEEN), failed
+    if mutation in _SLIGHT:
+        assert failed <= {"engine_reference"}
+    else:
+        assert bool(failed) == (mutation not in _UNSEEN), failed
 
 
 def test_a_plan_that_became_much_worse_fails_against_a_baseline_a_little_worse_does_not(

@@ -265,11 +265,20 @@ def test_opening_a_folder_decodes_nothing(pictures: Path, monkeypatch: pytest.Mo
         ["file,label", "/etc/hostname,1"],
         ["file,label", "0.png,\xff\0"],
         ["file,label"],
+        ["file,label", '"0.png,1', *["1.png,2"] * 20_000],
     ],
 )
 def test_a_malformed_listing_is_refused(pictures: Path, lines: list[str]) -> None:
     (pictures / "labels.csv").write_bytes("\n".join(lines).encode("latin-1"))
     _refusal(lambda: folder.open_images(pictures, SMALL))
+
+
+def test_a_listing_of_a_spreadsheet_may_begin_with_a_mark(pictures: Path) -> None:
+    (pictures / "labels.csv").write_text("file,label\n0.png,1\n", encoding="utf-8-sig")
+    (pictures / "folder.png").mkdir()
+    assert folder.open_images(pictures, SMALL).names == ("0.png",)
+    (pictures / "labels.csv").unlink()
+    assert "folder.png" not in (folder.open_images(pictures, SMALL).names or ())
 
 
 def test_a_listed_file_that_is_missing_is_named(pictures: Path) -> None:

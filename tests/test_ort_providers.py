@@ -200,6 +200,11 @@ def test_what_a_provider_has_no_kernels_for_is_refused(provider: str, plan: str,
     assert "--" in caught.value.fix, "it names a flag"
 
 
+def test_cuda_takes_int8_where_it_is_of_weights_alone() -> None:
+    weights = {site: q for site, q in _PLANS["int8"].sites.items() if site.endswith(".weight")}
+    ort.check(QuantPlan(weights, {}, scheme="w4a16", model="m", images="i"), BuildOptions(provider="cuda"))
+
+
 def test_no_provider_is_the_cpu() -> None:
     ort.check(_PLANS["int8"], BuildOptions())
     for refused in (BuildOptions(body="fp16"), BuildOptions(targets=("sm89",))):

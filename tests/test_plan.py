@@ -208,6 +208,11 @@ DAMAGES = {
     "scale of NaN": _with({"stem.input.scale": np.array(np.nan, np.float32)}),
     "scale of another type": _with({"stem.input.scale": np.array(1, np.float64)}),
     "zero-point of another type": _with({"stem.input.zero_point": np.array(0, np.int8)}),
+    "zero-point of a signed format": _with({"stem.weight.zero_point": np.array([0, 1], np.int8)}),
+    "zero-point that is no code": _with(
+        {"stem.input.zero_point": np.array(200, np.uint8)},
+        {"sites": {"stem.input": {"codes": "uint4", "axis": None}}},
+    ),
     "zero-point of another shape": _with({"stem.input.zero_point": np.zeros(2, np.uint8)}),
 }
 

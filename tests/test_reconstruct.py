@@ -187,6 +187,21 @@ def test_weights_have_a_scale_per_row() -> None:
     assert torch.allclose(steps, steps.round(), atol=1e-5)
 
 
+def test_blocks_of_a_row_have_a_scale_each() -> None:
+    layer = nn.Sequential(nn.Linear(6, 2, bias=False))
+    attach_sites(layer)
+    weights = layer[0].weight.detach().numpy().reshape(2, 3, 2)
+    site = QParams(*choose_qparams(weights.min(2), weights.max(2), CODES["uint4"]), CODES["uint4"], 0, 2)
+    learned = Learned(layer, {"0.weight": site})
+    layer(torch.ones(1, 6)).sum().backward()
+    gradient = learned.scales["0.weight"].grad
+    assert gradient is not None and gradient.shape == (2, 3)
+    settled = learned.settle()["0.weight"]
+    assert settled.scale.shape == settled.zero_point.shape == (2, 3)
+    steps = layer[0].weight / torch.from_numpy(np.repeat(settled.scale, 2, 1))
+    assert torch.allclose(steps, steps.round(), atol=1e-5)
+
+
 def test_scales_that_are_not_learned_pass_the_same_gradient(
     demo: Model, images: ImageSet, plan: dict[str, QParams]
 ) -> None:

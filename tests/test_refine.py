@@ -307,6 +307,34 @@ def test_what_a_correction_sees_are_the_inputs_of_the_two_models(demo: Model, im
     assert same.float().mean() > 0.99 and (seen[name][0] - inputs[-1]).abs().max() <= 1.01 * scale
 
 
+class _TokensFirst(nn.Module):
+    """Tokens (tokens, N, C) in between, as detectors have them, and a bias from what is the same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mixed = nn.Linear(12, 16), nn.Linear(16, 16)
+        self.position, self.head = nn.Linear(2, 16), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images.flatten(1).unflatten(1, (-1, 12)))
+        places = torch.stack([torch.arange(16.0), torch.arange(16.0).flip(0)], 1)
+        tokens = self.mixed(tokens.transpose(0, 1)).transpose(0, 1) + self.position(places)
+        return self.head(tokens.mean(1))
+
+
+def test_a_layer_that_does_not_read_image_after_image_is_left_as_it_is_and_named() -> None:
+    torch.manual_seed(0)
+    module = _TokensFirst().eval().requires_grad_(False)
+    attach_sites(module)
+    before = {name: layer.bias.clone() for name, layer in layers_of(module).items() if layer.bias is not None}
+    pixels = np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)
+    preprocess = Preprocess((8, 8), 1.0, "center", "bicubic", (0.0,) * 3, (1.0,) * 3)
+    with pytest.warns(CalibrationWarning, match=r"bias left `mixed` and 1 more layers"):
+        correct(module, _plan(module), ImageSet.of(pixels, preprocess, source="test"), ["bias"])
+    moved = {name for name, layer in layers_of(module).items() if not torch.equal(layer.bias, before[name])}
+    assert moved == {"stem", "head"}
+
+
 def test_refined_weights_and_scales_come_back_from_their_file(demo: Model, images: ImageSet, tmp_path: Path) -> None:
     model = copy_of(demo)
     plan = _plan(model.module)

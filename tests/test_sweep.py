@@ -20,6 +20,7 @@ from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import GenerateRecipe
 from dfq_deploy.sharded import _made_batch, _precision, _Wanted
+from dfq_deploy.sweeping import running
 from dfq_deploy.sweeping.file import runs_in
 from dfq_deploy.sweeping.results import Outcome, Sweep
 from dfq_deploy.workers import Order, Task, answer, workers_at
@@ -97,8 +98,24 @@ def test_a_row_tells_what_its_name_does_not() -> None:
     recipes = [{"model": "demo", "scheme": "w8a8", "seed": seed, "count": 8} for seed in (0, 1)]
     one, two = Sweep(tuple(Outcome("demo-w8a8", recipe, None, error) for recipe in recipes), {}).rows()
     assert (one[0], two[0]) == ("demo-w8a8 (seed 0)", "demo-w8a8 (seed 1)")
+    longer = {**recipes[0], "checkpoint": "b.pth"}  # a field that is none is not in a recipe's facts
+    rows = Sweep(tuple(Outcome("demo-w8a8", recipe, None, error) for recipe in (longer, recipes[0])), {}).rows()
+    assert [row[0] for row in rows] == ["demo-w8a8 (checkpoint b.pth)", "demo-w8a8"]
     (alone,) = Sweep((Outcome("demo-w8a8", recipes[0], None, error),), {}).rows()
     assert alone[0] == "demo-w8a8"
+
+
+def test_a_run_whose_files_have_changed_is_another_one(write: Callable[[str], Path], tmp_path: Path) -> None:
+    weights, pictures = tmp_path / "w.safetensors", tmp_path / "pictures"
+    (run,) = runs_in(write(f"model = 'demo'\ncheckpoint = '{weights}'\ncalib = 'folder:{pictures}'"))
+    pictures.mkdir()
+    weights.write_bytes(b"1")
+    facts = [running._facts(run, f"npz:{weights}", None)]
+    assert facts[0] == running._facts(run, f"npz:{weights}", None)
+    for change in (lambda: weights.write_bytes(b"22"), lambda: (pictures / "a.png").write_bytes(b"")):
+        change()
+        facts.append(running._facts(run, f"npz:{weights}", None))
+    assert facts[0] != facts[1] != facts[2]
 
 
 def _carry_out(_shared: None, what: str) -> int:

@@ -128,6 +128,14 @@ def test_parity_sees_a_changed_weight(demo_float: Path) -> None:
     assert torch_parity(module, demo_float, images) > 1e-4
 
 
+def test_parity_sees_nan_in_any_output_and_another_shape(demo_float: Path) -> None:
+    images = _images(demo_float, 3)
+    module = load_model("demo").module
+    for change, wanted in ((lambda x: x * float("nan"), np.isnan), (lambda x: x[:, :1], np.isinf)):
+        module.register_forward_hook(lambda _module, _inputs, found, change=change: change(found))
+        assert wanted(torch_parity(module, demo_float, images))
+
+
 def test_large_weights_go_to_a_file_beside_the_model(demo_float: Path, tmp_path: Path) -> None:
     model = ir.load(demo_float)
     path = tmp_path / "model.onnx"

@@ -18,10 +18,12 @@ from wrapped import EXAMPLE, Small
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, DeployError, ExportError, ImagesError, ModelError, RecipeError
 from calibrators.registry import names, pick
+from calibrators.scheme import scheme_named
 from calibrators.sites import sites_of
 from dfq_deploy.evaluate import Check
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.taps import attention_taps
+from dfq_deploy.sparing import layers_to_spare
 from exporters.bundle import open_bundle
 from exporters.outputs import Output
 from exporters.to_onnx import export_float, torch_parity
@@ -57,6 +59,14 @@ def test_outputs_and_sites_of_a_module(task: str) -> None:
     assert rows.shape == (1, sum(output.size for output in model.outputs))
     assert type(module.stem) is nn.Conv2d, "the module given stays as it is"
     assert not module._forward_hooks
+
+
+def test_the_first_layer_is_the_one_that_reads_the_images_wherever_it_was_made() -> None:
+    model = _wrapped("classification")
+    assert next(iter(sites_of(model.module))) == "head.input"
+    assert model.first == "stem"
+    spared = layers_to_spare(model, scheme_named("w8a8"), first_layer=False)
+    assert {name for name, why in spared.items() if why.startswith("it reads the image")} == {"stem"}
 
 
 def test_the_attention_of_a_module_is_found_by_watching() -> None:

@@ -7,6 +7,7 @@ none.
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
     if (path / "labels.csv").exists():
         files, labels = _listed(path)
     else:
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES)
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         classes = sorted({f.parent.name for f in files if f.parent != path})
         labelled = bool(classes) and all(f.parent.parent == path for f in files)
         labels = [classes.index(f.parent.name) for f in files] if labelled else None
@@ -64,8 +65,8 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
 def _listed(path: Path) -> tuple[list[Path], list[int]]:
     files: list[Path] = []
     labels: list[int] = []
-    text = (path / "labels.csv").read_bytes().decode("utf-8", errors="replace")
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+    text = (path / "labels.csv").read_bytes().decode("utf-8-sig", errors="replace")
+    for number, row in enumerate(_rows(path / "labels.csv", text), start=2):
         try:
             files.append(path / row["file"])
             files[-1].relative_to(path)  # raises where it is an absolute path to somewhere else
@@ -84,3 +85,14 @@ def _listed(path: Path) -> tuple[list[Path], list[int]]:
             fix="put the images beside labels.csv, or take their lines out.",
         )
     return files, labels
+
+
+def _rows(path: Path, text: str) -> Iterator[dict[str, str]]:
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except csv.Error as cause:
+        raise ImagesError(
+            what=f"`{path}` is no table.",
+            why=f"{cause}; a quote may have no end.",
+            fix="give the file a header `file,label` and a line for each image.",
+        ) from cause

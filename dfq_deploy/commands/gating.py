@@ -24,7 +24,7 @@ def gate(
     limits: Annotated[GateLimits, Parameter(name="*")] = _DEFAULT,
     *,
     images: str | None = None,
-    limit: int | None = None,
+    limit: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     baseline: _File = None,
     update: Annotated[bool, Parameter(negative=())] = False,
     checkpoint: Path | None = None,

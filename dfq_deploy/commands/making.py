@@ -20,7 +20,7 @@ def export(
     *,
     out: Path,
     images: str | None = None,
-    limit: int | None = None,
+    limit: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     sign: Path | None = None,
 ) -> int:
     """Make a checked engine: model, images, plan, ONNX, engine, check.

@@ -119,14 +119,10 @@ class _Desk:
         quantizer = self.recipe.quantizer(scheme)
         kind, exact = form_of(generator)
         name = f"set-{_in_names(generator)}"  # not images-…, by which an export knows its own
-        facts: list[Any] = [generator, self.recipe.count, seed, self.model.fingerprint, made_with()]
-        options = GenerateOptions(
-            self.recipe.count,
-            seed,
-            exact,
-            formats=partial(formats_on, quantizer),
-            device=device_named(self.recipe.device),
-        )
+        device = device_named(self.recipe.device)
+        facts: list[Any] = [generator, self.recipe.count, seed, str(device), self.model.fingerprint, made_with()]
+        formats = partial(formats_on, quantizer)
+        options = GenerateOptions(self.recipe.count, seed, exact, formats=formats, device=device)
         make = partial(self._make, kind, options, progress)
         if kind in STUDENTS:
             name += f"-{scheme}"

@@ -44,6 +44,8 @@ class Model:
         labelled: Archive of labelled images that belongs to the model (the demo has one), or None.
         task: What its outputs are: a file's name in `dfq_deploy/tasks`.
         outputs: What it puts out; if none are given, the logits of a classifier.
+        first: Name of the layer that reads the images or, where none reads them as they are, that runs first; empty
+            where it has no site.
         wrapped: Whether it came from Python and not by its name, so that nobody else can load it again.
     """
 
@@ -57,6 +59,7 @@ class Model:
     labelled: Path | None = None
     task: str = "classification"
     outputs: tuple[Output, ...] = ()
+    first: str = ""
     wrapped: bool = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 from calibrators.errors import ModelError
 from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
-from calibrators.sites import SitedConv2d, SitedLinear, attach_sites
+from calibrators.sites import SitedConv2d, attach_sites, sites_of
 from dfq_deploy.models import ALIASES, Model
 from dfq_deploy.models.checkpoint import first_line, load_checkpoint
 from dfq_deploy.models.hub import check_hub
@@ -74,8 +73,11 @@ def load_model(
         _check_patches(name, module, size)
     preprocess = _preprocess(module)
     fingerprint = fingerprint_of_weights(name if size is None else f"{name} at {size[0]}x{size[1]}", module)
-    attach_sites(module, leave=_run_again(name, module, preprocess))
-    _fix_image_range(module, preprocess)
+    order = _order_of(name, module, preprocess)
+    attach_sites(module, leave={layer for layer in order if order.count(layer) > 1})
+    first = next((layer for layer in order if f"{layer}.input" in sites_of(module)), "")
+    if first:
+        _fix_image_range(module.get_submodule(first), preprocess)
     attach_families(module)
     classes = int(getattr(module, "num_classes", 0))
     return Model(
@@ -89,6 +91,7 @@ def load_model(
         labelled=labelled,
         task="classification" if classes else "features",
         outputs=() if classes else _features(module, preprocess),
+        first=first,
     )
 
 
@@ -120,9 +123,8 @@ def _check_patches(name: str, module: nn.Module, size: tuple[int, int]) -> None:
         raise _wrong_size(name, size, ValueError(f"patches of {patch[0]}x{patch[1]} do not divide it"))
 
 
-def _fix_image_range(module: nn.Module, preprocess: Preprocess) -> None:
+def _fix_image_range(first: nn.Module, preprocess: Preprocess) -> None:
     """The layer that reads the image sees pixels between black and white: its range needs no data."""
-    first = next((layer for layer in module.modules() if isinstance(layer, SitedConv2d | SitedLinear)), None)
     if isinstance(first, SitedConv2d) and first.in_channels == preprocess.shape[0]:
         black, white = preprocess.bounds
         first.input_site.fixed = float(black.min()), float(white.max())
@@ -212,23 +214,23 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _run_again(name: str, module: nn.Module, preprocess: Preprocess) -> frozenset[str]:
-    """The layers that run several times in a pass: they stay float, since a site is one tensor.
+def _order_of(name: str, module: nn.Module, preprocess: Preprocess) -> list[str]:
+    """The layers in the order in which they run; some run several times, and stay float, since a site is one tensor.
 
     Raises:
         ModelError: An image of that size does not pass: windows or strides do not divide it.
     """
-    calls: Counter[str] = Counter()
+    calls: list[str] = []
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for layer, inner in module.named_modules():
             if type(inner) in (nn.Linear, nn.Conv2d):
-                hook = inner.register_forward_pre_hook(lambda _layer, _inputs, layer=layer: calls.update([layer]))
+                hook = inner.register_forward_pre_hook(lambda _layer, _inputs, layer=layer: calls.append(layer))
                 hooks.callback(hook.remove)
         try:
             module(torch.zeros(1, *preprocess.shape))
         except Exception as cause:  # of a shape that does not fit, from any layer
             raise _wrong_size(name, preprocess.size, cause) from cause
-    return frozenset(layer for layer, times in calls.items() if times > 1)
+    return calls
 
 
 def _wrong_size(name: str, size: tuple[int, int], cause: Exception) -> ModelError:

@@ -82,7 +82,7 @@ def wrap(
         module, only={layer for layer, calls in seen.calls.items() if calls == 1 and f"{layer}.weight" in used}
     )
     _check_sites(module, outputs)
-    if isinstance(first := module.get_submodule(seen.first) if seen.first else None, SitedConv2d):
+    if seen.reader and isinstance(first := module.get_submodule(seen.reader), SitedConv2d):
         black, white = preprocess.bounds
         first.input_site.fixed = float(black.min()), float(white.max())
     return Model(
@@ -95,6 +95,7 @@ def wrap(
         classifiers=seen.last(found[key] for key in picked),
         task=task,
         outputs=outputs,
+        first=next((layer for layer in (seen.reader, *seen.calls) if f"{layer}.input" in sites_of(module)), ""),
         wrapped=True,
     )
 
@@ -183,14 +184,14 @@ class _Seen:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.first = ""
+        self.reader = ""
         self._outputs: list[tuple[str, Tensor]] = []
 
     def note(self, name: str, images: Tensor, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A layer ran."""
         self.calls[name] += 1 if inputs else 2  # by keyword: no site sees it, as of a layer that runs twice
-        if inputs and inputs[0] is images and not self.first:
-            self.first = name
+        if inputs and inputs[0] is images and not self.reader:
+            self.reader = name
         self._outputs = [*self._outputs, (name, output)][-8:]
 
     def last(self, outputs: Iterator[Tensor]) -> tuple[str, ...]:

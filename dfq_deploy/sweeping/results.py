@@ -80,11 +80,11 @@ class Sweep:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """The rows of a table for people: beside its name, a run has the fields that tell it from the others."""
-        fields = self.outcomes[0].recipe.keys() - set(NAMED_BY)
-        telling = [key for key in sorted(fields) if len({str(one.recipe[key]) for one in self.outcomes}) > 1]
+        fields = {key for one in self.outcomes for key in one.recipe} - set(NAMED_BY)
+        telling = [key for key in sorted(fields) if len({str(one.recipe.get(key)) for one in self.outcomes}) > 1]
         for one in self.outcomes:
             name, *figures = one.cells()
-            told = ", ".join(f"{key} {one.recipe[key]}" for key in telling)
+            told = ", ".join(f"{key} {one.recipe[key]}" for key in telling if key in one.recipe)
             yield (f"{name} ({told})" if told else name, *figures)
 
     def report(self) -> dict[str, Any]:

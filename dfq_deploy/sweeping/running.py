@@ -65,7 +65,7 @@ def sweep(
     with workers_at(ray) as workers, held(out) as work:
         clear_unfinished(out)
         clear_unfinished(work)
-        results = [work / f"run-{fingerprint_of([run.name, images, limit, built_with()])[:16]}.json" for run in runs]
+        results = [work / f"run-{fingerprint_of(_facts(run, images, limit))[:16]}.json" for run in runs]
         bundles = [out / run.name / MANIFEST for run in runs]
         missing = [n for n, result in enumerate(results) if not (result.exists() and bundles[n].is_file())]
         errors: dict[int, DeployError] = {}
@@ -86,6 +86,22 @@ def sweep(
         outcomes = [_outcome(run, results[number], errors.get(number)) for number, run in enumerate(runs)]
         found = Sweep(tuple(outcomes), built_with())
         found.save(out)
+    return found
+
+
+def _facts(run: SweepRun, images: str | None, limit: int | None) -> list[Any]:
+    """What the outcome of a run depends on: files that it reads count as changed where their size or time is."""
+    read = [str(run.recipe.checkpoint or ""), run.recipe.calib, images or ""]
+    return [run.name, images, limit, [_state_of(place) for place in read], built_with()]
+
+
+def _state_of(place: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file at `place`: a path, KIND:PATH, or several paths with commas between them."""
+    found = []
+    for part in [place] if Path(place).is_file() else place.split(","):
+        path = Path(part.partition(":")[2] or part)
+        files = sorted(path.rglob("*")) if part and path.is_dir() else [path] if part and path.is_file() else []
+        found += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return found
 
 

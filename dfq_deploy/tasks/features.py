@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dfq_deploy.measures import cosine
 from dfq_deploy.tasks import Found, Shapes, unsuitable
 from exporters.outputs import Output
 
@@ -37,11 +38,5 @@ def decide(found: Found) -> None:  # noqa: ARG001
 
 def agree(found: Found, wanted: Found) -> np.ndarray:
     """Cosine of each tensor as one vector, the mean over the tensors; 0 where that is negative, 1 of equal ones."""
-    cosines = [_cosine(found[name], wanted[name]) for name in wanted]
-    return np.asarray(np.maximum(np.mean(cosines, axis=0), 0.0))
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = (part.reshape(len(part), -1).astype(np.float64) for part in (a, b))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.where((a == b).all(1), 1.0, (a * b).sum(1) / np.maximum(lengths, 1e-30))
+    pairs = ([part.reshape(len(part), -1).astype(np.float64) for part in (found[n], wanted[n])] for n in wanted)
+    return np.asarray(np.maximum(np.mean([cosine(*pair) for pair in pairs], axis=0), 0.0))

@@ -67,17 +67,21 @@ def answers(order: Order) -> Iterator[tuple[int, Any]]:
         ): number
         for number, task in enumerate(order.tasks)
     }
-    while waiting:
-        ready, _ = ray.wait(list(waiting), timeout=_LOOK_EVERY)
-        if not ready:
-            there = _machines()
-            for one, number in list(waiting.items()):
-                if refused := _no_room(order.tasks[number], there):
-                    ray.cancel(one)
-                    del waiting[one]
-                    yield number, refused
-        for one in ready:
-            yield waiting.pop(one), _answer_in(one)
+    try:
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=_LOOK_EVERY)
+            if not ready:
+                there = _machines()
+                for one, number in list(waiting.items()):
+                    if refused := _no_room(order.tasks[number], there):
+                        ray.cancel(one)
+                        del waiting[one]
+                        yield number, refused
+            for one in ready:
+                yield waiting.pop(one), _answer_in(one)
+    finally:
+        for one in waiting:  # whoever asked has given up
+            ray.cancel(one)
 
 
 def _answer_in(one: Any) -> Any:

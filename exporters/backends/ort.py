@@ -57,6 +57,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
         )
     _refuse_unused(options)
     formats = {q.codes.name for q in plan.sites.values()}
+    of_activations = {q.codes.name for site, q in plan.sites.items() if not site.endswith(".weight")}
     if options.provider in TENSORRT:
         refuse_plan(plan, targets=(), blocks=_BLOCKS)
     elif "float8_e4m3fn" in formats:
@@ -65,7 +66,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why="it would compute the Q/DQ as a float simulation.",
             fix="use --backend rtx or trt, or --scheme w8a8.",
         )
-    elif options.provider == "cuda" and formats & {"int8", "uint8"}:
+    elif options.provider == "cuda" and of_activations & {"int8", "uint8"}:
         raise BackendError(
             what="ONNX Runtime's CUDA provider has no INT8 matmul.",
             why="it computes Q/DQ as a float simulation, which is slower than float and no INT8 engine.",
