@@ -30,6 +30,7 @@ from calibrators.errors import BackendError
 from dfq_deploy.cli import run
 from dfq_deploy.serving.app import make_app
 from dfq_deploy.serving.options import ServeOptions
+from dfq_deploy.serving.server import _socket
 from exporters.bundle import Manifest, open_bundle
 
 _IMAGES = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
@@ -89,6 +90,13 @@ def _ask(
         return answer.status, dict(answer.headers), answer.read()
     finally:
         link.close()
+
+
+def test_a_connection_sends_at_once() -> None:
+    with _socket("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        taken, _ = listener.accept()
+        with taken:
+            assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_tritons_client_finds_what_is_there(client: InferenceServerClient) -> None:
