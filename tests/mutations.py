@@ -3,6 +3,8 @@
 `MUTATIONS` maps what was done to the function that does it to a bundle's folder.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +99,10 @@ def _preprocess(**changes: object) -> Mutation:
 def _plan_of(**changes: object) -> Mutation:
     def write(bundle: Path) -> None:
         recipe = dfq.Recipe(model="demo", generator="noise", count=8, refine="none", **changes)  # type: ignore[arg-type]
-        dfq.calibrate(recipe, bundle / "plan.safetensors")
+        with tempfile.TemporaryDirectory() as folder:  # in the bundle its images would replace those of its work/
+            plan = Path(folder) / "plan.safetensors"
+            dfq.calibrate(recipe, plan)
+            shutil.copyfile(plan, bundle / plan.name)
         reseal(bundle)
 
     return write

@@ -71,7 +71,7 @@ def test_every_row_has_its_script_and_its_pinned_environment() -> None:
 
 def test_what_a_process_said_last_is_its_error(tmp_path: Path) -> None:
     for program, error in {
-        "print('a'); raise SystemExit('b')": "b",
+        "print('a', flush=True); raise SystemExit('b')": "b",
         "import os; os.kill(os.getpid(), 9)": "killed by signal 9",
     }.items():
         with pytest.raises(PeerError, match=f"^{error}$"):
