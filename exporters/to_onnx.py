@@ -45,7 +45,7 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, output
     model = traced(module, example, outputs)
     sites = _name_by_sites(model)
     _split_gemm(model)
-    _part_from_relu(model)
+    _part_from_bounds(model)
     model = _simplified(model)
     kept = {node.name for node in model.graph} | set(model.graph.initializers)
     lost = sorted(site for site in sites if site not in kept and layer_of(site) not in kept)
@@ -178,18 +178,25 @@ def _split_gemm(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
 
 
-def _part_from_relu(model: ir.Model) -> None:
-    """A Relu right after a MatMul becomes Max with 0: ONNX Runtime computes the pair in float, quantized or not."""
+def _part_from_bounds(model: ir.Model) -> None:
+    """A Relu or Clip right after a MatMul becomes Max and Min: ONNX Runtime computes such a pair in float."""
     graph = model.graph
-    for relu in [node for node in graph if node.op_type == "Relu"]:
-        x = relu.inputs[0]
+    for node in [node for node in graph if node.op_type in ("Relu", "Clip")]:
+        x = node.inputs[0]
         producer = None if x is None else x.producer()
         if producer is None or producer.op_type != "MatMul":
             continue
-        zero = ir.val(f"{relu.name}.zero", const_value=ir.tensor(np.float32(0), name=f"{relu.name}.zero"))
-        graph.initializers[f"{relu.name}.zero"] = zero
-        most = ir.node("Max", [x, zero], name=relu.name)
-        ir.convenience.replace_nodes_and_values(graph, relu, [relu], [most], relu.outputs, most.outputs)
+        low, high = [*node.inputs[1:], None, None][:2]
+        if node.op_type == "Relu":
+            low = ir.val(f"{node.name}.zero", const_value=ir.tensor(np.float32(0), name=f"{node.name}.zero"))
+            graph.initializers[f"{node.name}.zero"] = low
+        nodes: list[ir.Node] = []
+        for op_type, bound in (("Max", low), ("Min", high)):
+            if bound is not None:
+                nodes.append(ir.node(op_type, [x, bound], name=f"{node.name}.{op_type.lower()}"))
+                x = nodes[-1].outputs[0]
+        if nodes:
+            ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
 
 
 def _simplified(model: ir.Model) -> ir.Model:

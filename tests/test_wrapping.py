@@ -165,7 +165,12 @@ def test_len_of_a_tensor_follows_the_number_of_images(tmp_path: Path) -> None:
     assert torch_parity(model.module, path, images) < 1e-5
 
 
-def test_a_layer_without_bias_is_quantized_before_a_relu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "bound", [torch.relu, lambda x: x.clamp(-0.5, 0.5), lambda x: x.clamp(max=0.3), lambda x: x.clamp(min=-0.1)]
+)
+def test_a_layer_without_bias_is_quantized_before_what_bounds_it(
+    bound: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
     class Unbiased(Small):
         def __init__(self) -> None:
             super().__init__("masks")
@@ -173,7 +178,7 @@ def test_a_layer_without_bias_is_quantized_before_a_relu(tmp_path: Path) -> None
 
         def forward(self, images: Tensor) -> Tensor:
             tokens = self.stem(images).flatten(2).transpose(1, 2)
-            return self.head(tokens).relu().transpose(1, 2).unflatten(2, (4, 4))
+            return bound(self.head(tokens)).transpose(1, 2).unflatten(2, (4, 4))
 
     model = dfq.wrap(Unbiased(), EXAMPLE, "masks")
     found = dfq.export(model, tmp_path, generator="noise", count=8, refine="none", spare="none")
