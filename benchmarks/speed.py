@@ -2,18 +2,21 @@
 
 1. One PSAQ step for DeiT-T at batch 32, fast form against exact form.
 2. ONNX Runtime INT8 against float, same process, calls taken in turn, median of the ratios pair by pair.
-3. `dfq-deploy --help` against a Python that does nothing, calls taken in turn, median of the ratios.
+3. INT4 weights as `dfq_deploy.load` runs them, unpacked, against float, the same way.
+4. `dfq-deploy --help` against a Python that does nothing, calls taken in turn, median of the ratios.
 
 Weights are random: speed does not depend on their values.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,22 +59,30 @@ def seconds_per_step(*, exact: bool, steps: int) -> float:
     return float(np.median(np.diff(marks)[1:]))
 
 
-def int8_against_float(model: str, folder: Path, batch: int) -> dict[str, float]:
-    """Milliseconds per call of both engines, one thread, and the median of float time over INT8 time."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    sessions = [
-        onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
-        for name in ("float", "model")
-    ]
+def against_float(model: str, bundle: Path, scheme: str, batch: int) -> dict[str, float]:
+    """Milliseconds per call of `float.onnx` and of the bundle, one thread, and the median of the former over the other.
+
+    INT8 is run as the plain file that anyone can run, INT4 as `dfq_deploy.load` runs it.
+    """
     images = np.random.default_rng(0).normal(size=(batch, 3, 224, 224)).astype(np.float32)
-    calls = [partial(session.run, None, {"images": images}) for session in sessions]
+    feed = {"images": images}
+    calls: list[Callable[[], object]] = [partial(_session(bundle / "float.onnx").run, None, feed)]
+    if scheme == "w8a8":
+        calls.append(partial(_session(bundle / "model.onnx").run, None, feed))
+    else:
+        calls.append(partial(dfq.load(bundle, threads=1), images))
     times = seconds_in_turn(calls, rounds=CALLS, warm_up=WARM_UP)
     medians = 1000 * np.median(times, axis=0)
     ratio, *_ = median_ratio(times[:, 0], times[:, 1])
-    print(f"{model} batch {batch}: float {medians[0]:.1f} ms, int8 {medians[1]:.1f} ms, {ratio:.2f}x", flush=True)
-    return {"float_ms": float(medians[0]), "int8_ms": float(medians[1]), "float_over_int8": ratio}
+    print(f"{model} batch {batch}: float {medians[0]:.1f} ms, {scheme} {medians[1]:.1f} ms, {ratio:.2f}x", flush=True)
+    return {"float_ms": float(medians[0]), f"{scheme}_ms": float(medians[1]), f"float_over_{scheme}": ratio}
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def help_against_python() -> dict[str, float]:
@@ -105,12 +116,14 @@ def main() -> None:
         "psaq_step": {"fast_s": fast, "exact_s": exact, "exact_over_fast": exact / fast},
     }
     with tempfile.TemporaryDirectory() as folder:
-        for model in ("deit_t", "vit_b"):
-            bundle = Path(folder) / model
-            recipe = dfq.Recipe(model=model, random_weights=True, generator="noise", count=4, keep_float=True)
-            dfq.export(recipe, bundle, limit=1)
+        for model, scheme in itertools.product(("deit_t", "vit_b"), ("w8a8", "w4a16")):
+            bundle = Path(folder) / f"{model}-{scheme}"
+            asked = {"scheme": scheme, "generator": "noise", "count": 4, "keep_float": True}
+            dfq.export(dfq.Recipe(model=model, random_weights=True, **asked), bundle, limit=1)
             sizes = {name: (bundle / f"{name}.onnx").stat().st_size / 2**20 for name in ("float", "model")}
-            result[model] = {f"batch_{n}": int8_against_float(model, bundle, n) for n in (1, 8)} | {"MiB": sizes}
+            print(f"{model} {scheme}: {sizes['model']:.1f} MiB, float {sizes['float']:.1f} MiB", flush=True)
+            figures = {f"batch_{n}": against_float(model, bundle, scheme, n) for n in (1, 8)}
+            result[f"{model} {scheme}"] = {**figures, "MiB": sizes}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     print(f"written to {out}")

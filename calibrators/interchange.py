@@ -25,6 +25,7 @@ __all__ = ["INPUT", "ImageSetReader", "write_folder", "write_npz", "write_polygr
 
 INPUT = "images"
 _CHUNK = 16
+_CHANNELS = (1, 3)  # that a picture of the folder has
 
 
 class ImageSetReader(CalibrationDataReader):  # type: ignore[misc]
@@ -88,8 +89,14 @@ def write_folder(images: ImageSet, path: Path) -> None:
     whoever reads it with a preprocessing whose `crop_pct` is below 1 crops once more.
 
     Raises:
-        ImagesError: Something is at `path` already.
+        ImagesError: Something is at `path` already, or a picture cannot hold the channels.
     """
+    if (channels := images.preprocess.shape[0]) not in _CHANNELS:
+        raise ImagesError(
+            what=f"images of {channels} channels are no pictures.",
+            why="those have one channel or three.",
+            fix="pass --to npz, which holds any number.",
+        )
     if path.exists():
         raise ImagesError(
             what=f"`{path}` is there already.",

@@ -20,10 +20,13 @@ _GAP = 2  # pixels between two of them, white
 
 
 def picture(pixels: np.ndarray, preprocess: Preprocess) -> Image.Image:
-    """The 8-bit picture whose preprocessed form is `pixels` (C, H, W), as nearly as 8 bits allow."""
+    """The 8-bit picture whose preprocessed form is `pixels` (C, H, W), as nearly as 8 bits allow.
+
+    Of more than three channels it shows the first three, of two the first.
+    """
     mean, std = (np.asarray(v, np.float64).reshape(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
     levels = np.clip(np.rint((pixels * std + mean) * 255), 0, 255).astype(np.uint8)
-    return Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0))
+    return Image.fromarray(levels[0] if len(levels) < len("RGB") else levels[:3].transpose(1, 2, 0))
 
 
 def contact_sheet(images: ImageSet) -> Image.Image:
@@ -33,7 +36,7 @@ def contact_sheet(images: ImageSet) -> Image.Image:
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
-    sheet = Image.new("L" if images.preprocess.shape[0] == 1 else "RGB", size, "white")
+    sheet = Image.new("L" if images.preprocess.shape[0] < len("RGB") else "RGB", size, "white")
     for index in range(len(shown)):
         row, column = divmod(index, columns)
         place = (column * (width + _GAP), row * (height + _GAP))

@@ -28,7 +28,17 @@ from dfq_deploy.sparing import Massive, massive_activations
 from dfq_deploy.tasks import task_named
 from exporters.outputs import parts_of
 
-__all__ = ["Effect", "LayerEffect", "Sensitivity", "SparedLayer", "analyse", "macs_percent", "noises", "sqnr_on"]
+__all__ = [
+    "Effect",
+    "LayerEffect",
+    "Sensitivity",
+    "SiteEffect",
+    "SparedLayer",
+    "analyse",
+    "macs_percent",
+    "noises",
+    "sqnr_on",
+]
 
 _FEW = 8  # images that tell how noisy a layer is
 
@@ -49,6 +59,17 @@ class Effect:
 
 
 @dataclass(frozen=True)
+class SiteEffect(Effect):
+    """What a site costs: the effect of quantizing it alone.
+
+    Attributes:
+        gain_db: By how much sparing it alone raises the whole plan's SQNR.
+    """
+
+    gain_db: float
+
+
+@dataclass(frozen=True)
 class LayerEffect:
     """What a quantized layer costs.
 
@@ -59,7 +80,7 @@ class LayerEffect:
         gain_db: By how much sparing it raises the whole plan's SQNR.
         noise_percent: Its share of the noise that all layers make, each quantized alone.
         macs_percent: Its share of the model's multiply-accumulates: what sparing it costs in time, roughly.
-        sites: Each of its sites quantized alone.
+        sites: Each of its sites.
     """
 
     name: str
@@ -68,7 +89,7 @@ class LayerEffect:
     gain_db: float
     noise_percent: float
     macs_percent: float
-    sites: Mapping[str, Effect]
+    sites: Mapping[str, SiteEffect]
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,7 @@ def analyse(
     batch_size: int = 16,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Sensitivity:
-    """Quantize each layer and each site of `plan` alone, and each layer's rest.
+    """Quantize each layer and each site of `plan` alone, and all others without it.
 
     Args:
         model: The model before any layer was corrected.
@@ -159,6 +180,7 @@ def analyse(
     whole = frozenset(plan.sites)
     asked = [whole, *layers.values(), *(whole - sites for sites in layers.values())]
     asked += [frozenset([site]) for site in plan.sites]
+    asked += [whole - {site} for site in plan.sites]
     asked += [sites for sites in possible.values() if sites]
     formats = {**spared, **plan.sites}
     macs = macs_percent(model)
@@ -267,13 +289,19 @@ def _layer_effect(
     summed: float,
     macs_percent: float,
 ) -> LayerEffect:
-    alone, others = effects[sites], effects[whole - sites]
+    alone, others, at_first = effects[sites], effects[whole - sites], effects[whole].sqnr_db
+
+    def of(site: str) -> SiteEffect:
+        effect = effects[frozenset([site])]
+        gain_db = round(effects[whole - {site}].sqnr_db - at_first, 2)
+        return SiteEffect(effect.noise, effect.sqnr_db, effect.agreement, gain_db)
+
     return LayerEffect(
         name=name,
         alone=alone,
         others=others,
-        gain_db=round(others.sqnr_db - effects[whole].sqnr_db, 2),
+        gain_db=round(others.sqnr_db - at_first, 2),
         noise_percent=round(100 * alone.noise / summed, 2) if summed else 0.0,
         macs_percent=macs_percent,
-        sites={site: effects[frozenset([site])] for site in sorted(sites)},
+        sites={site: of(site) for site in sorted(sites)},
     )

@@ -9,7 +9,7 @@ several moves.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -127,7 +127,7 @@ def evaluate(
     quantized: ir.Model,
     facts: EngineFacts,
     absent: str | None = None,
-    logits: Mapping[str, np.ndarray] | None = None,
+    logits: Iterable[Mapping[str, np.ndarray]] | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
     see: Callable[[Mapping[str, np.ndarray]], object] = lambda _: None,
 ) -> Check:
@@ -141,7 +141,7 @@ def evaluate(
         facts: How far the engine is, and what its layers are computed in.
         absent: Why the engine cannot run here; `engine` is then ONNX Runtime with `quantized`, as a stand-in. None if
             it is the engine.
-        logits: What `logits_of` gives for these images, computed elsewhere. None: it is computed here.
+        logits: What `logits_by_batch` gives for these images, computed elsewhere. None: it is computed here.
         progress: Called with images done and in all.
         see: Called with the classes (n,) that `float`, `reference` and `engine` decide for, and (k, n) of `moved`: the
             reference with its input moved; with none where the task has no one class for an image.
@@ -151,8 +151,9 @@ def evaluate(
     """
     model, body = reference.model, facts.options.body
     seen, finite = Differences(task_named(model.task), model.outputs, _PAIRS), True
-    of_all = logits_by_batch(reference, engine, images.pixels, body, progress=progress) if logits is None else (logits,)
-    for batch in of_all:
+    if logits is None:
+        logits = logits_by_batch(reference, engine, images.pixels, body, progress=progress)
+    for batch in logits:
         finite &= bool(np.isfinite(batch["engine"]).all())
         seen.add(batch)
     decisive = seen.logits

@@ -15,7 +15,7 @@ from dfq_deploy.reference import Reference
 from exporters.backends import Engine
 from exporters.census import Body
 
-__all__ = ["AT_ONCE", "logits_by_batch", "logits_of"]
+__all__ = ["AT_ONCE", "logits_by_batch"]
 
 AT_ONCE = 16
 """Images per batch, a power of two; fewer, and one too, where each puts out much."""
@@ -63,11 +63,3 @@ def logits_by_batch(
             "engine": engine(batch),
         }
         progress(first + len(batch) - start, stop - start)
-
-
-def logits_of(
-    reference: Reference, engine: Engine, pixels: Pixels, body: Body, *, start: int = 0, stop: int | None = None
-) -> dict[str, np.ndarray]:
-    """The same of all batches at once."""
-    batches = list(logits_by_batch(reference, engine, pixels, body, start=start, stop=stop))
-    return {name: np.concatenate([batch[name] for batch in batches], axis=-2) for name in batches[0]}

@@ -6,7 +6,7 @@ command line's. `export` runs them all; `generate`, `calibrate` and `check` are 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from functools import partial
@@ -258,7 +258,7 @@ def _check(
     *,
     images: str | None,
     limit: int | None,
-    elsewhere: Callable[..., Mapping[str, np.ndarray]] | None = None,
+    elsewhere: Callable[..., Iterator[Mapping[str, np.ndarray]]] | None = None,
     watch: Measured,
 ) -> Check:
     picked = images_to_check(folder, manifest, model, images)

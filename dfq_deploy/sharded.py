@@ -6,7 +6,7 @@ together from shards is what one machine of the same kind gives. Nothing is judg
 
 import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from calibrators.registry import pick
 from dfq_deploy.generation import Elsewhere, GenerateOptions, Progress
 from dfq_deploy.generation.device import device_named, moved_to
 from dfq_deploy.generation.engine import fast_dtype
-from dfq_deploy.logits import AT_ONCE, logits_of
+from dfq_deploy.logits import AT_ONCE, logits_by_batch
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import engine_again, load_again, refined_again
@@ -116,8 +116,10 @@ def logits_elsewhere(
     checkpoint: Path | None,
     absent: str | None,
     progress: Callable[[int, int], object],
-) -> Mapping[str, np.ndarray]:
-    """What `logits_of` gives for a bundle and images, computed by `workers`.
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `logits_by_batch` gives for a bundle and images, computed by `workers` and in the same order.
+
+    A shard that comes before its turn is kept until then.
 
     Args:
         workers: Who computes.
@@ -136,14 +138,15 @@ def logits_elsewhere(
     starts = range(0, len(pixels), _IMAGES)
     tasks = [Task((start, min(start + _IMAGES, len(pixels))), threads_here(), int(on_gpu)) for start in starts]
     found = workers.answers(Order(_logits_of_shard, (bundle, pixels), tasks))
-    shards: dict[int, Mapping[str, np.ndarray]] = {}
-    done = 0
-    for number, logits in first_error_raised(found):
-        shards[number] = logits
-        done += len(logits["engine"])
+    early: dict[int, list[dict[str, np.ndarray]]] = {}
+    done = turn = 0
+    for number, batches in first_error_raised(found):
+        early[number] = batches
+        done += sum(len(batch["engine"]) for batch in batches)
         progress(done, len(pixels))
-    in_order = [shards[number] for number in range(len(tasks))]
-    return {name: np.concatenate([shard[name] for shard in in_order], axis=-2) for name in in_order[0]}
+        while turn in early:
+            yield from early.pop(turn)
+            turn += 1
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,10 @@ class _Bundle:
     absent: str | None
 
 
-def _logits_of_shard(asked: tuple[_Bundle, Pixels], start: int, stop: int) -> dict[str, np.ndarray]:
+def _logits_of_shard(asked: tuple[_Bundle, Pixels], start: int, stop: int) -> list[dict[str, np.ndarray]]:
     bundle, pixels = asked
     reference, engine, manifest = _opened(bundle)
-    return logits_of(reference, engine, pixels, manifest.engine.options.body, start=start, stop=stop)
+    return [*logits_by_batch(reference, engine, pixels, manifest.engine.options.body, start=start, stop=stop)]
 
 
 @functools.lru_cache(maxsize=1)

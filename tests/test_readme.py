@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,6 +138,21 @@ def test_the_command_for_fewer_bits_runs(tmp_path: Path, monkeypatch: pytest.Mon
     report = json.loads((tmp_path / "runs" / "demo-w4a4" / "report.json").read_text())
     assert (report["scheme"], report["n"]) == ("w4a4", 32)
     assert report["agreement"]["percent"] > 80
+
+
+def test_the_command_that_compares_generators_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"^dfq-deploy (bench generators .*)$", "\n".join(blocks("sh")), re.MULTILINE)
+    digits = np.load(Path(dfq_deploy.__file__).parent / "models" / "demo" / "held_back.npz")
+    np.savez(tmp_path / "val.npz", images=digits["images"][:40], labels=digits["labels"][:40])
+    np.savez(tmp_path / "train.npz", images=digits["images"][40:80])
+    here = (
+        command.replace("deit_t", "demo").replace("folder:val", "npz:val.npz").replace("folder:train", "npz:train.npz")
+    )
+    few = ["--generators", "noise", "--schemes", "w4a4", "--refine", "none", "--seeds", "0", "--count", "4"]
+    assert run([*here.split(), *few]) == 0
+    made = {path.name for path in (tmp_path / "runs" / "generators").iterdir()}
+    assert {"generators.json", "generators.md", "generators.png"} <= made
 
 
 def test_the_commands_for_serving_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_bundle: Path) -> None:

@@ -76,10 +76,13 @@ def test_a_layer_is_quantized_alone_and_spared_alone(
     _is(layer.alone, _by_hand(demo, plan, sites, images))
     others = _by_hand(demo, plan, set(plan.sites) - sites, images)
     _is(layer.others, others)
-    assert layer.gain_db == pytest.approx(others[0] - _by_hand(demo, plan, set(plan.sites), images)[0], abs=0.03)
+    whole = _by_hand(demo, plan, set(plan.sites), images)[0]
+    assert layer.gain_db == pytest.approx(others[0] - whole, abs=0.03)
     assert layer.sites.keys() == sites
     for site, effect in layer.sites.items():
         _is(effect, _by_hand(demo, plan, {site}, images))
+        spared = _by_hand(demo, plan, set(plan.sites) - {site}, images)[0]
+        assert effect.gain_db == pytest.approx(spared - whole, abs=0.03)
 
 
 def test_the_whole_plan_and_the_sum_of_its_layers(found: Sensitivity, demo: Model, plan: QuantPlan) -> None:

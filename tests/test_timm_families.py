@@ -8,6 +8,7 @@ import pytest
 from benchmarks.coverage import measure, tenth
 
 _ROOT = Path(__file__).parent.parent
+_PAGE = _ROOT / "docs" / "coverage.md"
 
 
 def _commit() -> str:
@@ -26,3 +27,5 @@ def test_a_family_is_exported_and_agrees_or_is_refused_with_a_reason(model: str,
     else:
         assert found["why"]
         assert found["fix"]
+        (row,) = (line for line in _PAGE.read_text(encoding="utf-8").splitlines() if f"| `{model}` |" in line)
+        assert "| refused (" in row, f"the page says that it is exported: {row}"

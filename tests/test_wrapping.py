@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,8 @@ from wrapped import EXAMPLE, Small
 
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, DeployError, ExportError, ImagesError, ModelError, RecipeError
+from calibrators.images import ImageSet
+from calibrators.interchange import write_folder
 from calibrators.registry import names, pick
 from calibrators.scheme import scheme_named
 from calibrators.sites import sites_of
@@ -221,9 +225,9 @@ class _Boxes(Small):
         return [{"boxes": images[0, 0, :3, :4]} for _ in images]
 
 
-class _Tuple(Small):
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return images, images
+class _Mixed(Small):
+    def forward(self, images: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return images, {"images": images}
 
 
 class _Turned(nn.Module):
@@ -256,7 +260,7 @@ def _half(task: str) -> nn.Module:
         (lambda: dfq.wrap(_Branching("masks"), EXAMPLE, "masks"), ExportError, "cannot export", "data-dependent"),
         (lambda: dfq.wrap(_OfOneSize("masks"), EXAMPLE), ExportError, "cannot export", "batch"),
         (lambda: dfq.wrap(_Boxes("masks"), EXAMPLE, "detection"), ModelError, "puts out a list", "suppression"),
-        (lambda: dfq.wrap(_Tuple("masks"), EXAMPLE, "features"), ModelError, "puts out a tuple", "suppression"),
+        (lambda: dfq.wrap(_Mixed("masks"), EXAMPLE, "features"), ModelError, "puts out a tuple", "suppression"),
         (
             lambda: dfq.wrap(Small("masks"), EXAMPLE),
             ModelError,
@@ -306,6 +310,28 @@ def test_a_field_that_does_not_exist_is_refused_before_anything_is_made(tmp_path
 def test_tensorrt_takes_one_output(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="it has 2 outputs"):
         dfq.export(_wrapped("detection"), tmp_path / "run", backend="trt")
+
+
+def test_a_backbone_that_returns_a_list_is_exported(tmp_path: Path) -> None:
+    backbone = timm.create_model("resnet18", features_only=True, out_indices=(1, 2)).eval()
+    model = dfq.wrap(backbone, torch.rand(1, 3, 32, 32), "features")
+    assert {output.name: output.shape for output in model.outputs} == {"output_0": (64, 8, 8), "output_1": (128, 4, 4)}
+    found = dfq.export(model, tmp_path / "run", generator="noise", count=4, refine="none", spare="massive")
+    assert found.verdict == "pass", found.reason
+    with dfq.load(tmp_path / "run") as runner:
+        assert [*runner.outputs(np.zeros((2, 3, 32, 32), np.float32))] == ["output_0", "output_1"]
+
+
+def test_a_module_of_five_channels_goes_from_end_to_end(tmp_path: Path) -> None:
+    layers = nn.Conv2d(5, 8, 4, 4), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 6)
+    model = dfq.wrap(nn.Sequential(*layers), torch.rand(1, 5, 32, 32))
+    found = dfq.export(model, tmp_path / "run", generator="noise", count=4, refine="none", spare="massive")
+    assert found.verdict == "pass", found.reason
+    with Image.open(next((tmp_path / "run" / "work").glob("images-*.png"))) as sheet:
+        assert sheet.mode == "RGB"
+    images = ImageSet.load(next((tmp_path / "run" / "work").glob("images-*.safetensors")))
+    with pytest.raises(ImagesError, match="5 channels are no pictures"):
+        write_folder(images, tmp_path / "pictures")
 
 
 # --- every generator on a model without classes ---

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["EDGE", "TASKS", "tiny"]
 
@@ -124,18 +124,6 @@ def _mask2former() -> nn.Module:
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
-class _Sigmoid(nn.Module):
-    """A detector without a class for no object: DETR's name for its logits says otherwise."""
-
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        found = self.detector(images)
-        return {"sigmoid_logits": found.logits, "boxes": found.pred_boxes}
-
-
 def _rt_detr() -> nn.Module:
     backbone = transformers.RTDetrResNetConfig(
         embedding_size=8,
@@ -144,7 +132,7 @@ def _rt_detr() -> nn.Module:
         layer_type="basic",
         out_features=_STAGES[1:],
     )
-    detector = transformers.RTDetrForObjectDetection(
+    return transformers.RTDetrForObjectDetection(
         transformers.RTDetrConfig(
             use_pretrained_backbone=False,
             backbone=None,
@@ -164,7 +152,6 @@ def _rt_detr() -> nn.Module:
             **_LABELS,
         )
     )
-    return _Sigmoid(detector)
 
 
 _MAKE: dict[str, Callable[[], nn.Module]] = {

@@ -15,6 +15,7 @@ __all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
 Mode = Literal["labels", "synthetic"]
 Verdict = Literal["pass", "fail", "undecided"]
 _DIGITS = 4
+_ALL = 100.0  # points: where images have no one class, no drop in that can be seen
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class GateResult:
                     }
                     for check in self.checks
                 ],
-                "smallest_detectable_drop_pt": None
-                if self.smallest_detectable_drop_pt is None
-                else _rounded(self.smallest_detectable_drop_pt),
+                "smallest_detectable_drop_pt": _rounded(
+                    _ALL if self.smallest_detectable_drop_pt is None else self.smallest_detectable_drop_pt
+                ),
                 "manifest_sha256": self.manifest_sha256,
             }
         )

@@ -7,21 +7,37 @@ several of their tensors; it is put together here, in the graph, so that an engi
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["named_tensors"]
 
 
-def named_tensors(found: object) -> dict[str, Tensor]:
-    """The tensors in what a module returned, by name; the only one is called `output`."""
+def named_tensors(found: object, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors in what `module` returned, by name.
+
+    The only one is called `output`, those of a plain tuple or list `output_0` and so on, if it holds nothing else.
+    """
     if isinstance(found, Tensor):
         return {"output": found}
     if hasattr(found, "_asdict"):  # a named tuple
         found = found._asdict()
+    if isinstance(found, tuple | list) and all(isinstance(value, Tensor) for value in found):
+        found = {f"output_{place}": value for place, value in enumerate(found)}
     if not isinstance(found, Mapping):
         return {}
     named = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return named | _of_queries(named)
+    return named | _of_queries(named) | _with_sigmoid(named, module)
+
+
+def _with_sigmoid(named: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """A detector's logits under their other name, where its configuration has as many labels as there are logits.
+
+    transformers calls them `logits` in RT-DETR and Deformable DETR, too, which have none for no object.
+    """
+    labels = getattr(getattr(module, "config", None), "num_labels", None)
+    if "pred_boxes" not in named or "logits" not in named or named["logits"].shape[-1] != labels:
+        return {}
+    return {"sigmoid_logits": named["logits"]}
 
 
 def _of_queries(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,8 +50,8 @@ def wrap(
     `forward` alone is not seen: export to another folder then.
 
     Args:
-        module: Takes images (N, C, H, W) float32 as its only argument, and returns a tensor or tensors by name, each
-            (N, …): a dict, a named tuple, or an output of transformers. It is not changed.
+        module: Takes images (N, C, H, W) float32 as its only argument, and returns a tensor or several, each (N, …): a
+            dict, a tuple with names or without, a list, or an output of transformers. It is not changed.
         example: Images as it takes them, one or more: they fix C, H and W.
         task: What the outputs are: a file's name in `dfq_deploy/tasks`.
         mean: Per channel, subtracted from pixels that go from 0 to 1. With neither `mean` nor `std` the module takes
@@ -221,8 +221,8 @@ class _PutOut:
     def __init__(self, picked: tuple[str, ...]) -> None:
         self._picked = picked
 
-    def __call__(self, _module: nn.Module, _inputs: object, found: object) -> Tensor | tuple[Tensor, ...]:
-        named = named_tensors(found)
+    def __call__(self, module: nn.Module, _inputs: object, found: object) -> Tensor | tuple[Tensor, ...]:
+        named = named_tensors(found, module)
         tensors = tuple(named[name] for name in self._picked)
         return tensors[0] if len(tensors) == 1 else tensors
 
@@ -244,7 +244,7 @@ def _put_out(module: nn.Module, pair: Tensor, *, everything: bool) -> dict[str, 
             why=f"{type(cause).__name__}: {first_line(cause)}",
             fix="pass an example of the shape that it takes, and a module that takes nothing else.",
         ) from cause
-    named = named_tensors(found)
+    named = named_tensors(found, module)
     tensors = {
         key: value
         for key, value in named.items()
@@ -254,7 +254,7 @@ def _put_out(module: nn.Module, pair: Tensor, *, everything: bool) -> dict[str, 
         raise ModelError(
             what=f"`{name}` puts out a {type(found).__name__} in which nothing is a float32 tensor (N, …) with a name.",
             why="that is all that an engine puts out. Boxes after suppression, another number per image, are none.",
-            fix="wrap a module that returns one tensor, or a dict of them, before post-processing.",
+            fix="wrap a module that returns one tensor, or several by name or in a tuple, before post-processing.",
         )
     if everything and (left := named.keys() - tensors.keys()):
         raise ModelError(

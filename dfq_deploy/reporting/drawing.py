@@ -13,12 +13,14 @@ from dfq_deploy.charts.sets import NAMES
 from dfq_deploy.coverage import NOISE
 from dfq_deploy.reporting.checked import Audited, Sensed
 from dfq_deploy.reporting.layers import kinds_of
+from dfq_deploy.reporting.tables import roles_of
 
 __all__ = ["data_uri", "draw_ranges", "draw_sensitivity"]
 
 _QUALITY = 82  # of WebP, which every browser of the last years shows
 _SETS = {NOISE: ("float", "x"), SEED: ("reference", "D")}
 _REAL = ("bad", "s")
+_MARKS = {"input": "v", "weight": "o", "output": "s", "lhs": "<", "rhs": ">"}
 
 
 def data_uri(image: Image.Image, longest: int) -> str:
@@ -39,20 +41,18 @@ def draw_sensitivity(sensed: Sensed, order: Iterable[str]) -> str:
     """
     quantized = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.layers}
     spared = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.spared if layer.alone}
-    sites: dict[str, dict[str, float]] = {"input": {}, "weight": {}}
+    roles = roles_of(sensed)
+    sites: dict[str, dict[str, float]] = {role: {} for role in roles}
     for layer in sensed.layers:
         for site, effect in layer.sites.items():
-            role = site.rpartition(".")[2]
-            if role in sites:
-                sites[role][layer.name] = _number(effect.sqnr_db)
+            sites[site.rpartition(".")[2]][layer.name] = _number(effect.sqnr_db)
     whole = _number(sensed.whole.sqnr_db)
     return draw_panels(
         _panels(order, {**quantized, **spared}),
         [
             Series("quantized, alone", "engine", quantized),
             Series("stays float: if it were", "reference", spared, "hatch"),
-            Series("its input alone", "ink", sites["input"], "v"),
-            Series("its weight alone", "ink", sites["weight"], "o"),
+            *(Series(f"its {called} alone", "ink", sites[role], _MARKS[role]) for role, called in roles.items()),
         ],
         key="sensitivity",
         axis="SQNR of the logits, dB",

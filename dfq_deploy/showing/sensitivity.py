@@ -20,7 +20,7 @@ def print_sensitivity(found: "Sensitivity") -> None:
     """A sensitivity analysis: the layers that hurt most, those that stay float, and massive activations."""
     table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for column in ("alone\ndB", "its sites\ndB", "= float\n%", "noise\n%", "spared\ndB", "MACs\n%"):
+    for column in ("alone\ndB", "its sites\ndB", "= float\n%", "noise\n%", "spared\ndB", "spared\n= float", "MACs\n%"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in found.layers[:_ROWS]:
         table.add_row(
@@ -30,13 +30,14 @@ def print_sensitivity(found: "Sensitivity") -> None:
             f"{layer.alone.agreement.percent:.1f}",
             f"{layer.noise_percent:.1f}",
             f"{layer.gain_db:+.2f}",
+            f"{layer.others.agreement.percent - found.whole.agreement.percent:+.1f}",
             f"{layer.macs_percent:.1f}",
         )
     console.print(table)
     kinds = dict.fromkeys(" / ".join(site.rpartition(".")[2] for site in layer.sites) for layer in found.layers)
     if rest := found.layers[_ROWS:]:
         console.print(f"{len(rest)} more layers make {sum(layer.noise_percent for layer in rest):.1f} % of the noise")
-    console.print("alone, = float: SQNR and top-1 agreement when it is all that is quantized; spared: SQNR gained")
+    console.print("alone, = float: SQNR and top-1 agreement when it is all that is quantized; spared: what is gained")
     console.print(f"its sites: {', '.join(kinds)}, each alone; MACs: share of the model's multiply-accumulates")
     whole, share = found.whole, found.whole.agreement
     console.print(
