@@ -106,13 +106,21 @@ def _audited(subject: _Subject, recipe: AuditRecipe, out: Path, *, watch: Watch)
     return found
 
 
-def audit_against_noise(folder: Path, *, checkpoint: Path | None = None, watch: Watch = SILENT) -> Audit:
+def audit_against_noise(
+    folder: Path, *, checkpoint: Path | None = None, model: Model | None = None, watch: Watch = SILENT
+) -> Audit:
     """Compare the images that the bundle in `folder` was calibrated on with noise alone; nothing is written or drawn.
+
+    Args:
+        folder: The bundle.
+        checkpoint: Where the weights lie now.
+        model: The model, where `wrap` made it.
+        watch: Told how it goes.
 
     Raises:
         DeployError: Images or weights cannot be had, or the scheme needs no ranges.
     """
-    subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint), verify=None)
+    subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint), None, model)
     absent = {SEED: "another seed takes as long as the images took", REAL: "none were given"}
     return _compared(subject, {NOISE: _noise_like(subject.images, subject.model)}, absent, watch)
 
@@ -176,7 +184,7 @@ def _of_images(place: str, recipe: AuditRecipe) -> _Subject:
     return _Subject(images, model, _with_student(model, scheme, images), formats)
 
 
-def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None) -> _Subject:
+def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None, model: Model | None = None) -> _Subject:
     if recipe.model or recipe.random_weights:
         raise RecipeError(
             what=f"--model and --random-weights mean nothing to `{folder}`.",
@@ -184,7 +192,7 @@ def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None) -> 
             fix="leave them out, or name a file of images.",
         )
     manifest = open_bundle(folder, verify=verify)
-    model = load_again(folder, manifest, recipe.checkpoint)
+    model = load_again(folder, manifest, recipe.checkpoint, model)
     images = calibration_images(folder, manifest, model)
     if images is None:
         raise ImagesError(

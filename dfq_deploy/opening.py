@@ -52,7 +52,7 @@ def load_again(folder: Path, manifest: Manifest, checkpoint: Path | None, model:
             what=f"`{folder}` was made of a module from Python, `{facts.name}`, which no name leads to.",
             why="engine and float model are compared by running both; running the engine alone needs no module.",
             fix="do this from Python: dfq_deploy.check(FOLDER, model=dfq_deploy.wrap(module, example, task=…)), or "
-            "gate, sensitivity.",
+            "gate, sensitivity, report.",
         )
     if model is None:
         recorded = None if facts.checkpoint is None else Path(facts.checkpoint)

@@ -432,9 +432,13 @@ def test_what_is_for_classifiers_is_refused_for_others(run: tuple[str, Path, Che
 
 def test_a_report_speaks_of_the_task(run: tuple[str, Path, Check]) -> None:
     task, folder, _ = run
-    page = dfq.report(folder).path.read_text(encoding="utf-8")
+    written = dfq.report(folder)
+    page = written.path.read_text(encoding="utf-8")
     assert "dfq_deploy.export(dfq_deploy.wrap(Small(…), example" in page.replace("&#34;", '"')
     assert ("Where the engine decides otherwise" in page) == (task == "classification")
+    given = dfq.report(folder, model=_wrapped(task))
+    gone = {one.section for one in written.missing} - {one.section for one in given.missing}
+    assert gone == {"Audit of the calibration images", "Which layers hurt"}, given.missing
 
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

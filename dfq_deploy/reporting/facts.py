@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -12,6 +12,7 @@ from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, pictures_on
 from dfq_deploy.disagreements import DISAGREEMENTS
+from dfq_deploy.models import Model
 from dfq_deploy.opening import engine_bytes, float_model_in
 from dfq_deploy.reporting.checked import Audited, Checked, Gate, Sensed, read_check, read_gate
 from dfq_deploy.reporting.drawing import data_uri
@@ -32,10 +33,12 @@ class Options:
     Attributes:
         checkpoint: Where the weights lie now.
         quick: Show only what lies there already; measure nothing but time.
+        model: The model, where `wrap` made it.
     """
 
     checkpoint: Path | None = None
     quick: bool = False
+    model: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
             missing.append(missing_for(section, error))
             return None
 
+    given: dict[str, Any] = {**vars(options), "watch": watch}
     if not manifest.engine.precision:
         missing.append(missing_for("What each layer is computed in", _unseen(folder, manifest)))
     checked = have("Verdict, accuracy and agreement", lambda: read_check(folder))
@@ -132,14 +136,8 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
         checked=checked,
         gate=have("The gate", lambda: read_gate(folder)) if (folder / "gate.json").is_file() else None,
         sheet=have("Calibration images", lambda: _sheet(folder, manifest)),
-        audit=have(
-            "Audit of the calibration images",
-            lambda: audited(folder, manifest, checkpoint=options.checkpoint, quick=options.quick, watch=watch),
-        ),
-        sensed=have(
-            "Which layers hurt",
-            lambda: sensitivities(folder, manifest, checkpoint=options.checkpoint, quick=options.quick, watch=watch),
-        ),
+        audit=have("Audit of the calibration images", lambda: audited(folder, manifest, **given)),
+        sensed=have("Which layers hurt", lambda: sensitivities(folder, manifest, **given)),
         thumbnails=tuple(thumbnails or ()),
         missing=tuple(missing),
     )

@@ -17,6 +17,7 @@ from calibrators.files import write_json
 from dfq_deploy.auditing import audit_against_noise
 from dfq_deploy.building import made_with
 from dfq_deploy.layer_costs import sensitivity
+from dfq_deploy.models import Model
 from dfq_deploy.opening import float_model_in
 from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, read_sensitivity
 from dfq_deploy.runtime import load
@@ -103,7 +104,9 @@ def _timed(
     )
 
 
-def sensitivities(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick: bool, watch: Watch) -> Sensed:
+def sensitivities(
+    folder: Path, manifest: Manifest, *, checkpoint: Path | None, model: Model | None, quick: bool, watch: Watch
+) -> Sensed:
     """What quantizing each layer of the bundle in `folder` costs; see `dfq_deploy.analysis.Sensitivity`.
 
     Raises:
@@ -112,12 +115,14 @@ def sensitivities(folder: Path, manifest: Manifest, *, checkpoint: Path | None, 
 
     def make(path: Path) -> None:
         _refuse(quick, "sensitivity")
-        sensitivity(folder, limit=_IMAGES, checkpoint=checkpoint, watch=watch).save(path)
+        sensitivity(folder, limit=_IMAGES, checkpoint=checkpoint, model=model, watch=watch).save(path)
 
     return read_sensitivity(_kept(folder, manifest, "sensitivity", make, watch))
 
 
-def audited(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick: bool, watch: Watch) -> Audited:
+def audited(
+    folder: Path, manifest: Manifest, *, checkpoint: Path | None, model: Model | None, quick: bool, watch: Watch
+) -> Audited:
     """The audit in `folder/audit`, else one of the calibration images against noise.
 
     Raises:
@@ -128,7 +133,7 @@ def audited(folder: Path, manifest: Manifest, *, checkpoint: Path | None, quick:
 
     def make(path: Path) -> None:
         _refuse(quick, "audit")
-        report = audit_against_noise(folder, checkpoint=checkpoint, watch=watch).report()
+        report = audit_against_noise(folder, checkpoint=checkpoint, model=model, watch=watch).report()
         write_json(path, report)
 
     return read_audit(_kept(folder, manifest, "audit", make, watch))

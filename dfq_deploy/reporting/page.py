@@ -16,6 +16,7 @@ from markupsafe import Markup
 import dfq_deploy
 from calibrators.errors import RecipeError
 from calibrators.files import write_text
+from dfq_deploy.models import Model
 from dfq_deploy.reporting.checked import Interval
 from dfq_deploy.reporting.comparing import compared, differences
 from dfq_deploy.reporting.drawing import draw_ranges, draw_sensitivity
@@ -68,6 +69,7 @@ def report(
     compare: str | Path | None = None,
     quick: bool = False,
     checkpoint: Path | None = None,
+    model: Model | None = None,
     verify: str | Path | None = None,
     watch: Watch = SILENT,
 ) -> Written:
@@ -79,6 +81,7 @@ def report(
         compare: Another bundle: the page puts the two side by side.
         quick: Measure nothing but time; what an earlier report measured is shown all the same.
         checkpoint: Where the weights lie now.
+        model: The model, where `wrap` made it; without it nothing that needs it is measured.
         verify: PEM file with the public key that both must be signed with.
         watch: Told how it goes.
 
@@ -86,7 +89,7 @@ def report(
         BundleError: There is no bundle, or it is altered, or not signed with that key.
         RecipeError: `verify` cannot be read as a key, or an archive was given and no file.
     """
-    folder, options = Path(folder), Options(checkpoint, quick)
+    folder, options = Path(folder), Options(checkpoint, quick, model)
     if out is None and folder.is_file():
         raise RecipeError(
             what=f"a report on `{folder}` has no place.",
