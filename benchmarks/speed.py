@@ -3,7 +3,8 @@
 1. One PSAQ step for DeiT-T at batch 32, fast form against exact form.
 2. ONNX Runtime INT8 against float, same process, calls taken in turn, median of the ratios pair by pair.
 3. INT4 weights as `dfq_deploy.load` runs them, unpacked, against float, the same way.
-4. `dfq-deploy --help` against a Python that does nothing, calls taken in turn, median of the ratios.
+4. ONNX Runtime's session options, one changed at a time, for the INT8 engine of ViT-B.
+5. `dfq-deploy --help` against a Python that does nothing, calls taken in turn, median of the ratios.
 
 Weights are random: speed does not depend on their values.
 """
@@ -35,6 +36,13 @@ from exporters.turns import median_ratio, seconds_in_turn
 IMAGES = 32
 CALLS = 30
 WARM_UP = 5
+_OPTIONS: tuple[tuple[int, str, Any], ...] = (
+    (1, "session.disable_prepacking", "1"),
+    (1, "enable_cpu_mem_arena", False),
+    (1, "enable_mem_pattern", False),
+    (1, "session.set_denormal_as_zero", "1"),
+    (2, "session.intra_op.allow_spinning", "0"),
+)
 
 
 class _EnoughError(Exception):
@@ -78,11 +86,30 @@ def against_float(model: str, bundle: Path, scheme: str, batch: int) -> dict[str
     return {"float_ms": float(medians[0]), f"{scheme}_ms": float(medians[1]), f"float_over_{scheme}": ratio}
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int = 1, **changed: Any) -> onnxruntime.InferenceSession:
+    """A session with `changed` attributes of its options, and entries of its configuration where a name has a dot."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    for name, value in changed.items():
+        if "." in name:
+            options.add_session_config_entry(name, value)
+        else:
+            setattr(options, name, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def session_options(engine: Path) -> dict[str, float]:
+    """By what is changed in the options of a session, the median of the plain one's time over its own, at batch 1."""
+    feed = {"images": np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)}
+    found = {}
+    for threads, name, value in _OPTIONS:
+        sessions = _session(engine, threads), _session(engine, threads, **{name: value})
+        times = seconds_in_turn([partial(one.run, None, feed) for one in sessions], rounds=CALLS, warm_up=WARM_UP)
+        ratio, low, high = median_ratio(times[:, 0], times[:, 1])
+        found[f"{threads} threads, {name} {value}"] = ratio
+        print(f"{threads} threads, {name} {value}: {ratio:.3f}x ({low:.3f} to {high:.3f})", flush=True)
+    return found
 
 
 def help_against_python() -> dict[str, float]:
@@ -124,6 +151,7 @@ def main() -> None:
             print(f"{model} {scheme}: {sizes['model']:.1f} MiB, float {sizes['float']:.1f} MiB", flush=True)
             figures = {f"batch_{n}": against_float(model, bundle, scheme, n) for n in (1, 8)}
             result[f"{model} {scheme}"] = {**figures, "MiB": sizes}
+        result["session options, vit_b w8a8"] = session_options(Path(folder) / "vit_b-w8a8" / "model.onnx")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     print(f"written to {out}")
