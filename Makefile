@@ -7,7 +7,7 @@ FLAGS ?=
 OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inferring plan qdq runtime serve signing sites \
   to_onnx trust)
 
-.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated spdfq steps generators \
+.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated ablation spdfq steps generators \
   float-body int4 large latency scaling coverage docs clean
 
 demo: .venv/export.stamp
@@ -47,6 +47,9 @@ accuracy: .venv/test.stamp
 
 simulated: .venv/test.stamp
 	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated $(FLAGS)
+
+ablation: .venv/test.stamp
+	$(BIN)/python benchmarks/ablation.py --out $(OUT)/ablation
 
 spdfq: .venv/test.stamp
 	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq

@@ -88,7 +88,7 @@ def test_passes_are_those_of_each_batch(demo: Model, monkeypatch: pytest.MonkeyP
 
 def _learner(model: Model, scheme: str) -> psaq_v2._Learner:
     """A learner that joins at once."""
-    learner = psaq_v2._Learner(model, _options(1, scheme).formats, exact=True)
+    learner = psaq_v2._Learner(model, _options(1, scheme).formats, exact=True, learning_rate=1e-4)
     learner._joins, learner._steps = 0, 10**6
     return learner
 
@@ -202,10 +202,9 @@ def test_where_memory_ends_the_student_begins_again_with_the_images(
     assert psaq_v2.generate(demo, _options(4, "w4a4")).fingerprint == halved.fingerprint
 
 
-def test_a_student_that_breaks_down_is_named(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psaq_v2, "_LEARNING_RATE", float("inf"))
+def test_a_student_that_breaks_down_is_named(demo: Model) -> None:
     with pytest.raises(ImagesError, match=r"step 5: the term `discrepancy` is nan"):
-        psaq_v2.generate(demo, _options(2, "w4a4"))
+        psaq_v2.PsaqV2(learning_rate=float("inf")).generate(demo, _options(2, "w4a4"))
 
 
 def _small(name: str, size: int, **options: Any) -> Model:

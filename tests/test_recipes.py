@@ -20,6 +20,7 @@ from dfq_deploy.generation import GenerateOptions, batching
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import dfq, noise, psaq_v1, spdfq, zeroq
+from dfq_deploy.generation.generators.dfq import Dfq
 from dfq_deploy.generation.generators.spdfq import Spdfq
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
@@ -85,6 +86,18 @@ def test_a_model_with_neither_attention_nor_batch_norm_is_refused(generator: str
 
 
 # SPDFQ: what each part adds.
+
+
+@pytest.mark.parametrize(
+    ("part", "term"),
+    [("classes", "cross_entropy"), ("patch_similarity",) * 2, ("roughness", "total_variation"), ("leaves", None)],
+)
+def test_parts_of_dfq_can_be_left_out(part: str, term: str | None):
+    demo = load_model("demo")
+    whole, less = (recipe.generate(demo, GenerateOptions(4)) for recipe in (Dfq(), Dfq(**{part: False})))
+    ((terms, _last),), ((left, _last),) = whole.made_by["loss"], less.made_by["loss"]
+    assert terms.keys() - left.keys() == ({term} if term else set())
+    assert whole.pixels[:].tobytes() != less.pixels[:].tobytes()
 
 
 def test_parts_of_spdfq_can_be_left_out():
@@ -179,6 +192,13 @@ def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
     model = model_of(Small(2), (64, 64))
     with pytest.warns(CalibrationWarning), pytest.raises(ImagesError, match="does not hold 3 images at once"):
         psaq_v1.generate(model, GenerateOptions(6))
+
+
+def test_a_memory_that_is_full_before_the_first_step_is_told():
+    model = model_of(Small(0), (64, 64))
+    with pytest.raises(ImagesError, match="the memory of the cpu does not hold what psaq_v1 begins with") as refused:
+        make_images(["psaq_v1"], model, GenerateOptions(6))
+    assert refused.value.why == "made up"
 
 
 # Going on after a kill.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist
 
 from calibrators.errors import ImagesError
@@ -34,15 +35,22 @@ def make_images(
     """`options.count` images in all, the first generator's first; `progress` is told of one after the other.
 
     Raises:
-        ImagesError: A generator cannot work on the model, or what it made is no set of images.
+        ImagesError: A generator cannot work on the model, or what it made is no set of images, or the memory is full.
     """
     parts: list[ImageSet] = []
     for number, name in enumerate(generators):
         count = (options.count + number) // len(generators)
-        with moved_to(options.device, model):
-            part = pick("dfq_deploy.generation.generators", name).generate(
-                model, replace(options, count=count), progress=progress
-            )
+        try:
+            with moved_to(options.device, model):
+                part = pick("dfq_deploy.generation.generators", name).generate(
+                    model, replace(options, count=count), progress=progress
+                )
+        except torch.OutOfMemoryError as cause:  # before the first step: after that, a batch is halved
+            raise ImagesError(
+                what=f"the memory of the {options.device} does not hold what {name} begins with.",
+                why=str(cause).partition("\n")[0],
+                fix="stop what else is using it, or pass --device cpu.",
+            ) from cause
         refuse_degenerate(name, part)
         parts.append(part)
     if len(parts) == 1:

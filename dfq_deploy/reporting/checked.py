@@ -162,6 +162,15 @@ class _Spared(_Read):
     macs_percent: float
 
 
+_ROLES = {
+    "input": "input",
+    "weight": "weight",
+    "output": "output",
+    "lhs": "first operand",
+    "rhs": "second operand",
+}
+
+
 class Sensed(_Read):
     """What a sensitivity analysis wrote; see `dfq_deploy.analysis.Sensitivity`."""
 
@@ -170,6 +179,12 @@ class Sensed(_Read):
     whole: _Effect
     layers: tuple[_Layer, ...]
     spared: tuple[_Spared, ...]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The roles of the sites that were measured, as their names end, and what they are called."""
+        seen = {site.rpartition(".")[2] for layer in self.layers for site in layer.sites}
+        return {role: called for role, called in _ROLES.items() if role in seen}
 
 
 _Kind = TypeVar("_Kind", bound=_Read)

@@ -13,7 +13,6 @@ from dfq_deploy.charts.sets import NAMES
 from dfq_deploy.coverage import NOISE
 from dfq_deploy.reporting.checked import Audited, Sensed
 from dfq_deploy.reporting.layers import kinds_of
-from dfq_deploy.reporting.tables import roles_of
 
 __all__ = ["data_uri", "draw_ranges", "draw_sensitivity"]
 
@@ -41,8 +40,7 @@ def draw_sensitivity(sensed: Sensed, order: Iterable[str]) -> str:
     """
     quantized = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.layers}
     spared = {layer.name: _number(layer.alone.sqnr_db) for layer in sensed.spared if layer.alone}
-    roles = roles_of(sensed)
-    sites: dict[str, dict[str, float]] = {role: {} for role in roles}
+    sites: dict[str, dict[str, float]] = {role: {} for role in sensed.roles}
     for layer in sensed.layers:
         for site, effect in layer.sites.items():
             sites[site.rpartition(".")[2]][layer.name] = _number(effect.sqnr_db)
@@ -52,7 +50,7 @@ def draw_sensitivity(sensed: Sensed, order: Iterable[str]) -> str:
         [
             Series("quantized, alone", "engine", quantized),
             Series("stays float: if it were", "reference", spared, "hatch"),
-            *(Series(f"its {called} alone", "ink", sites[role], _MARKS[role]) for role, called in roles.items()),
+            *(Series(f"its {called} alone", "ink", sites[role], _MARKS[role]) for role, called in sensed.roles.items()),
         ],
         key="sensitivity",
         axis="SQNR of the logits, dB",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dfq_deploy.reporting.checked import Checked, Interval, Sensed
+from dfq_deploy.reporting.checked import Checked, Interval
 from dfq_deploy.reporting.facts import Run
 from dfq_deploy.reporting.layers import Cell, Kind
 from dfq_deploy.reporting.measuring import FLOAT
@@ -30,7 +30,6 @@ __all__ = [
     "legend",
     "place",
     "plain",
-    "roles_of",
     "sizes_of",
     "span",
     "tiles_of",
@@ -40,13 +39,6 @@ __all__ = [
 NOTHING = "\N{EN DASH}"
 """Stands where a figure is not known."""
 _TINY = 64  # pixels of a side
-_ROLES = {
-    "input": "input",
-    "weight": "weight",
-    "output": "output",
-    "lhs": "first operand",
-    "rhs": "second operand",
-}
 _BACKENDS = {"ort": "ONNX Runtime", "trt": "TensorRT", "rtx": "TensorRT for RTX"}
 
 
@@ -198,7 +190,8 @@ def is_tiny(run: Run) -> bool:
 
 def layer_rows(run: Run) -> list[LayerRow]:
     """Every layer with what is known of it."""
-    errors, roles = run.checked.layer_error if run.checked else {}, roles_of(run.sensed)
+    errors = run.checked.layer_error if run.checked else {}
+    roles = run.sensed.roles if run.sensed else {}
     costs = {layer.name: layer for layer in run.sensed.layers} if run.sensed else {}
     spared = {layer.name: layer for layer in run.sensed.spared} if run.sensed else {}
     rows = []
@@ -216,12 +209,6 @@ def layer_rows(run: Run) -> list[LayerRow]:
             figures += [NOTHING] * (3 + len(roles))
         rows.append(LayerRow(name, precision, tuple(figures)))
     return rows
-
-
-def roles_of(sensed: Sensed | None) -> dict[str, str]:
-    """The roles of the sites that were measured, and what they are called; a layer's input and weight always."""
-    seen = {site.rpartition(".")[2] for layer in (sensed.layers if sensed else ()) for site in layer.sites}
-    return {role: called for role, called in _ROLES.items() if role in seen or role in ("input", "weight")}
 
 
 def legend(rows: Iterable[tuple[Kind, Iterable[Cell]]]) -> dict[str, tuple[str, int]]:

@@ -46,16 +46,24 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
 
 @dataclass(frozen=True)
 class Dfq:
-    """The recipe.
+    """The recipe, of which each part can be left out to see what it is worth.
 
     Attributes:
         steps: How many. None: as many as by default.
+        leaves: Begin with dead leaves; without it with noise.
+        classes: Ask for a class per image.
+        patch_similarity: Ask for patches that differ.
+        roughness: Hold the roughness where it was.
     """
 
     steps: int | None = None
+    leaves: bool = True
+    classes: bool = True
+    patch_similarity: bool = True
+    roughness: bool = True
 
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
-        """As the module's `generate`, in so many steps."""
+        """As the module's `generate`, in so many steps and with these parts."""
         one_batch = functools.partial(self._one_batch, model, attention_taps(model), exact=options.exact)
         return optimised_set("dfq", model, options, one_batch, progress)
 
@@ -67,20 +75,25 @@ class Dfq:
         schedule = Schedule(
             (Stage(self.steps or _STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None
         )
-        classes = class_term(model, size, generator, device)
+        classes = class_term(model, size, generator, device) if self.classes else ()
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        start = torch.from_numpy(np.stack([dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]))
-        roughness = total_variation(start).item()
+        leaves = [dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]
+        start = torch.from_numpy(np.stack(leaves))
+        rough = total_variation(start).item()
+        if not self.leaves:
+            start = torch.randn(start.shape, generator=generator)
+        terms: list[Term] = []
+        if self.patch_similarity:
+            terms.append(Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)))
+        terms += classes
+        if self.roughness:
+            terms.append(Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - rough).abs()))
         return optimise(
             model,
             start,
             batch,
             layers={tap.name: tap.layer for tap in taps},
-            terms=(
-                Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)),
-                *classes,
-                Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - roughness).abs()),
-            ),
+            terms=terms,
             schedule=schedule,
             dtype=None if exact else fast_dtype(device),
         )

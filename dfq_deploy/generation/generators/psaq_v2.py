@@ -21,7 +21,7 @@ next, so that a later batch cannot be made alone. The exact form has V1's estima
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,13 +40,10 @@ from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
 from dfq_deploy.refined import changed_weights, copy_of
 
-__all__ = ["generate"]
+__all__ = ["PsaqV2", "generate"]
 
 _EXACT_STAGES = (Stage(500, 15), Stage(500, 30))  # images alone, then images against student; shifts at 224 x 224
 _FAST_STAGES = (Stage(100, 30), Stage(30, 30))
-_ROUGHNESS = 0.05  # weight of the total variation, as in V1
-_AGAINST = 1.0  # weight of the discrepancy in the images' loss
-_LEARNING_RATE = 1e-4  # the student's, by Adam, where it is as far off as its teacher's outputs are large
 _PART = 8  # images per update of the student
 _ROUND = 10  # steps between two looks at the student's ranges
 
@@ -58,55 +55,76 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
         ImagesError: The model has no attention over patches, or a term of the loss became NaN or Inf.
         PlanError: The student's ranges are unusable, or there is nothing to quantize.
     """
-    taps = attention_taps(model)
-    learner = None if options.formats is None else _Learner(model, options.formats, options.exact)
-    one_batch = functools.partial(_one_batch, model, taps, learner, exact=options.exact)
-    anew = replace(options, keep_in=None)  # a student has to learn from each batch
-    images = optimised_set("psaq_v2", model, anew, one_batch, progress)
-    student = learner.student() if learner else None
-    if learner is None or student is None:
-        return images
-    learned = {"scheme": student.scheme, "discrepancy": [float(learner.losses[step]) for step in (0, -1)]}
-    made_by = {**images.made_by, "student": learned}
-    return ImageSet.of(images.pixels, model.preprocess, source=images.source, made_by=made_by, student=student)
+    return PsaqV2().generate(model, options, progress=progress)
 
 
-def _one_batch(
-    model: Model,
-    taps: Sequence[AttentionTap],
-    learner: "_Learner | None",
-    batch: Batch,
-    *,
-    exact: bool,
-) -> Optimised:
-    """One batch of images."""
-    size, generator = batch.size, batch.generator
-    device = next(model.module.parameters()).device
-    steps = schedule(model, taps, _stages(exact) if learner else _stages(exact)[:1])
-    start = torch.randn((size, *model.preprocess.shape), generator=generator)
-    rough = roughness(size, model.preprocess.size, generator)
-    compared = similarity(taps, exact, steps.steps, generator, device)
-    terms = [Term("patch_similarity", 1.0, compared), Term("total_variation", _ROUGHNESS, rough)]
-    if learner:
-        terms.append(Term("discrepancy", -_AGAINST, learner.against))
-    before = learner.shown if learner else 0
-    try:
-        made = optimise(
-            model,
-            start,
-            batch,
-            layers={tap.name: tap.layer for tap in taps},
-            terms=terms,
-            schedule=steps,
-            dtype=None if exact else fast_dtype(device),
-            after_step=learner.learn if learner else lambda _: None,
-        )
-    except torch.OutOfMemoryError:  # all batches are made again, half as large
+@dataclass(frozen=True)
+class PsaqV2:
+    """The recipe; these weights and the rate are unconfirmed, and ours.
+
+    Attributes:
+        roughness: Weight of the total variation, as in V1.
+        against: Weight of the discrepancy in the images' loss.
+        learning_rate: The student's, by Adam, where it is as far off as its teacher's outputs are large.
+    """
+
+    roughness: float = 0.05
+    against: float = 1.0
+    learning_rate: float = 1e-4
+
+    def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
+        """As the module's `generate`, with these weights."""
+        taps = attention_taps(model)
+        learner = None
+        if options.formats is not None:
+            learner = _Learner(model, options.formats, options.exact, self.learning_rate)
+        one_batch = functools.partial(self._one_batch, model, taps, learner, exact=options.exact)
+        anew = replace(options, keep_in=None)  # a student has to learn from each batch
+        images = optimised_set("psaq_v2", model, anew, one_batch, progress)
+        student = learner.student() if learner else None
+        if learner is None or student is None:
+            return images
+        learned = {"scheme": student.scheme, "discrepancy": [float(learner.losses[step]) for step in (0, -1)]}
+        made_by = {**images.made_by, "student": learned}
+        return ImageSet.of(images.pixels, model.preprocess, source=images.source, made_by=made_by, student=student)
+
+    def _one_batch(
+        self,
+        model: Model,
+        taps: Sequence[AttentionTap],
+        learner: "_Learner | None",
+        batch: Batch,
+        *,
+        exact: bool,
+    ) -> Optimised:
+        """One batch of images."""
+        size, generator = batch.size, batch.generator
+        device = next(model.module.parameters()).device
+        steps = schedule(model, taps, _stages(exact) if learner else _stages(exact)[:1])
+        start = torch.randn((size, *model.preprocess.shape), generator=generator)
+        rough = roughness(size, model.preprocess.size, generator)
+        compared = similarity(taps, exact, steps.steps, generator, device)
+        terms = [Term("patch_similarity", 1.0, compared), Term("total_variation", self.roughness, rough)]
         if learner:
-            learner.begin()
-        raise
-    more = learner.shown - before if learner else 0
-    return replace(made, forward=made.forward + more, backward=made.backward + more)
+            terms.append(Term("discrepancy", -self.against, learner.against))
+        before = learner.shown if learner else 0
+        try:
+            made = optimise(
+                model,
+                start,
+                batch,
+                layers={tap.name: tap.layer for tap in taps},
+                terms=terms,
+                schedule=steps,
+                dtype=None if exact else fast_dtype(device),
+                after_step=learner.learn if learner else lambda _: None,
+            )
+        except torch.OutOfMemoryError:  # all batches are made again, half as large
+            if learner:
+                learner.begin()
+            raise
+        more = learner.shown - before if learner else 0
+        return replace(made, forward=made.forward + more, backward=made.backward + more)
 
 
 def _stages(exact: bool) -> tuple[Stage, Stage]:
@@ -122,8 +140,8 @@ class _Learner:
             were read from are not among them.
     """
 
-    def __init__(self, model: Model, formats: Formats, exact: bool) -> None:
-        self._teacher, self._formats = model, formats
+    def __init__(self, model: Model, formats: Formats, exact: bool, learning_rate: float) -> None:
+        self._teacher, self._formats, self._rate = model, formats, learning_rate
         self._dtype = None if exact else fast_dtype(next(model.module.parameters()).device)
         self._joins, self._steps = (stage.steps for stage in _stages(exact))
         self._scheme = ""
@@ -133,7 +151,7 @@ class _Learner:
         """Know nothing but what the teacher knows."""
         self._student = copy_of(self._teacher)
         self._parameters = list(self._student.module.parameters())
-        self._adam = torch.optim.Adam(self._parameters, lr=_LEARNING_RATE)
+        self._adam = torch.optim.Adam(self._parameters, lr=self._rate)
         self.losses: list[Tensor] = []
         self.shown = 0
 
@@ -154,7 +172,7 @@ class _Learner:
         if view.step == self._joins:
             self._far = min(float(self.losses[0]), 1.0)
         done = (view.step - self._joins) / self._steps
-        self._adam.param_groups[0]["lr"] = _LEARNING_RATE * self._far * 0.5 * (1 + math.cos(math.pi * done))
+        self._adam.param_groups[0]["lr"] = self._rate * self._far * 0.5 * (1 + math.cos(math.pi * done))
         for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
             loss = self._discrepancy(pixels, wanted)
             gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)

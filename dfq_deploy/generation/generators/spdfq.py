@@ -38,8 +38,6 @@ __all__ = ["Spdfq", "generate", "priors_of", "recipe_of"]
 _STAGES = (Stage(1000, 30),)  # steps, and pixels of shift at 224 x 224
 _FAST_STAGES = (Stage(100, 30),)
 _FAST_PLATEAU = 0.001
-_ALIGNMENT = 1.0  # alpha
-_PARTS = 4  # of an image, at most
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -53,7 +51,7 @@ def generate(model: Model, options: GenerateOptions, *, progress: Progress = qui
 
 def recipe_of(facts: Mapping[str, Any]) -> "Spdfq":
     """The recipe that made a set, by the set's facts."""
-    return Spdfq(**{part.name: facts[part.name] for part in fields(Spdfq)})
+    return Spdfq(**{part.name: facts[part.name] for part in fields(Spdfq) if part.name in facts})
 
 
 def priors_of(model: Model, facts: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
@@ -91,17 +89,21 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class Spdfq:
-    """The recipe, of which each part can be left out to see what it is worth.
+    """The recipe, of which each part can be left out to see what it is worth; alpha and the number of parts are ours.
 
     Attributes:
         alignment: Attention Priors Alignment.
         reinforcement: Multi-Semantic Reinforcement; it shows the model 3.5 times as many images.
         soft_labels: Softlabel Learning; without it each label is one class.
+        alpha: Weight of the alignment.
+        most_parts: Of an image.
     """
 
     alignment: bool = True
     reinforcement: bool = True
     soft_labels: bool = True
+    alpha: float = 1.0
+    most_parts: int = 4
 
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, with these parts."""
@@ -139,7 +141,7 @@ class Spdfq:
                 )
             terms.append(Term("total_variation", 0.05, lambda view: rough(replace(view, pixels=view.pixels[:size]))))
             if self.alignment:
-                terms.append(Term("attention", _ALIGNMENT, functools.partial(_alignment, rows, priors)))
+                terms.append(Term("attention", self.alpha, functools.partial(_alignment, rows, priors)))
             return optimise(
                 model,
                 drawn.start,
@@ -154,7 +156,7 @@ class Spdfq:
     def _drawn(self, model: Model, taps: Sequence[AttentionTap], size: int, generator: torch.Generator) -> "_Drawn":
         """What is drawn for a batch of `size` images before the first step, on the CPU."""
         start = torch.randn((size, *model.preprocess.shape), generator=generator)
-        parts = rectangles(size, _PARTS, model.preprocess.size, generator)
+        parts = rectangles(size, self.most_parts, model.preprocess.size, generator)
         labels = torch.empty(0)
         if model.task == "classification":
             labels = self._labels(parts[:, 0], size, model.classes, generator)
