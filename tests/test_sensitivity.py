@@ -178,7 +178,7 @@ def test_noisy_layers_stay_within_the_budget(demo: Model, plan: QuantPlan, image
 def test_each_measurement_is_told(demo: Model, plan: QuantPlan, images: ImageSet) -> None:
     told: list[tuple[int, int]] = []
     analyse(demo, plan, images, spared={}, progress=lambda done, total: told.append((done, total)))
-    total = 1 + 2 * len(plan.layers) + len(plan.sites)
+    total = 1 + 2 * (len(plan.layers) + len(plan.sites))
     assert told == [(done, total) for done in range(1, total + 1)]
 
 
