@@ -18,9 +18,9 @@ _FEW = 3  # spared layers named per reason
 
 def print_sensitivity(found: "Sensitivity") -> None:
     """A sensitivity analysis: the layers that hurt most, those that stay float, and massive activations."""
-    table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{found.n} images, {found.images}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
-    for column in ("alone\ndB", "its sites\ndB", "= float\n%", "noise\n%", "spared\ndB", "spared\n= float", "MACs\n%"):
+    for column in ("alone\ndB", "its sites\ndB", "= float\n%", "noise\n%", "spared\ndB", "\n%", "MACs\n%"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in found.layers[:_ROWS]:
         table.add_row(
@@ -37,7 +37,7 @@ def print_sensitivity(found: "Sensitivity") -> None:
     kinds = dict.fromkeys(" / ".join(site.rpartition(".")[2] for site in layer.sites) for layer in found.layers)
     if rest := found.layers[_ROWS:]:
         console.print(f"{len(rest)} more layers make {sum(layer.noise_percent for layer in rest):.1f} % of the noise")
-    console.print("alone, = float: SQNR and top-1 agreement when it is all that is quantized; spared: what is gained")
+    console.print("alone, = float: SQNR and top-1 agreement when it is all that is quantized; spared: gain of both")
     console.print(f"its sites: {', '.join(kinds)}, each alone; MACs: share of the model's multiply-accumulates")
     whole, share = found.whole, found.whole.agreement
     console.print(
