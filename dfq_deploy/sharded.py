@@ -19,8 +19,9 @@ from calibrators.images import Pixels
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.generation import Elsewhere, GenerateOptions, Progress
-from dfq_deploy.generation.device import device_named, moved_to
+from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.engine import fast_dtype
+from dfq_deploy.generation.making import generated
 from dfq_deploy.logits import AT_ONCE, logits_by_batch
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
@@ -92,8 +93,7 @@ def _made_batch(wanted: _Wanted, generator: str, first: int, count: int) -> dict
         options = GenerateOptions(
             count, recipe.seed, recipe.exact, keep_in=Path(place), first=first, device=device_named(device)
         )
-        with moved_to(options.device, model):
-            pick("dfq_deploy.generation.generators", generator).generate(model, options)
+        generated(generator, pick("dfq_deploy.generation.generators", generator), model, options)
         return {path.name: path.read_bytes() for path in Path(place).glob("batch-*.safetensors")}
 
 

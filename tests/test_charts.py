@@ -12,7 +12,7 @@ from syrupy.assertion import SnapshotAssertion
 
 import dfq_deploy as dfq
 from calibrators.errors import RecipeError
-from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, SparedLayer
+from dfq_deploy.analysis import Effect, LayerEffect, Sensitivity, SiteEffect, SparedLayer
 from dfq_deploy.measures import Share
 from dfq_deploy.showing.console import console
 from dfq_deploy.showing.sensitivity import print_sensitivity
@@ -31,13 +31,13 @@ _MADE_UP = Sensitivity(
             LayerEffect(
                 name=f"layers.2.blocks.{i}.mlp.fc2",
                 alone=Effect(1.0 / (i + 1), 20.0 + i, _AGREED),
-                others=Effect(1.0, 19.5, _AGREED),
+                others=Effect(1.0, 19.5, Share(93.75, 71.7, 98.9, 16)),
                 gain_db=0.86,
                 noise_percent=round(40 / (i + 1), 2),
                 macs_percent=2.32,
                 sites={
-                    f"layers.2.blocks.{i}.mlp.fc2.input": Effect(0.5, 21.0, _AGREED),
-                    f"layers.2.blocks.{i}.mlp.fc2.weight": Effect(0.0, np.inf, _AGREED),
+                    f"layers.2.blocks.{i}.mlp.fc2.input": SiteEffect(0.5, 21.0, _AGREED, 0.5),
+                    f"layers.2.blocks.{i}.mlp.fc2.weight": SiteEffect(0.0, np.inf, _AGREED, 0.0),
                 },
             )
             for i in range(22)

@@ -22,7 +22,7 @@ from dfq_deploy.generation.engine import Stage
 from dfq_deploy.generation.generators import dfq, noise, psaq_v1, spdfq, zeroq
 from dfq_deploy.generation.generators.dfq import Dfq
 from dfq_deploy.generation.generators.spdfq import Spdfq
-from dfq_deploy.generation.making import make_images
+from dfq_deploy.generation.making import make_images, why_no_next_seed
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.opening import open_images
@@ -98,6 +98,11 @@ def test_parts_of_dfq_can_be_left_out(part: str, term: str | None):
     ((terms, _last),), ((left, _last),) = whole.made_by["loss"], less.made_by["loss"]
     assert terms.keys() - left.keys() == ({term} if term else set())
     assert whole.pixels[:].tobytes() != less.pixels[:].tobytes()
+    if term:
+        assert {name: value for name, value in terms.items() if name != term} == left, "they begin alike"
+    assert why_no_next_seed(whole, demo) is None
+    assert less.made_by["settings"] == {part: False}
+    assert "settings of their own" in (why_no_next_seed(less, demo) or "")
 
 
 def test_parts_of_spdfq_can_be_left_out():
@@ -196,7 +201,7 @@ def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():
 
 def test_a_memory_that_is_full_before_the_first_step_is_told():
     model = model_of(Small(0), (64, 64))
-    with pytest.raises(ImagesError, match="the memory of the cpu does not hold what psaq_v1 begins with") as refused:
+    with pytest.raises(ImagesError, match="does not hold the model and what psaq_v1 needs") as refused:
         make_images(["psaq_v1"], model, GenerateOptions(6))
     assert refused.value.why == "made up"
 

@@ -1,5 +1,6 @@
 """Modules from Python: what `wrap` finds in them, what it refuses, and every task from end to end."""
 
+import json
 import re
 import subprocess
 import sys
@@ -403,6 +404,10 @@ def test_check_and_gate_take_the_module_again(run: tuple[str, Path, Check], tmp_
     gated = dfq.gate(folder, limits, model=_wrapped(task), baseline=baseline, update=True)
     assert gated.verdict == "pass", gated.checks
     assert (gated.power == "") == (task != "classification")
+    for name, save in {"json": gated.save, "xml": gated.save_junit, "md": gated.save_markdown}.items():
+        save(tmp_path / f"gate.{name}")
+    told = json.loads((tmp_path / "gate.json").read_text())["smallest_detectable_drop_pt"]
+    assert (told == 100) == (task != "classification")
     again = dfq.gate(folder, limits, model=_wrapped(task), baseline=baseline)
     assert again.verdict == "pass", again.checks
     assert ("baseline_decisions" in again.left_out) == (task != "classification")

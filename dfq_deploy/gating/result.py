@@ -15,7 +15,7 @@ __all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
 Mode = Literal["labels", "synthetic"]
 Verdict = Literal["pass", "fail", "undecided"]
 _DIGITS = 4
-_ALL = 100.0  # points: where images have no one class, no drop in that can be seen
+_ALL = 100.0  # points
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ class GateResult:
             f"{self.smallest_detectable_drop_pt:.2f} points" if self.smallest_detectable_drop_pt < 100.0 else "none"
         )
 
+    @property
+    def detectable(self) -> float:
+        """`smallest_detectable_drop_pt` as a number: all where images have no one class and no drop can be seen."""
+        return _ALL if self.smallest_detectable_drop_pt is None else self.smallest_detectable_drop_pt
+
     def report(self) -> dict[str, Any]:
         """The verdict as JSON; an end of an interval that is not finite is None."""
         found: dict[str, Any] = without_nan(
@@ -106,9 +111,7 @@ class GateResult:
                     }
                     for check in self.checks
                 ],
-                "smallest_detectable_drop_pt": _rounded(
-                    _ALL if self.smallest_detectable_drop_pt is None else self.smallest_detectable_drop_pt
-                ),
+                "smallest_detectable_drop_pt": _rounded(self.detectable),
                 "manifest_sha256": self.manifest_sha256,
             }
         )

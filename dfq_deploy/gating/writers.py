@@ -22,7 +22,7 @@ def write_junit(found: "GateResult", path: Path) -> None:
     suite.add_property("verdict", found.verdict)
     suite.add_property("mode", found.mode)
     suite.add_property("images", found.told)
-    suite.add_property("smallest_detectable_drop_pt", f"{found.smallest_detectable_drop_pt:.4g}")
+    suite.add_property("smallest_detectable_drop_pt", f"{found.detectable:.4g}")
     for check in found.checks:
         case = TestCase(check.name, classname=_SUITE)
         if check.verdict == "fail":

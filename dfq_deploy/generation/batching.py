@@ -23,7 +23,7 @@ from dfq_deploy.generation import BATCH, GenerateOptions, Progress
 from dfq_deploy.generation.engine import Batch, Optimised, fast_dtype
 from dfq_deploy.models import Model
 
-__all__ = ["batches", "in_batches", "kept_batches", "optimised_set", "provenance"]
+__all__ = ["batches", "in_batches", "kept_batches", "optimised_set", "provenance", "settings_of"]
 
 _Made = TypeVar("_Made")
 
@@ -115,6 +115,14 @@ def provenance(generator: str, model: Model, options: GenerateOptions) -> dict[s
         "threads": torch.get_num_threads(),
         "device": options.device,
     }
+
+
+def settings_of(recipe: Any) -> dict[str, Any]:
+    """The fields of a recipe, a dataclass, that are not as by default, as facts of a set; none where all are."""
+    set_otherwise = {
+        field.name: value for field in fields(recipe) if (value := getattr(recipe, field.name)) != field.default
+    }
+    return {"settings": set_otherwise} if set_otherwise else {}
 
 
 def optimised_set(

@@ -20,7 +20,7 @@ from dfq_deploy.generation.device import device_named, moved_to
 from dfq_deploy.generation.generators import ATTENTIVE
 from dfq_deploy.models import Model
 
-__all__ = ["made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
+__all__ = ["generated", "made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
 
 _LEAST_CONTRAST = 0.01  # deviation of an image's values, and distance between images, of what lies between the bounds
 _MOST_TWINS = 0.5  # share of the images that may show what another one shows
@@ -40,17 +40,8 @@ def make_images(
     parts: list[ImageSet] = []
     for number, name in enumerate(generators):
         count = (options.count + number) // len(generators)
-        try:
-            with moved_to(options.device, model):
-                part = pick("dfq_deploy.generation.generators", name).generate(
-                    model, replace(options, count=count), progress=progress
-                )
-        except torch.OutOfMemoryError as cause:  # before the first step: after that, a batch is halved
-            raise ImagesError(
-                what=f"the memory of the {options.device} does not hold what {name} begins with.",
-                why=str(cause).partition("\n")[0],
-                fix="stop what else is using it, or pass --device cpu.",
-            ) from cause
+        generator = pick("dfq_deploy.generation.generators", name)
+        part = generated(name, generator, model, replace(options, count=count), progress)
         refuse_degenerate(name, part)
         parts.append(part)
     if len(parts) == 1:
@@ -62,6 +53,24 @@ def make_images(
         made_by={name: dict(part.made_by) for name, part in zip(generators, parts, strict=True)},
         student=next((part.student for part in parts if part.student), None),
     )
+
+
+def generated(name: str, recipe: Any, model: Model, options: GenerateOptions, progress: Progress = quiet) -> ImageSet:
+    """What `recipe`, the generator `name` or one of its recipes, makes on the device of `options`.
+
+    Raises:
+        ImagesError: It cannot work on the model, or the memory is full around the steps; in them a batch is halved.
+    """
+    try:
+        with moved_to(options.device, model):
+            images: ImageSet = recipe.generate(model, options, progress=progress)
+    except torch.OutOfMemoryError as cause:
+        raise ImagesError(
+            what=f"the memory of the {options.device} does not hold the model and what {name} needs beside it.",
+            why=str(cause).partition("\n")[0],
+            fix="stop what else is using it, or make the images on a larger machine.",
+        ) from cause
+    return images
 
 
 def parts_of(images: ImageSet) -> tuple[Mapping[str, Any], ...]:
@@ -85,6 +94,8 @@ def why_no_next_seed(images: ImageSet, model: Model) -> str | None:
         return "these images are not all from generators, or not all that were made"
     if any(part["model_fingerprint"] != model.fingerprint for part in parts):
         return "these images were made out of another model"
+    if any("settings" in part for part in parts):
+        return "these images were made with settings of their own"
     if images.student is not None:
         return "another seed would teach another student"
     return None
@@ -107,9 +118,8 @@ def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = 
         device = device_named("auto" if facts.get("device") == "cuda" else "cpu")
         options = GenerateOptions(facts["count"], seed, facts["exact"], first=facts.get("first", 0), device=device)
         generator = pick("dfq_deploy.generation.generators", name)
-        generator = generator.recipe_of(facts) if name in ATTENTIVE else generator
-        with moved_to(device, model):
-            made.append(generator.generate(model, options, progress=progress))
+        recipe = generator.recipe_of(facts) if name in ATTENTIVE else generator
+        made.append(generated(name, recipe, model, options, progress))
         refuse_degenerate(name, made[-1])
     return made[0] if len(made) == 1 else joined(made)
 

@@ -26,18 +26,18 @@ def named_tensors(found: object, module: nn.Module) -> dict[str, Tensor]:
     if not isinstance(found, Mapping):
         return {}
     named = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return named | _of_queries(named) | _with_sigmoid(named, module)
+    if _has_sigmoid(named, module):
+        named["sigmoid_logits"] = named.pop("logits")
+    return named | _of_queries(named)
 
 
-def _with_sigmoid(named: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A detector's logits under their other name, where its configuration has as many labels as there are logits.
+def _has_sigmoid(named: Mapping[str, Tensor], module: nn.Module) -> bool:
+    """Whether it is a detector whose configuration has as many labels as there are logits: none is for no object.
 
-    transformers calls them `logits` in RT-DETR and Deformable DETR, too, which have none for no object.
+    transformers calls them `logits` in RT-DETR and Deformable DETR, too.
     """
     labels = getattr(getattr(module, "config", None), "num_labels", None)
-    if "pred_boxes" not in named or "logits" not in named or named["logits"].shape[-1] != labels:
-        return {}
-    return {"sigmoid_logits": named["logits"]}
+    return {"logits", "pred_boxes"} <= named.keys() and named["logits"].shape[-1] == labels
 
 
 def _of_queries(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -120,6 +120,8 @@ def gather(folder: Path, options: Options, watch: Watch) -> Run:
             return None
 
     given: dict[str, Any] = {**vars(options), "watch": watch}
+    if options.model and options.model.fingerprint != manifest.model.fingerprint:  # it is the other bundle's
+        given["model"] = None
     if not manifest.engine.precision:
         missing.append(missing_for("What each layer is computed in", _unseen(folder, manifest)))
     checked = have("Verdict, accuracy and agreement", lambda: read_check(folder))

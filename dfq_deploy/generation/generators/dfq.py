@@ -19,7 +19,7 @@ import torch
 
 from calibrators.images import ImageSet
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import optimised_set
+from dfq_deploy.generation.batching import optimised_set, settings_of
 from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
@@ -53,7 +53,7 @@ class Dfq:
         leaves: Begin with dead leaves; without it with noise.
         classes: Ask for a class per image.
         patch_similarity: Ask for patches that differ.
-        roughness: Hold the roughness where it was.
+        roughness: Hold the roughness at that of dead leaves.
     """
 
     steps: int | None = None
@@ -65,7 +65,7 @@ class Dfq:
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, in so many steps and with these parts."""
         one_batch = functools.partial(self._one_batch, model, attention_taps(model), exact=options.exact)
-        return optimised_set("dfq", model, options, one_batch, progress)
+        return optimised_set("dfq", model, options, one_batch, progress, settings_of(self))
 
     def _one_batch(self, model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
         """One batch of images."""
@@ -75,19 +75,21 @@ class Dfq:
         schedule = Schedule(
             (Stage(self.steps or _STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None
         )
-        classes = class_term(model, size, generator, device) if self.classes else ()
+        classes = class_term(model, size, generator, device)
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         leaves = [dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]
         start = torch.from_numpy(np.stack(leaves))
         rough = total_variation(start).item()
         if not self.leaves:
-            start = torch.randn(start.shape, generator=generator)
-        terms: list[Term] = []
-        if self.patch_similarity:
-            terms.append(Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device)))
-        terms += classes
-        if self.roughness:
-            terms.append(Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - rough).abs()))
+            start = torch.from_numpy(random.standard_normal(start.shape, np.float32))
+        # All is drawn, so that images differ by the parts that are left out and by nothing else.
+        similarity = Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device))
+        roughness = Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - rough).abs())
+        terms = [
+            *([similarity] if self.patch_similarity else []),
+            *(classes if self.classes else ()),
+            *([roughness] if self.roughness else []),
+        ]
         return optimise(
             model,
             start,

@@ -31,7 +31,7 @@ from calibrators.learned import Learned
 from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
-from dfq_deploy.generation.batching import optimised_set
+from dfq_deploy.generation.batching import optimised_set, settings_of
 from dfq_deploy.generation.device import moved_to
 from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
@@ -80,7 +80,7 @@ class PsaqV2:
             learner = _Learner(model, options.formats, options.exact, self.learning_rate)
         one_batch = functools.partial(self._one_batch, model, taps, learner, exact=options.exact)
         anew = replace(options, keep_in=None)  # a student has to learn from each batch
-        images = optimised_set("psaq_v2", model, anew, one_batch, progress)
+        images = optimised_set("psaq_v2", model, anew, one_batch, progress, settings_of(self))
         student = learner.student() if learner else None
         if learner is None or student is None:
             return images
