@@ -85,7 +85,7 @@ def test_a_model_with_neither_attention_nor_batch_norm_is_refused(generator: str
     assert "dead_leaves" in refused.value.fix or "noise" in refused.value.fix
 
 
-# SPDFQ: what each part adds.
+# dfq and SPDFQ: what each part adds.
 
 
 @pytest.mark.parametrize(
