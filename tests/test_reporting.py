@@ -1,5 +1,6 @@
 """A report shows what the files say, names what it lacks, trusts no name, and is a page that people can use."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -20,8 +21,10 @@ from dfq_deploy import cli, pipeline
 from dfq_deploy.charts.panels import Panel, Series, draw_panels
 from dfq_deploy.disagreements import DISAGREEMENTS
 from dfq_deploy.evaluate import Check
+from dfq_deploy.gating.result import GateResult, sums_of
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.reporting import measuring
+from dfq_deploy.reporting.facts import Missing
 from dfq_deploy.reporting.layers import in_network_order, kinds_of, precision_map
 from dfq_deploy.reporting.repeating import export_command, neutral
 from exporters.bundle import MANIFEST
@@ -69,6 +72,13 @@ def read(path: Path) -> Page:
     page = Page()
     page.feed(path.read_text(encoding="utf-8"))
     return page
+
+
+def write_gate(folder: Path, facts: dict[str, Any]) -> None:
+    """A gate's report whose fields a later version or a hand wrote, of this bundle."""
+    path = folder / "gate.json"
+    path.write_text(json.dumps(facts))
+    path.with_suffix(".sha256").write_text(sums_of(sha256_of(folder / MANIFEST), path))
 
 
 def change_report(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -151,7 +161,7 @@ def test_names_are_escaped_wherever_they_come_from(run: Path) -> None:
         {"name": _HOSTILE, "value": _HOSTILE, "limit": [_HOSTILE], "interval": {"a": _HOSTILE}, "verdict": _HOSTILE}
     ]
     gate = {"verdict": _HOSTILE, "mode": _HOSTILE, "n": 1, "checks": checks}
-    (run / "gate.json").write_text(json.dumps({**gate, "manifest_sha256": sha256_of(run / MANIFEST)}))
+    write_gate(run, gate)
     for name in ("report.html", "compare.html"):
         dfq.report(run, quick=True, compare=run if name == "compare.html" else None)
         page, text = read(run / name), (run / name).read_text()
@@ -263,10 +273,9 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
         "n": 921,
         "checks": [{"name": "drop", "value": 0.25, "limit": 1.0, "interval": [-0.5, 1.25], "verdict": "undecided"}],
         "smallest_detectable_drop_pt": 1.75,
-        "manifest_sha256": sha256_of(run / MANIFEST),
         "new in a later version": [],
     }
-    (run / "gate.json").write_text(json.dumps(gate))
+    write_gate(run, gate)
     (cached,) = (run / "work").glob("audit-*.json")
     audit = {**json.loads(cached.read_text()), "level": "good", "verdict": "by real images: all is well."}
     (run / "audit").mkdir()
@@ -279,12 +288,25 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
         assert figure in page.text
 
 
-@pytest.mark.parametrize("judged", [{"manifest_sha256": "0b" * 32}, {}])
-def test_a_gate_that_judged_another_bundle_is_left_out(run: Path, judged: dict[str, str]) -> None:
-    (run / "gate.json").write_text(json.dumps({"verdict": "pass", "checks": [], **judged}))
-    (why,) = [one for one in dfq.report(run, quick=True).missing if one.section == "The gate"]
-    assert why.why.startswith("The gate judged another bundle.") and why.fix.startswith("Run `dfq-deploy gate ")
+def test_a_gate_that_may_have_judged_another_bundle_is_left_out(run: Path) -> None:
+    def left_out() -> list[Missing]:
+        return [one for one in dfq.report(run, quick=True).missing if one.section == "The gate"]
+
+    path = run / "gate.json"
+    found = GateResult("run", "pass", "synthetic", 0, "", (), {}, None, sha256_of(run / MANIFEST))
+    found.save(path)
+    assert not left_out() and "gate" in read(run / "report.html").sections()
+    dataclasses.replace(found, manifest_sha256="0b" * 32).save(path)
+    (why,) = left_out()
+    assert why.why.startswith("The gate may have judged another bundle.")
+    assert why.fix.startswith("Run `dfq-deploy gate ")
     assert "gate" not in read(run / "report.html").sections()
+    found.save(path)
+    path.write_text(path.read_text().replace("pass", "fail"))
+    assert left_out()
+    found.save(path)
+    path.with_suffix(".sha256").unlink()
+    assert left_out()
 
 
 def test_the_command_repeats_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

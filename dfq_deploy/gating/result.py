@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from calibrators.files import write_json
+from calibrators.files import sha256_of, write_json, write_text
 from dfq_deploy.gating.writers import write_junit, write_markdown
 from dfq_deploy.measures import without_nan
 from dfq_deploy.statistics import Interval
+from exporters.bundle import MANIFEST
 
-__all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "worst_of"]
+__all__ = ["GateCheck", "GateResult", "Mode", "Verdict", "sums_of", "worst_of"]
 
 Mode = Literal["labels", "synthetic"]
 Verdict = Literal["pass", "fail", "undecided"]
@@ -112,14 +113,15 @@ class GateResult:
                     for check in self.checks
                 ],
                 "smallest_detectable_drop_pt": _rounded(self.detectable),
-                "manifest_sha256": self.manifest_sha256,
             }
         )
         return found
 
     def save(self, path: Path) -> None:
-        """Write the report as a JSON file."""
+        """Write the report as a JSON file; into a bundle's folder with whose verdict it is, for `dfq-deploy report`."""
         write_json(path, self.report())
+        if (path.parent / MANIFEST).is_file():
+            write_text(path.with_suffix(".sha256"), sums_of(self.manifest_sha256, path))
 
     def save_junit(self, path: Path) -> None:
         """Write the checks as JUnit XML."""
@@ -134,6 +136,11 @@ def worst_of(checks: Sequence[GateCheck]) -> Verdict:
     """`fail` if one check failed, else `undecided` if one is, else `pass`."""
     verdicts = {check.verdict for check in checks}
     return next((verdict for verdict in ("fail", "undecided") if verdict in verdicts), "pass")
+
+
+def sums_of(manifest_sha256: str, report: Path) -> str:
+    """What `sha256sum` prints of the manifest that was judged and of the report beside it."""
+    return f"{manifest_sha256}  {MANIFEST}\n{sha256_of(report)}  {report.name}\n"
 
 
 def _rounded(value: float) -> float:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrators.errors import BundleError
 from calibrators.files import sha256_of
+from dfq_deploy.gating.result import sums_of
 from dfq_deploy.stage_costs import StageCost
 from exporters.bundle import MANIFEST, Manifest
 
@@ -115,7 +116,6 @@ class Gate(_Read):
     n: int | None = None
     checks: tuple[_GateCheck, ...] = ()
     smallest_detectable_drop_pt: float | None = None
-    manifest_sha256: str = ""
 
 
 class _Held(_Read):
@@ -205,12 +205,18 @@ def read_gate(folder: Path) -> Gate:
     Raises:
         BundleError: gate.json does not read, or is of another bundle than lies here now.
     """
-    command = f"dfq-deploy gate {folder.name} --json {folder.name}/gate.json"
-    found = _read(folder / "gate.json", Gate, command)
-    if found.manifest_sha256 != sha256_of(folder / MANIFEST):
+    path = folder / "gate.json"
+    command = f"dfq-deploy gate {folder.name} --json {folder.name}/{path.name}"
+    found = _read(path, Gate, command)
+    sums = path.with_suffix(".sha256")
+    try:
+        same = sums.read_bytes() == sums_of(sha256_of(folder / MANIFEST), path).encode()
+    except OSError:
+        same = False
+    if not same:
         raise BundleError(
-            what="the gate judged another bundle.",
-            why=f"gate.json is of another {MANIFEST} than the one that lies here now.",
+            what="the gate may have judged another bundle.",
+            why=f"{sums.name} does not say that {path.name} is of the {MANIFEST} that lies here now.",
             fix=f"run `{command}` again.",
         )
     return found
