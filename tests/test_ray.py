@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import json
 import operator
+import re
+import shlex
 import shutil
 import socket
 import sys
@@ -17,18 +19,25 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import dfq_deploy as dfq
 from calibrators.errors import BackendError, RecipeError
 from calibrators.images import ImageSet
 from calibrators.registry import pick
 from dfq_deploy import workers
+from dfq_deploy.cli import run
 from dfq_deploy.recipe import GenerateRecipe
 from dfq_deploy.workers import Order, Task, workers_at
 
+ROOT = Path(__file__).parent.parent
 ray_cluster = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install 'dfq-deploy[ray]'")
 
 _STORE = 100 * 2**20  # bytes of memory for what tasks hand over
+_QUICK = {
+    "--model deit_t --count 10000": "--model demo --generator dead_leaves --count 33",
+    "sweep runs.toml": "sweep runs.toml --limit 16",
+}
 _DEMO = "generator = 'noise'\ncount = 8\nrefine = 'none'\nspare = 'none'\n"
 
 
@@ -37,7 +46,8 @@ class _Nodes:
 
     def __init__(self) -> None:
         self._cluster = ray_cluster.Cluster()
-        self._cluster.add_node(num_cpus=0, object_store_memory=_STORE, include_dashboard=False)
+        eager = {"worker_niceness": 0}  # of 15, as Ray has it, they get nothing beside other tests
+        self._cluster.add_node(num_cpus=0, object_store_memory=_STORE, include_dashboard=False, _system_config=eager)
         self._nodes = [self._add(), self._add()]
         self.address: str = self._cluster.address
 
@@ -156,6 +166,24 @@ def test_a_sweep_loses_a_node_and_no_run_and_goes_on_where_it_was(nodes: _Nodes,
     again = _Watch(lambda: None, "runs")
     assert dfq.sweep(file, limit=16, ray=nodes.address, watch=again).outcomes[1:] == found.outcomes[1:]
     assert [text.split(":")[0] for text in again.told] == [found.outcomes[0].name], "what is finished was run again"
+
+
+def test_the_commands_of_the_page_run(
+    nodes: _Nodes, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo_bundle, tmp_path / "runs" / "deit_t")
+    Path("images").mkdir()
+    for grey in (0, 100, 200):
+        Image.new("L", (32, 32), grey).save(f"images/{grey}.png")
+    Path("runs.toml").write_text(f"model = 'demo'\n{_DEMO}")
+    lines = re.findall(r"^dfq-deploy (.* --ray HOST:6379)$", (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["generate", "check", "sweep"]
+    for line in lines:
+        for there, here in (_QUICK | {"HOST:6379": nodes.address, "/shared": str(tmp_path)}).items():
+            line = line.replace(there, here)
+        assert run(shlex.split(line)) in (0, 2), line  # 2: three images say little
+    assert len(ImageSet.load(Path("images.safetensors"))) == 33
 
 
 def test_what_no_node_has_room_for_is_refused_and_does_not_wait(nodes: _Nodes) -> None:
