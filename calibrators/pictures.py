@@ -13,7 +13,7 @@ from calibrators.files import written_whole
 from calibrators.images import ImageSet
 from calibrators.preprocess import Preprocess
 
-__all__ = ["contact_sheet", "picture", "pictures_on", "sheet_beside", "write_contact_sheet"]
+__all__ = ["contact_sheet", "picture", "pictures_on", "seen_beside", "sheet_beside", "write_contact_sheet"]
 
 _MOST = 64  # images on a sheet
 _GAP = 2  # pixels between two of them, white
@@ -59,6 +59,12 @@ def pictures_on(sheet: Image.Image, count: int, size: tuple[int, int]) -> list[I
 def sheet_beside(path: Path) -> Path:
     """Where the contact sheet of the ImageSet file `path` lies: beside it, under its name, as a PNG."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.png")
+
+
+def seen_beside(path: Path) -> tuple[Path, Path]:
+    """Where pictures of what a model sees in the ImageSet file `path` lie: patch similarity, and attention."""
+    stem = path.name.removesuffix(".safetensors")
+    return path.with_name(f"{stem}.patch_similarity.png"), path.with_name(f"{stem}.attention.png")
 
 
 def write_contact_sheet(images: ImageSet, path: Path) -> None:

@@ -20,10 +20,9 @@ from dfq_deploy.charts.attention import plot_attention
 from dfq_deploy.charts.ranges import plot_ranges
 from dfq_deploy.charts.similarity import plot_similarity
 from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage, observer_used
-from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.making import (
     made_with_next_seed,
-    make_images,
+    noise_like,
     parts_of,
     refuse_degenerate,
     why_no_next_seed,
@@ -41,8 +40,6 @@ from exporters.archive import bundle_folder, is_archive
 from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["audit", "audit_against_noise"]
-
-_NOISE_SEED = 2**32 - 1  # hardly that of an audited set of noise
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def audit_against_noise(
     """
     subject = _of_bundle(folder, AuditRecipe(checkpoint=checkpoint), None, model)
     absent = {SEED: "another seed takes as long as the images took", REAL: "none were given"}
-    return _compared(subject, {NOISE: _noise_like(subject.images, subject.model)}, absent, watch)
+    return _compared(subject, {NOISE: noise_like(subject.images, subject.model)}, absent, watch)
 
 
 def _compared(subject: _Subject, others: Mapping[str, ImageSet], absent: Mapping[str, str], watch: Watch) -> Audit:
@@ -144,15 +141,11 @@ def _compared(subject: _Subject, others: Mapping[str, ImageSet], absent: Mapping
     )
 
 
-def _noise_like(images: ImageSet, model: Model) -> ImageSet:
-    return make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))
-
-
 def _others(
     images: ImageSet, real: ImageSet | None, model: Model, work: Workspace, watch: Watch
 ) -> tuple[dict[str, ImageSet], dict[str, str]]:
     """What `images` are compared with, and why something is missing, each by name."""
-    others = {NOISE: _noise_like(images, model)}
+    others = {NOISE: noise_like(images, model)}
     absent = {} if real else {REAL: "none were given (--real)"}
     if why := why_no_next_seed(images, model):
         absent[SEED] = why
@@ -242,12 +235,13 @@ def _other_seed(images: ImageSet, model: Model, work: Workspace, watch: Watch) -
 
 def _drawn(found: Audit, model: Model, images: ImageSet, others: dict[str, ImageSet], out: Path) -> Audit:
     """Draw into `out` what can be drawn, and say what cannot."""
+    title = f"{found.model}: {found.n} images, {found.images}"
     draw: dict[str, Callable[[Path], None]] = {
         "ranges.png": lambda path: plot_ranges(found, path),
         "patch_similarity.png": lambda path: plot_similarity(
-            similarity_histograms(model, {OWN: images, **others}), found, path
+            similarity_histograms(model, {OWN: images, **others}), title, path
         ),
-        "attention.png": lambda path: plot_attention(attention_maps(model, images), found, images.preprocess, path),
+        "attention.png": lambda path: plot_attention(attention_maps(model, images), title, images.preprocess, path),
     }
     drawn: list[str] = []
     left_out: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dfq_deploy as dfq
 from calibrators.images import ImageSet
-from calibrators.pictures import contact_sheet, sheet_beside
+from calibrators.pictures import contact_sheet, seen_beside, sheet_beside
 from calibrators.preprocess import Preprocess
 from dfq_deploy.recipe import GenerateRecipe
 
@@ -53,6 +53,16 @@ def test_generate_draws_a_sheet(tmp_path: Path) -> None:
     dfq.generate(GenerateRecipe(model="demo", generator="noise", count=3), tmp_path / "images.safetensors")
     with Image.open(tmp_path / "images.png") as sheet:
         assert (sheet.format, sheet.size) == ("PNG", (66, 66))
+
+
+def test_generate_draws_what_the_model_sees(tmp_path: Path) -> None:
+    path = tmp_path / "images.safetensors"
+    dfq.generate(GenerateRecipe(model="demo", generator="spdfq,noise", count=6), path)
+    for drawn in seen_beside(path):
+        with Image.open(drawn) as picture:
+            assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1, "an empty picture"
+    dfq.generate(GenerateRecipe(model="demo", generator="noise", count=3), path)
+    assert not any(drawn.exists() for drawn in seen_beside(path)), "of images that are gone"
 
 
 class _Repeated:

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from calibrators.pictures import picture
 from calibrators.preprocess import Preprocess
-from dfq_deploy.audited import Audit
 from dfq_deploy.charts.saving import check_format, save
 from dfq_deploy.generation.seen import AttentionMaps
 
@@ -19,12 +18,12 @@ _SIDE = 1.5  # inches
 _LEAST_WIDTH = 6.5  # inches, for the title
 
 
-def plot_attention(maps: AttentionMaps, found: Audit, preprocess: Preprocess, path: str | Path) -> None:
+def plot_attention(maps: AttentionMaps, title: str, preprocess: Preprocess, path: str | Path) -> None:
     """Draw each image, beside it the attention of each head and, where there are any, below that the priors.
 
     Args:
         maps: What the heads attend to.
-        found: The audit of these images, for the title.
+        title: Which model and images these are.
         preprocess: What made the images model-ready.
         path: File to write; its suffix, such as .png or .svg, names the format.
 
@@ -53,12 +52,12 @@ def plot_attention(maps: AttentionMaps, found: Audit, preprocess: Preprocess, pa
                 if len(kinds) > 1 and column == 1:
                     axes.text(-0.06, 0.5, kind, rotation=90, va="center", ha="right", transform=axes.transAxes)
     asked = "" if maps.priors is not None else " (no priors were asked for)"
-    title = (
-        f"{found.model}, {found.images}",
+    lines = (
+        title,
         f"attention of the {maps.of} to each patch, {maps.layer}{asked}",
         "each map from 0 (dark) to its largest share, in % below it",
     )
-    figure.suptitle("\n".join(title), fontsize=9)
+    figure.suptitle("\n".join(lines), fontsize=9)
     save(figure, path)
 
 

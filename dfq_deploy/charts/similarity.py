@@ -6,19 +6,18 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dfq_deploy.audited import Audit
 from dfq_deploy.charts.saving import check_format, save
 from dfq_deploy.charts.sets import COLOURS, NAMES
 
 __all__ = ["plot_similarity"]
 
 
-def plot_similarity(counts: Mapping[str, Mapping[str, np.ndarray]], found: Audit, path: str | Path) -> None:
+def plot_similarity(counts: Mapping[str, Mapping[str, np.ndarray]], title: str, path: str | Path) -> None:
     """Draw a panel per layer with the density of cosine similarities of each set.
 
     Args:
         counts: Per layer and set a histogram from -1 to 1; see `similarity_histograms`.
-        found: The audit of these images, for the title.
+        title: Which model and images these are.
         path: File to write; its suffix, such as .png or .svg, names the format.
 
     Raises:
@@ -40,7 +39,7 @@ def plot_similarity(counts: Mapping[str, Mapping[str, np.ndarray]], found: Audit
         axes.set_xlabel("cosine similarity of two patches' softmax·V")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("density")
-    figure.suptitle(f"{found.model}: {found.n} images, {found.images}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     save(figure, path)

@@ -20,13 +20,22 @@ from dfq_deploy.generation.device import device_named, moved_to
 from dfq_deploy.generation.generators import ATTENTIVE
 from dfq_deploy.models import Model
 
-__all__ = ["generated", "made_with_next_seed", "make_images", "parts_of", "refuse_degenerate", "why_no_next_seed"]
+__all__ = [
+    "generated",
+    "made_with_next_seed",
+    "make_images",
+    "noise_like",
+    "parts_of",
+    "refuse_degenerate",
+    "why_no_next_seed",
+]
 
 _LEAST_CONTRAST = 0.01  # deviation of an image's values, and distance between images, of what lies between the bounds
 _MOST_TWINS = 0.5  # share of the images that may show what another one shows
 _LOOKED_AT = 1024  # values per image by which images are compared, at places drawn once
 _ROWS = 256  # images compared with all others at a time, so that memory grows with their number, not its square
 _SEEDS = 2**32
+_NOISE_SEED = _SEEDS - 1  # hardly that of a set of noise that is looked at
 
 
 def make_images(
@@ -122,6 +131,11 @@ def made_with_next_seed(images: ImageSet, model: Model, *, progress: Progress = 
         made.append(generated(name, recipe, model, options, progress))
         refuse_degenerate(name, made[-1])
     return made[0] if len(made) == 1 else joined(made)
+
+
+def noise_like(images: ImageSet, model: Model) -> ImageSet:
+    """As many images of noise as `images`, to hold them against."""
+    return make_images(["noise"], model, GenerateOptions(len(images), _NOISE_SEED))
 
 
 def refuse_degenerate(generator: str, images: ImageSet) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 from calibrators.errors import RecipeError
 from calibrators.files import is_plain_file, sha256_of
 from calibrators.images import ImageSet, is_image_set
-from calibrators.pictures import sheet_beside
+from calibrators.pictures import seen_beside, sheet_beside
 from calibrators.plan import QuantPlan
 from dfq_deploy.showing.console import STUDENT, console
 from exporters.archive import bundle_folder, is_archive
@@ -80,8 +80,11 @@ def print_images(images: ImageSet, path: Path) -> None:
         console.print(f"  {name}: {value}")
     if images.student is not None:
         console.print(f"  student: {len(images.student.weights)} tensors, learned for {images.student.scheme}")
-    if sheet_beside(path).is_file():
-        console.print(f"  contact sheet: {sheet_beside(path)}")
+    similarity, attention = seen_beside(path)
+    pictures = {"contact sheet": sheet_beside(path), "patch similarity": similarity, "attention": attention}
+    for name, picture in pictures.items():
+        if picture.is_file():
+            console.print(f"  {name}: {picture}")
 
 
 def print_plan(plan: QuantPlan) -> None:
