@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from calibrators.errors import ImagesError
+from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from calibrators.pictures import seen_beside, write_contact_sheet
 from dfq_deploy.building import made_with
@@ -53,10 +55,19 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
         model.fingerprint,
         made_with(),
     ]
-    if set(STUDENTS) & set(recipe.generator.split(",")):
-        facts += [getattr(recipe, name) for name in FORMAT_FIELDS]
+    if _has_student(recipe):
+        facts += _formats_of(recipe)
     path = work.stage("images", ".safetensors", facts, lambda path: write_images(recipe, model, path, watch))
     return ImageSet.load(path)
+
+
+def _has_student(recipe: GenerateRecipe) -> bool:
+    return bool(set(STUDENTS) & set(recipe.generator.split(",")))
+
+
+def _formats_of(recipe: CalibrateRecipe) -> list[Any]:
+    """What decides on what a student learns for."""
+    return [getattr(recipe, name) for name in FORMAT_FIELDS]
 
 
 def write_images(
@@ -76,13 +87,14 @@ def write_images(
     """
     whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
     batches = batches_beside(path)  # what a run that was killed left is taken up
+    learns_for = fingerprint_of(_formats_of(whole)) if _has_student(recipe) else ""
     options = GenerateOptions(
         count=recipe.count,
         first=recipe.first,
         seed=recipe.seed,
         exact=recipe.exact,
         formats=functools.partial(formats_on, whole),
-        keep_in=batches,
+        keep_in=batches / learns_for[:16],
         device=device_named(recipe.device),
         elsewhere=elsewhere,
     )

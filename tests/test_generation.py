@@ -246,7 +246,18 @@ def test_weights_of_the_network_get_no_gradient(demo: Model):
 
 
 def test_after_each_step_one_is_told_what_was_seen(demo: Model):
-    seen = []
+    seen: list[View] = []
+
+    class Attentive:
+        def learn(self, view: View) -> None:
+            seen.append(view)
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def take_up(self, state: object) -> None:
+            pass
+
     made = optimise(
         demo,
         torch.zeros(2, *demo.preprocess.shape),
@@ -255,7 +266,7 @@ def test_after_each_step_one_is_told_what_was_seen(demo: Model):
         terms=[Term("logits", 1.0, lambda view: view.outputs.sum())],
         schedule=Schedule((Stage(2, 0), Stage(1, 0)), 0.1, 0.2, None),
         dtype=None,
-        after_step=seen.append,
+        learner=Attentive(),
     )
     assert [view.step for view in seen] == [0, 1, 2]
     assert not any(view.pixels.requires_grad or view.outputs.requires_grad for view in seen)

@@ -23,7 +23,7 @@ from calibrators.preprocess import Preprocess
 from calibrators.sites import attach_sites
 from dfq_deploy.cli import run
 from dfq_deploy.formats import formats_on
-from dfq_deploy.generation import GenerateOptions, batching, quiet
+from dfq_deploy.generation import GenerateOptions, batching, checkpoint, quiet
 from dfq_deploy.generation.engine import Batch, Schedule, Stage, Term, View, optimise
 from dfq_deploy.generation.generators import psaq_v2
 from dfq_deploy.generation.making import make_images
@@ -182,6 +182,38 @@ def test_the_student_goes_on_from_batch_to_batch(demo: Model, monkeypatch: pytes
         for student in (two.student, four.student)
     ]
     assert far[1] > 1.2 * far[0]
+
+
+@pytest.mark.parametrize("killed_in", [5, 17, 30 + 5, 30 + 25])
+def test_images_and_student_that_were_cut_off_go_on_where_they_were(
+    demo: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int
+) -> None:
+    """Whether in the first batch or in the second, before the student joins or after."""
+    monkeypatch.setattr(batching, "BATCH", 2)
+    monkeypatch.setattr(checkpoint, "_SECONDS", 0.0)
+    monkeypatch.setattr(psaq_v2, "_FAST_STAGES", (Stage(10, 2), Stage(20, 2)))
+    options, steps = _options(3, "w4a4"), [0]
+    whole = psaq_v2.generate(demo, options)
+    learn = psaq_v2._Learner.learn
+
+    def counted(self: psaq_v2._Learner, view: View) -> None:
+        learn(self, view)
+        steps[0] += 1
+        if steps[0] == killed_in:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(psaq_v2._Learner, "learn", counted)
+    kept = replace(options, keep_in=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        psaq_v2.generate(demo, kept)
+    for still_to_do in (60 - killed_in // 10 * 10, 0):
+        steps[0] = 100
+        resumed = psaq_v2.generate(demo, kept)
+        assert steps[0] == 100 + still_to_do
+        np.testing.assert_array_equal(resumed.pixels, whole.pixels)
+        assert resumed.student and whole.student
+        assert resumed.student.fingerprint == whole.student.fingerprint
+        assert resumed.made_by == whole.made_by
 
 
 def test_where_memory_ends_the_student_begins_again_with_the_images(

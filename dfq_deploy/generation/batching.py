@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from dfq_deploy.generation import BATCH, GenerateOptions, Progress
-from dfq_deploy.generation.engine import Batch, Optimised, fast_dtype
+from dfq_deploy.generation.checkpoint import save_state
+from dfq_deploy.generation.engine import Batch, Learner, Optimised, fast_dtype
 from dfq_deploy.models import Model
 
 __all__ = ["batches", "in_batches", "kept_batches", "optimised_set", "provenance", "settings_of"]
@@ -132,6 +134,7 @@ def optimised_set(
     one_batch: Callable[[Batch], Optimised],
     progress: Progress,
     settings: dict[str, Any] | None = None,
+    learner: Learner | None = None,
 ) -> ImageSet:
     """What the optimisation loop makes, batch after batch, as one set, with the facts that repeat it.
 
@@ -142,12 +145,13 @@ def optimised_set(
         one_batch: Makes a batch of a size.
         progress: Told of all batches as one.
         settings: What else decides on the images.
+        learner: Who learns from them, and goes on from one batch to the next.
 
     Raises:
         ImagesError: The device's memory does not hold half a batch either.
     """
     origin = provenance(generator, model, options) | (settings or {})
-    made, whole = kept_batches(origin, model, options, one_batch, progress)
+    made, whole = kept_batches(origin, model, options, one_batch, progress, learner)
     facts = {
         "precision": made[0].precision,
         "steps": [batch.steps for batch in made],
@@ -168,6 +172,7 @@ def kept_batches(
     options: GenerateOptions,
     one_batch: Callable[[Batch], Optimised],
     progress: Progress,
+    learner: Learner | None = None,
 ) -> tuple[list[Optimised], int]:
     """As `in_batches`; finished batches, and what an unfinished one has come to, are kept where `options.keep_in` says.
 
@@ -185,7 +190,7 @@ def kept_batches(
         ]
         if missing:
             options.elsewhere(origin["generator"], missing, progress)
-    return in_batches(options, functools.partial(_kept, folder, origin, model, one_batch), progress)
+    return in_batches(options, functools.partial(_kept, folder, origin, model, one_batch, learner), progress)
 
 
 def _kept_at(folder: Path, origin: Mapping[str, Any], model: Model, size: int, generator: torch.Generator) -> Path:
@@ -201,17 +206,27 @@ def _kept(
     origin: Mapping[str, Any],
     model: Model,
     one_batch: Callable[[Batch], Optimised],
+    learner: Learner | None,
     batch: Batch,
 ) -> Optimised:
-    """The batch from its file; made, and put there, if it is not; taken up where a run left it, if one has."""
+    """The batch from its file; made, and put there, if it is not; taken up where a run left it, if one has.
+
+    What a learner came to lies beside the last finished batch.
+    """
     path = _kept_at(folder, origin, model, batch.size, batch.generator)
-    unfinished = path.with_suffix(".unfinished")
+    unfinished, learned = path.with_suffix(".unfinished"), path.with_suffix(".learned")
     if path.exists():
         kept = ImageSet.load(path)
+        if learner and learned.exists():
+            learner.take_up(load_file(learned))
         batch.progress(1, 1, {})
         return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
     made = one_batch(replace(batch, unfinished=unfinished))
+    if learner:
+        save_state(learned, learner.state())
     of_loop = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "pixels"}
     ImageSet.of(made.pixels, model.preprocess, source="batch", made_by=of_loop).save(path)
     unfinished.unlink(missing_ok=True)
+    for older in set(folder.glob(f"*{learned.suffix}")) - {learned}:
+        older.unlink()
     return made

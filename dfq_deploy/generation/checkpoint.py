@@ -1,7 +1,7 @@
 """A file with the state of a loop of image synthesis, so that a run that was killed goes on where it was.
 
-Tensors come in by name, and the same tensors come out of a later run: the images at the end are the same to the bit. It
-is written once a minute, whole or not at all; what is short is not worth a file.
+Tensors come in by name, and the same tensors come out of a later run: the images at the end are the same to the bit. A
+loop's is written once a minute, whole or not at all; what is short is not worth a file.
 """
 
 import time
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibrators.files import written_whole
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "save_state"]
 
 _SECONDS = 60.0  # between two writes
 
@@ -37,6 +37,11 @@ class Checkpoint:
         """Write `state`, if the last write is long ago."""
         if self._path is None or time.monotonic() - self._written < _SECONDS:
             return
-        with written_whole(self._path) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}, temporary)
+        save_state(self._path, state())
         self._written = time.monotonic()
+
+
+def save_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, whole or not at all."""
+    with written_whole(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,9 +29,10 @@ from dfq_deploy.generation.trace import Trace
 from dfq_deploy.generation.written_out import attention_written_out
 from dfq_deploy.models import Model
 
-__all__ = ["Batch", "Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
+__all__ = ["Batch", "Learner", "Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
 
 _LOOK_EVERY = 10  # steps between two looks at the loss: for progress, NaN and the plateau
+_OF = "learner."  # how the names of a learner's tensors begin in a checkpoint
 _BETAS = (0.5, 0.9)  # Adam's, as in PSAQ-ViT
 
 
@@ -77,6 +79,19 @@ class Term:
     name: str
     weight: float
     value: Callable[[View], Tensor]
+
+
+class Learner(Protocol):
+    """What learns from the images while they are made, and goes on from batch to batch."""
+
+    def learn(self, view: View) -> None:
+        """Learn from what was seen in a step, detached, but for the layers' inputs."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All that it has come to."""
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def optimise(
     schedule: Schedule,
     dtype: torch.dtype | None,
     augment: Callable[[Tensor], Tensor] = lambda images: images,
-    after_step: Callable[[View], None] = lambda _: None,
+    learner: Learner | None = None,
 ) -> Optimised:
     """Images that lower the weighted sum of `terms`, from those in `start`.
 
@@ -172,27 +187,31 @@ def optimise(
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
         augment: Makes of the images (B, C, H, W) what is shown to the model, (B', C, H, W), such as the images and
             parts of them; differentiable.
-        after_step: Called after each step with what was seen in it, detached, but for the layers' inputs; what it
-            learns is not kept in `batch.unfinished`.
+        learner: Who learns from each step.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
     """
     loop = _Loop(model, start, terms, schedule, dtype=dtype, generator=batch.generator, augment=augment)
     checkpoint = Checkpoint(batch.unfinished)
-    at_stage, at_step = loop.take_up(checkpoint.load())
+    kept = checkpoint.load()
+    at_stage, at_step = loop.take_up(kept)
+    if learner and kept:
+        learner.take_up({name.removeprefix(_OF): part for name, part in kept.items() if name.startswith(_OF)})
     begin = 0
     with attention_written_out(loop.device), captured(layers) as inputs:
         for number, stage in enumerate(schedule.stages):
             behind = at_step if number == at_stage else stage.steps if number < at_stage else 0
             for done in range(behind + 1, stage.steps + 1):
-                after_step(loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs))
+                seen = loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs)
+                if learner:
+                    learner.learn(seen)
                 if done % _LOOK_EVERY == 0 or done == stage.steps:
                     batch.progress(begin + done, schedule.steps, loop.trace.look())
                     cooling = done - round(stage.steps * schedule.warmup)
                     if schedule.plateau is not None and loop.trace.flat(cooling, schedule.plateau):
                         break
-                    checkpoint.keep(functools.partial(loop.state, number, done))
+                    checkpoint.keep(functools.partial(_state, loop, number, done, learner))
             begin += stage.steps
     trace = loop.trace
     if trace.steps < schedule.steps:
@@ -207,6 +226,12 @@ def optimise(
         forward=loop.shown,
         backward=loop.shown,
     )
+
+
+def _state(loop: "_Loop", stage: int, done: int, learner: Learner | None) -> dict[str, Tensor]:
+    """What the loop goes on from, and the learner."""
+    learned = learner.state() if learner else {}
+    return loop.state(stage, done) | {f"{_OF}{name}": part for name, part in learned.items()}
 
 
 class _Loop:

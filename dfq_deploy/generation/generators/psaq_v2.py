@@ -20,7 +20,7 @@ next, so that a later batch cannot be made alone. The exact form has V1's estima
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,8 +79,8 @@ class PsaqV2:
         if options.formats is not None:
             learner = _Learner(model, options.formats, options.exact, self.learning_rate)
         one_batch = functools.partial(self._one_batch, model, taps, learner, exact=options.exact)
-        anew = replace(options, keep_in=None)  # a student has to learn from each batch
-        images = optimised_set("psaq_v2", model, anew, one_batch, progress, settings_of(self))
+        here = replace(options, elsewhere=None)  # a student has to learn from each batch, one after the other
+        images = optimised_set("psaq_v2", model, here, one_batch, progress, settings_of(self), learner)
         student = learner.student() if learner else None
         if learner is None or student is None:
             return images
@@ -117,7 +117,7 @@ class PsaqV2:
                 terms=terms,
                 schedule=steps,
                 dtype=None if exact else fast_dtype(device),
-                after_step=learner.learn if learner else lambda _: None,
+                learner=learner,
             )
         except torch.OutOfMemoryError:  # all batches are made again, half as large
             if learner:
@@ -154,6 +154,7 @@ class _Learner:
         self._adam = torch.optim.Adam(self._parameters, lr=self._rate)
         self.losses: list[Tensor] = []
         self.shown = 0
+        self._far = 0.0
 
     def against(self, view: View) -> Tensor:
         """The discrepancy on the images of a step, which they are to raise; 0 before the student joins."""
@@ -169,8 +170,7 @@ class _Learner:
         """Lower the discrepancy on the images of a step by moving the student's weights."""
         if view.step < self._joins:
             return
-        if view.step == self._joins:
-            self._far = min(float(self.losses[0]), 1.0)
+        self._far = self._far or min(float(self.losses[0]), 1.0)
         done = (view.step - self._joins) / self._steps
         self._adam.param_groups[0]["lr"] = self._rate * self._far * 0.5 * (1 + math.cos(math.pi * done))
         for pixels, wanted in zip(*(torch.split(part, _PART) for part in (view.pixels, view.outputs)), strict=True):
@@ -179,6 +179,30 @@ class _Learner:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
             self._adam.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has come to; what it is rounded to is read off the images anew in the step after."""
+        found = {"losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        found["shown"] = torch.tensor(self.shown)
+        found["scheme"] = torch.tensor(list(self._scheme.encode()), dtype=torch.uint8)
+        for number, parameter in enumerate(self._parameters):
+            found[f"{number}"] = parameter
+            found |= {f"{number}.{name}": part for name, part in self._adam.state[parameter].items()}
+        return found
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what an earlier run had come to."""
+        self.begin()
+        device = next(self._student.module.parameters()).device
+        self.losses, self.shown = list(state["losses"].to(device)), int(state["shown"])
+        self._scheme = bytes(state["scheme"].tolist()).decode()
+        for number, parameter in enumerate(self._parameters):
+            parameter.data.copy_(state[f"{number}"])
+            parts = {name.partition(".")[2]: part for name, part in state.items() if name.startswith(f"{number}.")}
+            if parts:
+                self._adam.state[parameter] = {  # it counts its steps on the host
+                    name: part if name == "step" else part.to(device) for name, part in parts.items()
+                }
 
     def student(self) -> Student | None:
         """What it has learned; None if that is nothing."""
