@@ -4,7 +4,7 @@ Comes between images and a calibration, or after an export, on its bundle. How s
 business, the verdict `audited`'s, and what is drawn that of `charts`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,9 +16,7 @@ from calibrators.images import ImageSet
 from calibrators.preprocess import Preprocess
 from dfq_deploy.audited import REAL, SEED, Audit, judged
 from dfq_deploy.building import made_with
-from dfq_deploy.charts.attention import plot_attention
 from dfq_deploy.charts.ranges import plot_ranges
-from dfq_deploy.charts.similarity import plot_similarity
 from dfq_deploy.coverage import NOISE, OWN, check_scheme, coverage, observer_used
 from dfq_deploy.generation.making import (
     made_with_next_seed,
@@ -27,7 +25,7 @@ from dfq_deploy.generation.making import (
     refuse_degenerate,
     why_no_next_seed,
 )
-from dfq_deploy.generation.seen import attention_maps, similarity_histograms
+from dfq_deploy.looking import draw_seen
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import calibration_images, folded_again, load_again, open_images
@@ -235,22 +233,12 @@ def _other_seed(images: ImageSet, model: Model, work: Workspace, watch: Watch) -
 
 def _drawn(found: Audit, model: Model, images: ImageSet, others: dict[str, ImageSet], out: Path) -> Audit:
     """Draw into `out` what can be drawn, and say what cannot."""
-    title = f"{found.model}: {found.n} images, {found.images}"
-    draw: dict[str, Callable[[Path], None]] = {
-        "ranges.png": lambda path: plot_ranges(found, path),
-        "patch_similarity.png": lambda path: plot_similarity(
-            similarity_histograms(model, {OWN: images, **others}), title, path
-        ),
-        "attention.png": lambda path: plot_attention(attention_maps(model, images), title, images.preprocess, path),
-    }
-    drawn: list[str] = []
+    plot_ranges(found, out / "ranges.png")
+    seen = [out / "patch_similarity.png", out / "attention.png"]
+    missing = draw_seen(model, images, {OWN: images, **others}, *seen)
+    drawn = ("ranges.png", *(picture.name for picture in seen if picture not in missing))
     left_out: dict[str, list[str]] = {}
-    for name, plot in draw.items():
-        try:
-            plot(out / name)
-            drawn.append(name)
-        except ImagesError as error:
-            (out / name).unlink(missing_ok=True)  # of an earlier audit
-            left_out.setdefault(error.what, []).append(name)
+    for picture, why in missing.items():
+        left_out.setdefault(why, []).append(picture.name)
     notes = tuple(f"no {' and no '.join(names)}: {why}" for why, names in left_out.items())
-    return replace(found, pictures=tuple(drawn), left_out=notes)
+    return replace(found, pictures=drawn, left_out=notes)

@@ -32,11 +32,9 @@ from dfq_deploy.watch import Watch, counting
 from dfq_deploy.workspace import Workspace
 from exporters.backends import BuildOptions
 
-__all__ = ["FORMAT_FIELDS", "Job", "formats_for_spared", "formats_from", "formats_of", "formats_on"]
+__all__ = ["FormatsOf", "Job", "formats_for_spared", "formats_from", "formats_of"]
 
-FORMAT_FIELDS = ("scheme", "backend", "provider", "block", "observer", "percentile", "attention", "spare", "auto")
-"""Fields of a recipe that `formats_on` looks at."""
-
+_FIELDS = ("scheme", "backend", "provider", "block", "observer", "percentile", "attention", "spare", "auto")
 _WORDS = {"auto", "massive"}  # of --spare, beside names
 _WANTED_DB = 26.0  # of the logits' SQNR on the calibration images; on real ones it is 0 to 2 dB less
 _WANTED_WEIGHTS_DB = 18.5  # of that of weights alone in blocks
@@ -103,12 +101,24 @@ def formats_for_spared(plan: QuantPlan, model: Model, work: Path, *, blocks: Seq
     return {site: full.sites[site] for site in plan.spared if site in full.sites}
 
 
-def formats_on(recipe: CalibrateRecipe, model: Model, images: ImageSet) -> QuantPlan:
-    """The plan for `model` as it is, with ranges from PyTorch and no layer spared for the noise that it makes."""
-    codes, observer = scheme_named(recipe.scheme).activation, observer_of(recipe)
-    subject = Subject(model.module, model.fingerprint)
-    ranges = collect_ranges(subject, images, observer=observer, percentile=recipe.percentile, codes=codes)
-    return formats_from(recipe, model, ranges)
+@dataclass(frozen=True)
+class FormatsOf:
+    """The formats of a recipe, for what a student is to be rounded to; see `dfq_deploy.generation.Formats`."""
+
+    recipe: CalibrateRecipe
+
+    @property
+    def facts(self) -> list[object]:
+        """The fields that are looked at."""
+        return [getattr(self.recipe, name) for name in _FIELDS]
+
+    def __call__(self, model: Model, images: ImageSet) -> QuantPlan:
+        """The plan for `model` as it is, with ranges from PyTorch and no layer spared for the noise that it makes."""
+        recipe = self.recipe
+        codes, observer = scheme_named(recipe.scheme).activation, observer_of(recipe)
+        subject = Subject(model.module, model.fingerprint)
+        ranges = collect_ranges(subject, images, observer=observer, percentile=recipe.percentile, codes=codes)
+        return formats_from(recipe, model, ranges)
 
 
 def formats_from(recipe: CalibrateRecipe, model: Model, ranges: Ranges) -> QuantPlan:

@@ -4,28 +4,19 @@ What was made lies in a file with pictures beside it: a contact sheet and, but f
 images. A synthesis that was killed goes on with the batches that are missing.
 """
 
-import contextlib
-import functools
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from calibrators.errors import ImagesError
-from calibrators.files import fingerprint_of
 from calibrators.images import ImageSet
 from calibrators.pictures import seen_beside, write_contact_sheet
+from calibrators.registry import pick
 from dfq_deploy.building import made_with
-from dfq_deploy.charts.attention import plot_attention
-from dfq_deploy.charts.similarity import plot_similarity
-from dfq_deploy.coverage import NOISE, OWN
-from dfq_deploy.formats import FORMAT_FIELDS, formats_on
+from dfq_deploy.formats import FormatsOf
 from dfq_deploy.generation import Elsewhere, GenerateOptions
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
-from dfq_deploy.generation.making import make_images, noise_like
-from dfq_deploy.generation.seen import attention_maps, similarity_histograms
+from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.opening import open_images
 from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe
@@ -33,8 +24,6 @@ from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 
 __all__ = ["batches_beside", "images_for", "write_images"]
-
-_LOOKED_AT = 32  # images whose patches are compared, evenly spaced
 
 
 def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Watch) -> ImageSet:
@@ -55,19 +44,10 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
         model.fingerprint,
         made_with(),
     ]
-    if _has_student(recipe):
-        facts += _formats_of(recipe)
+    if set(STUDENTS) & set(recipe.generator.split(",")):
+        facts += FormatsOf(recipe).facts
     path = work.stage("images", ".safetensors", facts, lambda path: write_images(recipe, model, path, watch))
     return ImageSet.load(path)
-
-
-def _has_student(recipe: GenerateRecipe) -> bool:
-    return bool(set(STUDENTS) & set(recipe.generator.split(",")))
-
-
-def _formats_of(recipe: CalibrateRecipe) -> list[Any]:
-    """What decides on what a student learns for."""
-    return [getattr(recipe, name) for name in FORMAT_FIELDS]
 
 
 def write_images(
@@ -87,40 +67,25 @@ def write_images(
     """
     whole = recipe if isinstance(recipe, CalibrateRecipe) else CalibrateRecipe(**asdict(recipe))
     batches = batches_beside(path)  # what a run that was killed left is taken up
-    learns_for = fingerprint_of(_formats_of(whole)) if _has_student(recipe) else ""
     options = GenerateOptions(
         count=recipe.count,
         first=recipe.first,
         seed=recipe.seed,
         exact=recipe.exact,
-        formats=functools.partial(formats_on, whole),
-        keep_in=batches / learns_for[:16],
+        formats=FormatsOf(whole),
+        keep_in=batches,
         device=device_named(recipe.device),
         elsewhere=elsewhere,
     )
     images = make_images(recipe.generator.split(","), model, options, progress=watch.progress)
+    for picture in seen_beside(path):  # of earlier images
+        picture.unlink(missing_ok=True)
     write_contact_sheet(images, path)
-    _draw_what_is_seen(model, images, path)
-    images.save(path)  # last: from here on the stage is done
+    images.save(path)  # from here on the stage is done
     shutil.rmtree(batches, ignore_errors=True)
-
-
-def _draw_what_is_seen(model: Model, images: ImageSet, path: Path) -> None:
-    """Draw patch similarity, beside that of noise, and attention, with its priors; not what a model does not have."""
-    similarity, attention = seen_beside(path)
-    title = f"{model.name}: {len(images)} images, {images.source}"
-    few = images.spread(_LOOKED_AT)
-    draw: dict[Path, Callable[[], None]] = {
-        similarity: lambda: plot_similarity(
-            similarity_histograms(model, {OWN: few, NOISE: noise_like(few, model)}), title, similarity
-        ),
-        attention: lambda: plot_attention(attention_maps(model, images), title, images.preprocess, attention),
-    }
-    for picture, plot in draw.items():
-        picture.unlink(missing_ok=True)  # of earlier images
-        if images.source != "synthetic:noise":
-            with contextlib.suppress(ImagesError):
-                plot()
+    if set(recipe.generator.split(",")) != {"noise"}:
+        for picture, why in pick("dfq_deploy", "looking").draw_beside(path, model, images).items():
+            watch.tell(f"no {picture.name}: {why}")
 
 
 def batches_beside(path: Path) -> Path:

@@ -103,15 +103,18 @@ def test_a_format_that_is_none_is_told(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_matplotlib_is_loaded_only_to_draw(demo_bundle: Path) -> None:
+def test_matplotlib_is_loaded_only_to_draw(demo_bundle: Path, tmp_path: Path) -> None:
     script = """
 import sys
 import dfq_deploy as dfq
 from dfq_deploy.cli import run
 assert run(["--help"]) == run(["sensitivity", "--help"]) == 0
 assert run(["sensitivity", sys.argv[1], "--limit", "1"]) == 0
+assert run(["calibrate", "--model", "demo", "--generator", "noise", "--count", "8", "--out", sys.argv[2]]) == 0
 assert "matplotlib" not in sys.modules
 dfq.plot_sensitivity
 assert "matplotlib" in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script, demo_bundle], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", script, demo_bundle, tmp_path / "plan"], check=True, capture_output=True, timeout=120
+    )

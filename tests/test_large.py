@@ -21,7 +21,7 @@ from calibrators.images import ImageSet
 from calibrators.preprocess import Preprocess
 from calibrators.refining import correct, transform
 from calibrators.scheme import SCHEMES
-from dfq_deploy.formats import formats_on
+from dfq_deploy.formats import FormatsOf
 from dfq_deploy.models import Model
 from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import load_refined, save_refined, shared_copy_of
@@ -100,7 +100,7 @@ def test_refined_models_have_no_copy_of_what_they_do_not_change(demo: Model, tmp
     images, scheme = _noise(demo.preprocess), SCHEMES["w8a8"]
     folded = shared_copy_of(demo)
     transform(folded.module, images, ["smooth"], scheme, [])
-    plan = formats_on(CalibrateRecipe(model="demo", spare="none"), folded, images)
+    plan = FormatsOf(CalibrateRecipe(model="demo", spare="none"))(folded, images)
     corrected = shared_copy_of(folded)
     correct(corrected.module, plan.sites, images, ["gptq", "bias"])
     assert all(torch.equal(value, before[name]) for name, value in demo.module.state_dict().items())

@@ -12,6 +12,7 @@ import dfq_deploy as dfq
 from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, seen_beside, sheet_beside
 from calibrators.preprocess import Preprocess
+from dfq_deploy import looking
 from dfq_deploy.recipe import GenerateRecipe
 
 
@@ -55,14 +56,29 @@ def test_generate_draws_a_sheet(tmp_path: Path) -> None:
         assert (sheet.format, sheet.size) == ("PNG", (66, 66))
 
 
-def test_generate_draws_what_the_model_sees(tmp_path: Path) -> None:
-    path = tmp_path / "images.safetensors"
+def test_generate_draws_what_the_model_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, drawn = tmp_path / "images.safetensors", []
+    for name in ("plot_similarity", "plot_attention"):
+        plot = getattr(looking, name)
+        monkeypatch.setattr(looking, name, lambda *given, plot=plot: drawn.append(given) or plot(*given))
     dfq.generate(GenerateRecipe(model="demo", generator="spdfq,noise", count=6), path)
-    for drawn in seen_beside(path):
-        with Image.open(drawn) as picture:
-            assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1, "an empty picture"
+    (compared, title, _), (maps, *_) = drawn
+    assert title == "demo: 6 images, synthetic:spdfq+noise"
+    assert all(list(sets) == ["images", "noise"] for sets in compared.values())
+    assert maps.priors is not None
+    for picture in seen_beside(path):
+        with Image.open(picture) as opened:
+            assert opened.format == "PNG"
     dfq.generate(GenerateRecipe(model="demo", generator="noise", count=3), path)
-    assert not any(drawn.exists() for drawn in seen_beside(path)), "of images that are gone"
+    assert not any(picture.exists() for picture in seen_beside(path)), "of images that are gone"
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    watch, path = _Repeated(), tmp_path / "images.safetensors"
+    recipe = GenerateRecipe(model="resnet18", random_weights=True, generator="dead_leaves", count=2)
+    dfq.generate(recipe, path, watch=watch)
+    assert [text.split(":")[0] for text in watch.told] == [f"no {picture.name}" for picture in seen_beside(path)]
+    assert not any(picture.exists() for picture in seen_beside(path))
 
 
 class _Repeated:
@@ -70,6 +86,7 @@ class _Repeated:
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.told: list[str] = []
 
     def stage(self, name: str, already_done: bool) -> None:
         self.stages += [] if already_done else [name]
@@ -78,7 +95,7 @@ class _Repeated:
         pass
 
     def tell(self, text: str) -> None:
-        pass
+        self.told.append(text)
 
 
 def test_an_export_goes_on_without_its_sheet(demo_bundle: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """PSAQ-ViT V2: images and student compete, and the student goes the whole way, into engine, reference and report."""
 
-import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from calibrators.plan import QuantPlan
 from calibrators.preprocess import Preprocess
 from calibrators.sites import attach_sites
 from dfq_deploy.cli import run
-from dfq_deploy.formats import formats_on
+from dfq_deploy.formats import FormatsOf
 from dfq_deploy.generation import GenerateOptions, batching, checkpoint, quiet
 from dfq_deploy.generation.engine import Batch, Schedule, Stage, Term, View, optimise
 from dfq_deploy.generation.generators import psaq_v2
@@ -60,7 +59,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _options(count: int, scheme: str, seed: int = 0) -> GenerateOptions:
-    formats = functools.partial(formats_on, CalibrateRecipe(model="demo", scheme=scheme))
+    formats = FormatsOf(CalibrateRecipe(model="demo", scheme=scheme))
     return GenerateOptions(count, seed, formats=formats)
 
 
@@ -214,6 +213,23 @@ def test_images_and_student_that_were_cut_off_go_on_where_they_were(
         assert resumed.student and whole.student
         assert resumed.student.fingerprint == whole.student.fingerprint
         assert resumed.made_by == whole.made_by
+
+
+def test_what_another_order_left_makes_no_other_student(
+    demo: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH", 2)
+    first = _options(5, "w4a4")
+    for other in (first, replace(first, count=3), replace(first, seed=1), _options(5, "w8a8"), first):
+        again = psaq_v2.generate(demo, replace(other, keep_in=tmp_path))
+        alone = psaq_v2.generate(demo, other)
+        np.testing.assert_array_equal(again.pixels, alone.pixels)
+        assert again.student and alone.student
+        assert again.student.fingerprint == alone.student.fingerprint
+    for file in sorted(tmp_path.glob("*.learned"))[::2]:
+        file.unlink()
+    again = psaq_v2.generate(demo, replace(first, keep_in=tmp_path))
+    assert again.student and again.student.fingerprint == alone.student.fingerprint
 
 
 def test_where_memory_ends_the_student_begins_again_with_the_images(

@@ -245,7 +245,8 @@ def test_a_run_that_was_killed_goes_on_with_the_batches_that_are_missing(
 def test_batches_are_not_kept_once_the_set_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(batching, "BATCH", 2)
     pipeline.generate(GenerateRecipe(model="demo", generator="dfq", count=3), tmp_path / "images.safetensors")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.png", "images.safetensors"]
+    pictures = ["images.attention.png", "images.patch_similarity.png", "images.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*pictures, "images.safetensors"]
 
 
 # The device.

@@ -9,7 +9,7 @@ student by; this file loads no torch.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -22,8 +22,17 @@ __all__ = ["BATCH", "Elsewhere", "Formats", "GenerateOptions", "Progress", "quie
 BATCH = 32
 """Images that are made together, at most."""
 
-Formats = Callable[["Model", ImageSet], QuantPlan]
-"""Called with a model and images, gives the plan that calibration on these images would."""
+
+class Formats(Protocol):
+    """Called with a model and images, gives the plan that calibration on these images would."""
+
+    @property
+    def facts(self) -> Sequence[object]:
+        """All that decides on the formats, JSON-serialisable."""
+
+    def __call__(self, model: "Model", images: ImageSet) -> QuantPlan:
+        """The plan."""
+
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with the steps done, the steps in all and the mean of each loss term since the last call, by name."""

@@ -7,7 +7,7 @@ knows what is made.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -186,17 +186,19 @@ def kept_batches(
         missing = [
             (options.first + number * BATCH, size)
             for number, (size, generator) in shares
-            if not _kept_at(folder, origin, model, size, generator).exists()
+            if not _kept_at(folder, origin, model, size, generator, []).exists()
         ]
         if missing:
             options.elsewhere(origin["generator"], missing, progress)
     return in_batches(options, functools.partial(_kept, folder, origin, model, one_batch, learner), progress)
 
 
-def _kept_at(folder: Path, origin: Mapping[str, Any], model: Model, size: int, generator: torch.Generator) -> Path:
-    """The file of a batch that has not been begun: its name says all that it depends on."""
+def _kept_at(
+    folder: Path, origin: Mapping[str, Any], model: Model, size: int, generator: torch.Generator, more: Sequence[object]
+) -> Path:
+    """The file of a batch that has not been begun: its name says all that it depends on, `more` among it."""
     device = next(model.module.parameters()).device
-    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed()]
+    facts = [{**origin, "count": size, "first": 0}, generator.initial_seed(), *more]
     facts += [device.type, str(fast_dtype(device)), *(version(name) for name in ("dfq-deploy", "timm"))]
     return folder / f"batch-{fingerprint_of(facts)[:16]}.safetensors"
 
@@ -211,13 +213,16 @@ def _kept(
 ) -> Optimised:
     """The batch from its file; made, and put there, if it is not; taken up where a run left it, if one has.
 
-    What a learner came to lies beside the last finished batch.
+    What a learner came to lies beside the batch that it came to that in, which depends on all batches before it: whole
+    ones of one size, as many as stand before its first image.
     """
-    path = _kept_at(folder, origin, model, batch.size, batch.generator)
+    path = _kept_at(
+        folder, origin, model, batch.size, batch.generator, [batch.first, *learner.facts] if learner else []
+    )
     unfinished, learned = path.with_suffix(".unfinished"), path.with_suffix(".learned")
-    if path.exists():
+    if path.exists() and (learner is None or learned.exists()):
         kept = ImageSet.load(path)
-        if learner and learned.exists():
+        if learner:
             learner.take_up(load_file(learned))
         batch.progress(1, 1, {})
         return Optimised(pixels=kept.pixels[: len(kept)], **kept.made_by)
@@ -227,6 +232,4 @@ def _kept(
     of_loop = {field.name: getattr(made, field.name) for field in fields(made) if field.name != "pixels"}
     ImageSet.of(made.pixels, model.preprocess, source="batch", made_by=of_loop).save(path)
     unfinished.unlink(missing_ok=True)
-    for older in set(folder.glob(f"*{learned.suffix}")) - {learned}:
-        older.unlink()
     return made

@@ -3,7 +3,7 @@
 Noise goes in and images come out: in each step they, or what the recipe's augmentation makes of them, are shifted and
 flipped, pass the frozen model, and move against the gradient of the recipe's weighted terms. A recipe brings the terms,
 the layers whose inputs they look at and the schedule; the loop knows none of their names. All that is random is drawn
-before the first step, and values come to the host every `_LOOK_EVERY` steps only, so that a GPU is not waited for in
+before the first step, and values come to the host every `LOOK_EVERY` steps only, so that a GPU is not waited for in
 between.
 
 A run that was killed goes on from the last `Checkpoint`. One seed gives the same bytes on one CPU with one number of
@@ -29,9 +29,11 @@ from dfq_deploy.generation.trace import Trace
 from dfq_deploy.generation.written_out import attention_written_out
 from dfq_deploy.models import Model
 
-__all__ = ["Batch", "Learner", "Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
+__all__ = ["LOOK_EVERY", "Batch", "Learner", "Optimised", "Schedule", "Stage", "Term", "View", "fast_dtype", "optimise"]
 
-_LOOK_EVERY = 10  # steps between two looks at the loss: for progress, NaN and the plateau
+LOOK_EVERY = 10
+"""Steps between two looks at the loss: for progress, NaN, the plateau, and the file that a killed run goes on from."""
+
 _OF = "learner."  # how the names of a learner's tensors begin in a checkpoint
 _BETAS = (0.5, 0.9)  # Adam's, as in PSAQ-ViT
 
@@ -84,8 +86,12 @@ class Term:
 class Learner(Protocol):
     """What learns from the images while they are made, and goes on from batch to batch."""
 
+    @property
+    def facts(self) -> Sequence[object]:
+        """What it learns for, JSON-serialisable."""
+
     def learn(self, view: View) -> None:
-        """Learn from what was seen in a step, detached, but for the layers' inputs."""
+        """Learn from what was seen in a step, detached; without the layers' inputs."""
 
     def state(self) -> Mapping[str, Tensor]:
         """All that it has come to."""
@@ -206,7 +212,7 @@ def optimise(
                 seen = loop.step(begin + done - 1, schedule.rate(stage, done - 1), inputs)
                 if learner:
                     learner.learn(seen)
-                if done % _LOOK_EVERY == 0 or done == stage.steps:
+                if done % LOOK_EVERY == 0 or done == stage.steps:
                     batch.progress(begin + done, schedule.steps, loop.trace.look())
                     cooling = done - round(stage.steps * schedule.warmup)
                     if schedule.plateau is not None and loop.trace.flat(cooling, schedule.plateau):

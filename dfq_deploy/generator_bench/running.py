@@ -22,7 +22,7 @@ from calibrators.images import ImageSet
 from dfq_deploy.building import made_with
 from dfq_deploy.charts.generators import plot_generators
 from dfq_deploy.choices import passes_of
-from dfq_deploy.formats import FORMAT_FIELDS, Job, formats_on
+from dfq_deploy.formats import FormatsOf, Job
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.generators import STUDENTS
@@ -121,12 +121,12 @@ class _Desk:
         name = f"set-{_in_names(generator)}"  # not images-…, by which an export knows its own
         device = device_named(self.recipe.device)
         facts: list[Any] = [generator, self.recipe.count, seed, str(device), self.model.fingerprint, made_with()]
-        formats = partial(formats_on, quantizer)
+        formats = FormatsOf(quantizer)
         options = GenerateOptions(self.recipe.count, seed, exact, formats=formats, device=device)
         make = partial(self._make, kind, options, progress)
         if kind in STUDENTS:
             name += f"-{scheme}"
-            facts += [getattr(quantizer, field) for field in FORMAT_FIELDS]
+            facts += formats.facts
         if generator == REAL and self.pool is not None:
             facts.append(self.pool.fingerprint)
             make = partial(draw, self.pool, self.recipe.count, seed)

@@ -33,7 +33,7 @@ from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set, settings_of
 from dfq_deploy.generation.device import moved_to
-from dfq_deploy.generation.engine import Batch, Optimised, Stage, Term, View, fast_dtype, optimise
+from dfq_deploy.generation.engine import LOOK_EVERY, Batch, Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
 from dfq_deploy.generation.similarity import roughness, schedule, similarity
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
@@ -45,7 +45,7 @@ __all__ = ["PsaqV2", "generate"]
 _EXACT_STAGES = (Stage(500, 15), Stage(500, 30))  # images alone, then images against student; shifts at 224 x 224
 _FAST_STAGES = (Stage(100, 30), Stage(30, 30))
 _PART = 8  # images per update of the student
-_ROUND = 10  # steps between two looks at the student's ranges
+_ROUND = LOOK_EVERY  # steps between two looks at the student's ranges, so that a killed run goes on with such a look
 
 
 def generate(model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -155,6 +155,11 @@ class _Learner:
         self.losses: list[Tensor] = []
         self.shown = 0
         self._far = 0.0
+
+    @property
+    def facts(self) -> Sequence[object]:
+        """What it learns for."""
+        return self._formats.facts
 
     def against(self, view: View) -> Tensor:
         """The discrepancy on the images of a step, which they are to raise; 0 before the student joins."""
