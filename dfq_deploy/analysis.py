@@ -63,9 +63,11 @@ class SiteEffect(Effect):
     """What a site costs: the effect of quantizing it alone.
 
     Attributes:
+        others: All that the plan quantizes but it.
         gain_db: By how much sparing it alone raises the whole plan's SQNR.
     """
 
+    others: Effect
     gain_db: float
 
 
@@ -292,9 +294,8 @@ def _layer_effect(
     alone, others, at_first = effects[sites], effects[whole - sites], effects[whole].sqnr_db
 
     def of(site: str) -> SiteEffect:
-        effect = effects[frozenset([site])]
-        gain_db = round(effects[whole - {site}].sqnr_db - at_first, 2)
-        return SiteEffect(effect.noise, effect.sqnr_db, effect.agreement, gain_db)
+        effect, rest = effects[frozenset([site])], effects[whole - {site}]
+        return SiteEffect(effect.noise, effect.sqnr_db, effect.agreement, rest, round(rest.sqnr_db - at_first, 2))
 
     return LayerEffect(
         name=name,

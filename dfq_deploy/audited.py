@@ -43,6 +43,7 @@ class Audit:
         observer: What read the ranges, with what it was set to.
         n: Number of audited images.
         images: Where they come from.
+        of: Fingerprints of the audited images and of the model, by `images` and `model`.
         others: What they were compared with: where `noise`, `seed` and `real` come from.
         absent: Which of these there are not, and why.
         sites: Each quantized activation, in the model's order.
@@ -59,6 +60,7 @@ class Audit:
     observer: str
     n: int
     images: str
+    of: Mapping[str, str]
     others: Mapping[str, str]
     absent: Mapping[str, str]
     sites: tuple[SiteCoverage, ...]

@@ -130,6 +130,7 @@ def _compared(subject: _Subject, others: Mapping[str, ImageSet], absent: Mapping
         observer=observer_used(subject.formats),
         n=len(subject.images),
         images=subject.images.source,
+        of={"images": subject.images.fingerprint, "model": subject.model.fingerprint},
         others={name: f"{len(those)} of {those.source}" for name, those in others.items()},
         absent=absent,
         sites=sites,

@@ -15,7 +15,7 @@ from calibrators.plan import QuantPlan, make_plan
 from calibrators.ranges import Ranges, SiteRange
 from calibrators.registry import pick
 from calibrators.scheme import QuantScheme, scheme_named
-from dfq_deploy.recipe import CalibrateRecipe
+from dfq_deploy.recipe import CalibrateRecipe, SimulateRecipe
 from exporters.backends import BuildOptions, Placement
 
 __all__ = [
@@ -66,6 +66,8 @@ def check_recipe(recipe: CalibrateRecipe, options: BuildOptions) -> None:
 def scheme_of(recipe: CalibrateRecipe) -> QuantScheme:
     """The recipe's scheme, with the weights' zero-points that its run-time takes."""
     scheme = scheme_named(recipe.scheme)
+    if isinstance(recipe, SimulateRecipe) and recipe.softmax == "even":
+        scheme = replace(scheme, softmax=None)
     asymmetric = scheme.blocked and placement_of(recipe).zero_points
     return replace(scheme, weight=CODES["uint4"]) if asymmetric else scheme
 

@@ -109,8 +109,9 @@ class FormatsOf:
 
     @property
     def facts(self) -> list[object]:
-        """The fields that are looked at."""
-        return [getattr(self.recipe, name) for name in _FIELDS]
+        """The fields that are looked at, and what a softmax gets."""
+        softmax = scheme_of(self.recipe).softmax
+        return [*(getattr(self.recipe, name) for name in _FIELDS), softmax and softmax.name]
 
     def __call__(self, model: Model, images: ImageSet) -> QuantPlan:
         """The plan for `model` as it is, with ranges from PyTorch and no layer spared for the noise that it makes."""

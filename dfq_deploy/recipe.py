@@ -30,6 +30,7 @@ __all__ = [
 _OBSERVERS = ("auto", "minmax", "percentile", "entropy", "mse", "hessian")
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "rtx")
 _FLOATS = ("fp32", "fp16", "bf16")
+_SOFTMAXES = ("log2", "even")
 _DEVICES = ("auto", "cpu", "cuda")
 _LEAST = ("latency", "size")
 _BLOCKS = (16, 32, 64, 128)
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # the choices are what lies in the plugin folders, which a ty
     from builtins import str as ObserverName
     from builtins import str as ProviderName
     from builtins import str as SchemeName
+    from builtins import str as SoftmaxName
 else:
     BackendName = Literal[names("exporters.backends")]
     CollectorName = Literal[names("calibrators.collectors")]
@@ -54,6 +56,7 @@ else:
     ObserverName = Literal[_OBSERVERS]
     ProviderName = Literal[_PROVIDERS]
     SchemeName = Literal[tuple(SCHEMES)]
+    SoftmaxName = Literal[_SOFTMAXES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,12 @@ class SimulateRecipe(CalibrateRecipe):
 
     scheme: SchemeName = "w4a4"
     """Formats: w4a8, w6a6, w4a4, which no run-time has kernels for, or any of export's."""
+    softmax: SoftmaxName = "log2"
+    """What a softmax puts out, in w6a6 and w4a4: log2, even in the logarithm, or even steps; w4a8 has even ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_name("softmax", self.softmax, _SOFTMAXES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,6 +190,7 @@ def test_the_table_looks_as_it_should(
         observer="minmax",
         n=16,
         images="synthetic:dfq",
+        of={"images": "0b" * 32, "model": "0b" * 32},
         others={"noise": "16 of synthetic:noise", "seed": "16 of synthetic:dfq"},
         absent={"real": "none were given (--real)"},
         sites=tuple(_CASES["no real images"]),
@@ -381,6 +382,6 @@ def test_similarities_of_all_pairs_are_counted(demo: Model, leaves: ImageSet) ->
 
 def test_the_report_is_json_where_a_width_is_zero() -> None:
     site = dataclasses.replace(_CASES["good"][0], own=Held(0, 0, float("inf"), 0, 0, 0))
-    audit = Audit("m", "w8a8", "ort", "minmax", 1, "i", {}, {}, (site,), "real", "good", "v")
+    audit = Audit("m", "w8a8", "ort", "minmax", 1, "i", {}, {}, {}, (site,), "real", "good", "v")
     assert audit.report()["sites"][0]["own"]["drift"] is None
     json.dumps(audit.report(), allow_nan=False)

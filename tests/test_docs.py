@@ -27,6 +27,11 @@ def commands(page: Path) -> list[str]:
     return [line for line in "".join(blocks).splitlines() if _ON_A_CLUSTER not in line]
 
 
+def test_a_cluster_is_asked_for_on_one_page_only() -> None:
+    asked = {page.stem for page in PAGES if _ON_A_CLUSTER in page.read_text(encoding="utf-8")}
+    assert asked == {"scale"}, "tests/test_ray.py runs the commands of that page"
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

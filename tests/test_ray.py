@@ -177,7 +177,8 @@ def test_the_commands_of_the_page_run(
     for grey in (0, 100, 200):
         Image.new("L", (32, 32), grey).save(f"images/{grey}.png")
     Path("runs.toml").write_text(f"model = 'demo'\n{_DEMO}")
-    lines = re.findall(r"^dfq-deploy (.* --ray HOST:6379)$", (ROOT / "docs" / "scale.md").read_text(), re.MULTILINE)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.DOTALL)
+    lines = re.findall(r"^dfq-deploy (.* --ray HOST:6379)$", "".join(blocks), re.MULTILINE)
     assert [line.split()[0] for line in lines] == ["generate", "check", "sweep"]
     for line in lines:
         for there, here in (_QUICK | {"HOST:6379": nodes.address, "/shared": str(tmp_path)}).items():

@@ -10,7 +10,7 @@ import dfq_deploy as dfq
 from calibrators.plan import QuantPlan
 from calibrators.scheme import SCHEMES
 from dfq_deploy.cli import run
-from dfq_deploy.recipe import CalibrateRecipe
+from dfq_deploy.recipe import CalibrateRecipe, SimulateRecipe
 
 _SIMULATED = [scheme.name for scheme in SCHEMES.values() if scheme.simulated]
 
@@ -40,6 +40,13 @@ def test_all_that_the_papers_quantize_is_quantized(folder: Path) -> None:
     assert {formats[f"attn.{operand}"] for operand in ("qk.lhs", "qk.rhs", "av.rhs")} == {"uint4"}
     assert formats["attn.av.lhs"] == "log2_uint4"
     assert plan.sites["blocks.0.attn.qkv.weight"].axis == 0
+
+
+def test_a_softmax_may_have_even_steps(tmp_path: Path) -> None:
+    recipe = SimulateRecipe(model="demo", generator="noise", count=8, refine="none", softmax="even")
+    dfq.simulate(recipe, tmp_path / "run", limit=8)
+    plan = QuantPlan.load(tmp_path / "run" / "plan.safetensors")
+    assert {q.codes.name for site, q in plan.sites.items() if site.endswith("av.lhs")} == {"uint4"}
 
 
 @pytest.mark.parametrize("scheme", _SIMULATED)

@@ -66,7 +66,7 @@ def gate(
     with bundle_folder(Path(folder)) as place:
         checks, bundle = opened(place, checkpoint, watch, model=model, verify=verify, called=str(folder))
         if bundle is None:
-            return _stopped(name, checks, labels=images is not None, manifest=sha256_of(place / MANIFEST))
+            return _stopped(name, checks, sha256_of(place / MANIFEST))
         seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
         checks += _measured(seen, bundle.reference.plan, limits)
         left_out = {} if seen.labels is not None else {"drop": "no labels"}
@@ -116,12 +116,12 @@ def _baseline_in(path: Path | None, *, update: bool) -> Baseline | None:
     return None if path is None or (update and not path.exists()) else Baseline.load(path)
 
 
-def _stopped(name: str, checks: list[GateCheck], *, labels: bool, manifest: str) -> GateResult:
+def _stopped(name: str, checks: list[GateCheck], manifest: str) -> GateResult:
     """A gate that ends before there is anything to compare."""
     return GateResult(
         bundle=name,
         verdict="fail",
-        mode="labels" if labels else "synthetic",
+        mode="synthetic",  # no label was looked at
         n=0,
         images="",
         checks=tuple(checks),

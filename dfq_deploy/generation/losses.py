@@ -45,9 +45,8 @@ def patch_similarity_entropy(patches: Tensor, *, windows: Tensor, tokens: Tensor
         Mean entropy over the B images in nats, a scalar.
 
     Source: PSAQ-ViT (arXiv 2203.02250), patch similarity and its entropy. Differs: a subset of the patches,
-    the off-diagonal upper triangle instead of all pairs, 16 grid points instead of 10 (32 take about four times as
-    long), and a bandwidth of about the grid's spacing, since with 10 points and h = 0.01 half the pairs of a wide
-    distribution get no gradient.
+    the off-diagonal upper triangle instead of all pairs, 16 grid points instead of 10, and a bandwidth of about the
+    grid's spacing, since with 10 points and h = 0.01 half the pairs of a wide distribution get no gradient.
     """
     samples = patch_similarities(patches.index_select(1, windows).index_select(2, tokens))
     low, high = samples.detach().aminmax()

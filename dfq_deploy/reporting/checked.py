@@ -134,6 +134,7 @@ class Audited(_Read):
 
     n: int
     images: str
+    of: dict[str, str]
     others: dict[str, str]
     absent: dict[str, str]
     sites: tuple[_Site, ...]
@@ -222,13 +223,21 @@ def read_gate(folder: Path) -> Gate:
     return found
 
 
-def read_audit(path: Path) -> Audited:
-    """What an audit found.
+def read_audit(path: Path, manifest: Manifest) -> Audited:
+    """What an audit of the bundle found.
 
     Raises:
-        BundleError: The file does not read.
+        BundleError: The file does not read, or is of other images or another model than the bundle's.
     """
-    return _read(path, Audited, "dfq-deploy audit")
+    command = "dfq-deploy audit"
+    found = _read(path, Audited, command)
+    if found.of != {"images": manifest.images["fingerprint"], "model": manifest.model.fingerprint}:
+        raise BundleError(
+            what="the audit is not of this bundle.",
+            why=f"{path.parent.name}/{path.name} is of other images, or of another model.",
+            fix=f"run `{command}` again.",
+        )
+    return found
 
 
 def read_sensitivity(path: Path) -> Sensed:

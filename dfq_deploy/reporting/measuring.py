@@ -129,14 +129,14 @@ def audited(
         DeployError: It cannot be had.
     """
     if (folder / "audit" / "audit.json").is_file():
-        return read_audit(folder / "audit" / "audit.json")
+        return read_audit(folder / "audit" / "audit.json", manifest)
 
     def make(path: Path) -> None:
         _refuse(quick, "audit")
         report = audit_against_noise(folder, checkpoint=checkpoint, model=model, watch=watch).report()
         write_json(path, report)
 
-    return read_audit(_kept(folder, manifest, "audit", make, watch))
+    return read_audit(_kept(folder, manifest, "audit", make, watch), manifest)
 
 
 def _kept(folder: Path, manifest: Manifest, name: str, make: Callable[[Path], None], watch: Watch) -> Path:
