@@ -1,4 +1,4 @@
-"""README's INT4 table: `make int4`, with `DFQ_DATA` naming real weights and images.
+"""README's INT4 table: `make int4`, with the flags that it names and `DFQ_DATA` naming real weights and images.
 
 For each model, block size and way of choosing codes: top-1, agreement with float and SQNR on `imagenet_val`, and the
 size of model.onnx. Calibrated on 32 synthetic images, fake-quantized in torch, no layer spared. What is done stays in
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="measure on this many images, evenly spaced")
     args = parser.parse_args()
     data = Path(os.environ["DFQ_DATA"]).resolve()
+    args.out /= f"{args.generator}-{args.limit or 'all'}"
     for name in args.models:
         (args.out / name).mkdir(parents=True, exist_ok=True)
         if not _images(args.out, name).exists():

@@ -82,10 +82,10 @@ def write_images(
         picture.unlink(missing_ok=True)
     write_contact_sheet(images, path)
     images.save(path)  # from here on the stage is done
-    shutil.rmtree(batches, ignore_errors=True)
     if set(recipe.generator.split(",")) != {"noise"}:
         for picture, why in pick("dfq_deploy", "looking").draw_beside(path, model, images).items():
             watch.tell(f"no {picture.name}: {why}")
+    shutil.rmtree(batches, ignore_errors=True)
 
 
 def batches_beside(path: Path) -> Path:

@@ -36,8 +36,12 @@ _MADE_UP = Sensitivity(
                 noise_percent=round(40 / (i + 1), 2),
                 macs_percent=2.32,
                 sites={
-                    f"layers.2.blocks.{i}.mlp.fc2.input": SiteEffect(0.5, 21.0, _AGREED, 0.5),
-                    f"layers.2.blocks.{i}.mlp.fc2.weight": SiteEffect(0.0, np.inf, _AGREED, 0.0),
+                    f"layers.2.blocks.{i}.mlp.fc2.input": SiteEffect(
+                        0.5, 21.0, _AGREED, Effect(1.0, 19.5, _AGREED), 0.5
+                    ),
+                    f"layers.2.blocks.{i}.mlp.fc2.weight": SiteEffect(
+                        0.0, np.inf, _AGREED, Effect(1.0, 19.5, _AGREED), 0.0
+                    ),
                 },
             )
             for i in range(22)

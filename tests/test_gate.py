@@ -151,7 +151,7 @@ def test_the_verdict_is_the_worst(verdicts: list[Any], wanted: str) -> None:
 def test_an_altered_file_fails_and_nothing_is_run(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"")
     found = dfq.gate(bundle, images=_DIGITS)
-    assert (found.verdict, found.n, found.mode) == ("fail", 0, "labels")
+    assert (found.verdict, found.n, found.mode) == ("fail", 0, "synthetic")
     assert _said(found) == {"bundle": "fail"}
     assert f"`{bundle}/model.onnx` is altered: " in found.checks[0].reason
     assert found.power == ""

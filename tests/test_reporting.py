@@ -286,9 +286,10 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
     assert " ".join(page.text.split()).count("undecided by drop") == 1, "beside the verdict"
     for figure in ("0.25", "-0.5 \N{EN DASH} 1.25", "1.75 points", "undecided", "By real images: all is well."):
         assert figure in page.text
-    (run / "audit" / "audit.json").write_text(json.dumps(audit | {"of": {**audit["of"], "images": "0b" * 32}}))
-    (why,) = [one.why for one in dfq.report(run, quick=True).missing if "Audit" in one.section]
-    assert why.startswith("The audit is not of this bundle.")
+    for other in ({"of": {**audit["of"], "images": "0b" * 32}}, {"scheme": "w4a4"}, {"of": {}}):
+        (run / "audit" / "audit.json").write_text(json.dumps(audit | other))
+        (why,) = [one.why for one in dfq.report(run, quick=True).missing if "Audit" in one.section]
+        assert why.startswith("The audit is not of this bundle.")
 
 
 def test_a_gate_that_may_have_judged_another_bundle_is_left_out(run: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibrators.errors import BundleError
 from calibrators.files import sha256_of
+from calibrators.scheme import scheme_named
 from dfq_deploy.gating.result import sums_of
 from dfq_deploy.stage_costs import StageCost
 from exporters.bundle import MANIFEST, Manifest
@@ -20,6 +21,7 @@ __all__ = [
     "Sensed",
     "Shown",
     "read_audit",
+    "read_audit_of",
     "read_check",
     "read_gate",
     "read_sensitivity",
@@ -134,7 +136,8 @@ class Audited(_Read):
 
     n: int
     images: str
-    of: dict[str, str]
+    scheme: str = ""
+    of: dict[str, str] = {}
     others: dict[str, str]
     absent: dict[str, str]
     sites: tuple[_Site, ...]
@@ -223,18 +226,29 @@ def read_gate(folder: Path) -> Gate:
     return found
 
 
-def read_audit(path: Path, manifest: Manifest) -> Audited:
-    """What an audit of the bundle found.
+def read_audit(path: Path) -> Audited:
+    """What an audit found.
 
     Raises:
-        BundleError: The file does not read, or is of other images or another model than the bundle's.
+        BundleError: The file does not read.
     """
-    command = "dfq-deploy audit"
-    found = _read(path, Audited, command)
-    if found.of != {"images": manifest.images["fingerprint"], "model": manifest.model.fingerprint}:
+    return _read(path, Audited, "dfq-deploy audit")
+
+
+def read_audit_of(folder: Path, manifest: Manifest) -> Audited:
+    """What the audit in `folder/audit` found.
+
+    Raises:
+        BundleError: It does not read, or is of other images, another model or another scheme than the bundle in
+            `folder`; where the bundle's has no ranges, the audit's may be another.
+    """
+    command = f"dfq-deploy audit {folder.name} --out {folder.name}/audit"
+    found = _read(folder / "audit" / "audit.json", Audited, command)
+    same = found.of == {"images": manifest.images["fingerprint"], "model": manifest.model.fingerprint}
+    if not same or (found.scheme != manifest.scheme and not scheme_named(manifest.scheme).dynamic):
         raise BundleError(
             what="the audit is not of this bundle.",
-            why=f"{path.parent.name}/{path.name} is of other images, or of another model.",
+            why=f"audit/audit.json is of other images, another model or other formats ({found.scheme or 'not said'}).",
             fix=f"run `{command}` again.",
         )
     return found

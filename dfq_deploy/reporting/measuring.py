@@ -19,7 +19,7 @@ from dfq_deploy.building import made_with
 from dfq_deploy.layer_costs import sensitivity
 from dfq_deploy.models import Model
 from dfq_deploy.opening import float_model_in
-from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, read_sensitivity
+from dfq_deploy.reporting.checked import Audited, Interval, Sensed, read_audit, read_audit_of, read_sensitivity
 from dfq_deploy.runtime import load
 from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
@@ -129,14 +129,14 @@ def audited(
         DeployError: It cannot be had.
     """
     if (folder / "audit" / "audit.json").is_file():
-        return read_audit(folder / "audit" / "audit.json", manifest)
+        return read_audit_of(folder, manifest)
 
     def make(path: Path) -> None:
         _refuse(quick, "audit")
         report = audit_against_noise(folder, checkpoint=checkpoint, model=model, watch=watch).report()
         write_json(path, report)
 
-    return read_audit(_kept(folder, manifest, "audit", make, watch), manifest)
+    return read_audit(_kept(folder, manifest, "audit", make, watch))
 
 
 def _kept(folder: Path, manifest: Manifest, name: str, make: Callable[[Path], None], watch: Watch) -> Path:
