@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibrators.files import written_whole
 
-__all__ = ["Checkpoint", "save_state"]
+__all__ = ["Checkpoint", "give_adam", "save_state"]
 
 _SECONDS = 60.0  # between two writes
 
@@ -39,6 +40,13 @@ class Checkpoint:
             return
         save_state(self._path, state())
         self._written = time.monotonic()
+
+
+def give_adam(adam: torch.optim.Adam, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Have `adam` go on with `parameter` from `state`, as it was in an earlier run; it counts its steps on the host."""
+    adam.state[parameter] = {
+        name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
+    }
 
 
 def save_state(path: Path, state: Mapping[str, Tensor]) -> None:

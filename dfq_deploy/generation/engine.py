@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq_deploy.generation import Progress
-from dfq_deploy.generation.checkpoint import Checkpoint
+from dfq_deploy.generation.checkpoint import Checkpoint, give_adam
 from dfq_deploy.generation.moves import Moves
 from dfq_deploy.generation.taps import captured
 from dfq_deploy.generation.trace import Trace
@@ -296,8 +296,6 @@ class _Loop:
         self.pixels.copy_(state["pixels"])
         self.trace.rows = state["trace"]
         adam = {name.removeprefix("adam."): value for name, value in state.items() if name.startswith("adam.")}
-        self._adam.state[self.pixels] = {  # it counts its steps on the host
-            name: value if name == "step" else value.to(self.device) for name, value in adam.items()
-        }
+        give_adam(self._adam, self.pixels, adam)
         stage, done, self.shown = state["counts"].tolist()
         return stage, done

@@ -32,6 +32,7 @@ from calibrators.sites import Mode, set_mode
 from calibrators.student import Student
 from dfq_deploy.generation import Formats, GenerateOptions, Progress, quiet
 from dfq_deploy.generation.batching import optimised_set, settings_of
+from dfq_deploy.generation.checkpoint import give_adam
 from dfq_deploy.generation.device import moved_to
 from dfq_deploy.generation.engine import LOOK_EVERY, Batch, Optimised, Stage, Term, View, fast_dtype, optimise
 from dfq_deploy.generation.losses import discrepancy
@@ -198,16 +199,14 @@ class _Learner:
     def take_up(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what an earlier run had come to."""
         self.begin()
-        device = next(self._student.module.parameters()).device
-        self.losses, self.shown = list(state["losses"].to(device)), int(state["shown"])
+        self.losses = list(state["losses"].to(self._parameters[0].device))
+        self.shown = int(state["shown"])
         self._scheme = bytes(state["scheme"].tolist()).decode()
         for number, parameter in enumerate(self._parameters):
             parameter.data.copy_(state[f"{number}"])
             parts = {name.partition(".")[2]: part for name, part in state.items() if name.startswith(f"{number}.")}
             if parts:
-                self._adam.state[parameter] = {  # it counts its steps on the host
-                    name: part if name == "step" else part.to(device) for name, part in parts.items()
-                }
+                give_adam(self._adam, parameter, parts)
 
     def student(self) -> Student | None:
         """What it has learned; None if that is nothing."""
