@@ -12,8 +12,12 @@ from tiny_transformers import EDGE, TASKS, tiny
 import dfq_deploy as dfq
 from calibrators.images import ImageSet
 from calibrators.sites import sites_of
+from dfq_deploy.formats import FormatsOf
+from dfq_deploy.generation import GenerateOptions
+from dfq_deploy.generation.generators.psaq_v2 import PsaqV2
 from dfq_deploy.generation.taps import attention_taps
 from dfq_deploy.models import Model
+from dfq_deploy.recipe import CalibrateRecipe
 
 # Outputs; attentions with their heads, windows and patch tokens; layers that stay float.
 FOUND = {
@@ -64,17 +68,14 @@ def test_psaq_v2_runs_to_the_end(name: str, tmp_path: Path) -> None:
     assert found.agreement["engine_float"].percent > 95
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("detr", "w4a4"), ("upernet", "w4a4"), ("yolos", "w6a6")])
-def test_the_student_of_psaq_v2_comes_closer(name: str, scheme: str, tmp_path: Path) -> None:
-    """Than the model does when it is rounded as it is, on the same images; over two seeds, which differ by as much."""
-    model = _wrapped(name)
-    gains = []
-    for seed in (0, 1):
-        folder = tmp_path / str(seed)
-        student, plain = folder / "student.safetensors", folder / "plain.safetensors"
-        made = dfq.generate(model, student, generator="psaq_v2", count=8, scheme=scheme, seed=seed)
-        ImageSet.of(made.pixels, made.preprocess, source=made.source).save(plain)
-        asked = {"scheme": scheme, "refine": "none", "images": str(plain)}
-        found = [dfq.simulate(model, folder / calib.stem, calib=str(calib), **asked) for calib in (student, plain)]
-        gains.append(found[0].sqnr_db - found[1].sqnr_db)
-    assert sum(gains) / len(gains) > 0.1
+@pytest.mark.parametrize("name", ["detr", "upernet", "yolos"])
+def test_the_student_of_psaq_v2_comes_closer(name: str, tmp_path: Path) -> None:
+    """Than the model does when it is rounded as it is, on the same images; at the default rate YOLOS's moves little."""
+    model, student, plain = _wrapped(name), tmp_path / "student.safetensors", tmp_path / "plain.safetensors"
+    formats = FormatsOf(CalibrateRecipe(model="demo", scheme="w4a4"))
+    made = PsaqV2(learning_rate=3e-4).generate(model, GenerateOptions(8, formats=formats))
+    made.save(student)
+    ImageSet.of(made.pixels, made.preprocess, source=made.source).save(plain)
+    asked = {"scheme": "w4a4", "refine": "none", "images": str(plain)}
+    found = [dfq.simulate(model, tmp_path / calib.stem, calib=str(calib), **asked) for calib in (student, plain)]
+    assert found[0].sqnr_db > found[1].sqnr_db + 0.1
