@@ -49,7 +49,7 @@ simulated: .venv/test.stamp
 	$(BIN)/python benchmarks/simulated.py --out $(OUT)/simulated $(FLAGS)
 
 ablation: .venv/test.stamp
-	$(BIN)/python benchmarks/ablation.py --out $(OUT)/ablation
+	$(BIN)/python benchmarks/ablation.py --out $(OUT)/ablation $(FLAGS)
 
 spdfq: .venv/test.stamp
 	$(BIN)/python benchmarks/spdfq.py --out $(OUT)/spdfq

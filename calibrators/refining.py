@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from calibrators.errors import CalibrationWarning, PlanError
 from calibrators.folds import UNCHANGED, Fold, find_folds, give, layers_of, moved, outputs_of, put_back, weights_at
 from calibrators.images import ImageSet
+from calibrators.importance import token_importance
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen
 from calibrators.registry import pick
@@ -108,7 +109,10 @@ def correct(
             CalibrationWarning,
             stacklevel=2,
         )
-    halves = [_Halves(name, layers[name], plan, passes, len(pixels)) for name in layers if name in apart]
+    importance = token_importance(module, pixels)
+    halves = [
+        _Halves(name, layers[name], plan, passes, importance.get(name), len(pixels)) for name in layers if name in apart
+    ]
     _round_operands(module, plan)
     try:
         with torch.no_grad():
@@ -171,12 +175,19 @@ class _Halves:
     """
 
     def __init__(
-        self, name: str, layer: SitedLinear, plan: Mapping[str, QParams], passes: Sequence[Any], images: int
+        self,
+        name: str,
+        layer: SitedLinear,
+        plan: Mapping[str, QParams],
+        passes: Sequence[Any],
+        importance: Tensor | None,
+        images: int,
     ) -> None:
         self.settled = {site: plan[site] for site in (f"{name}.weight", f"{name}.input") if site in plan}
         self._name = name
         self._layer = layer
         self._passes = passes
+        self._importance = importance
         self._images = images
         self._float = layer.weight, layer.bias
         self._corrected = False
@@ -207,6 +218,7 @@ class _Halves:
             name=self._name,
             arriving=arriving.flatten(0, -2),
             wanted=wanted.flatten(0, -2),
+            importance=self._weights(wanted.flatten(0, -2)),
             images=self._images,
         )
         for one in self._passes:
@@ -218,6 +230,15 @@ class _Halves:
         if layer.bias is not None:
             give(self._layer, bias=layer.bias)
         self._corrected = True
+
+    def _weights(self, wanted: Tensor) -> Tensor:
+        """What the tokens count: half by how much they matter, half by the relative error of what is put out.
+
+        The former alone would have the last block of a classifier fitted to the few class tokens of a few images.
+        """
+        relative = wanted.square().sum(1).clamp(min=1e-12).reciprocal()
+        relative = relative / relative.mean()
+        return relative if self._importance is None else (relative + self._importance) / 2
 
 
 @dataclass

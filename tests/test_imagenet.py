@@ -26,22 +26,18 @@ def test_synthetic_images_alone_keep_the_accuracy(
     imagenet: Path,
     tmp_path: Path,
 ) -> None:
-    checkpoint = str(imagenet / "weights" / weights)
+    folder, checkpoint = tmp_path / "run", str(imagenet / "weights" / weights)
     images = f"folder:{imagenet / 'imagenet_val'}"
-    code = run(
-        ["export", "--model", model, "--checkpoint", checkpoint, "--out", str(tmp_path / "run"), "--images", images]
-    )
-    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    arguments = ["export", "--model", model, "--checkpoint", checkpoint, "--out", str(folder), "--images", images]
+    code = run(arguments)
+    found = json.loads((folder / "report.json").read_text())
     assert code == 0, found["reason"]
     assert found["n"] == 921
     assert found["top1"]["float"] - found["top1"]["engine"] <= most_points_lost
     assert found["agreement"]["engine_reference"] >= found["agreement"]["noise_floor"] - 1.0
     assert found["agreement"]["engine_float"] >= least_agreement
-    noisy = json.loads(next((tmp_path / "run" / "work").glob("noise-*")).read_text())
-    (kept,) = (tmp_path / "run" / "work").glob("images-*.safetensors")
-    folder = tmp_path / "massive"
-    arguments = ["--model", model, "--checkpoint", checkpoint, "--calib", str(kept), "--spare", "massive"]
-    assert run(["export", *arguments, "--out", str(folder), "--images", images]) == 0
+    noisy = json.loads(next((folder / "work").glob("noise-*")).read_text())
+    assert run([*arguments, "--spare", "massive"]) == 0, "the images and all before the plan are there"
     plain = json.loads((folder / "report.json").read_text())
     assert plain["top1"]["float"] - plain["top1"]["engine"] <= most_points_lost_in_all
     assert plain["agreement"]["engine_reference"] >= plain["agreement"]["noise_floor"] - 1.0

@@ -22,7 +22,7 @@ from calibrators.preprocess import Preprocess
 from calibrators.sites import attach_sites
 from dfq_deploy.cli import run
 from dfq_deploy.formats import FormatsOf
-from dfq_deploy.generation import GenerateOptions, batching, checkpoint, quiet
+from dfq_deploy.generation import GenerateOptions, batching, checkpoint, engine, quiet
 from dfq_deploy.generation.engine import Batch, Schedule, Stage, Term, View, optimise
 from dfq_deploy.generation.generators import psaq_v2
 from dfq_deploy.generation.making import make_images
@@ -183,14 +183,16 @@ def test_the_student_goes_on_from_batch_to_batch(demo: Model, monkeypatch: pytes
     assert far[1] > 1.2 * far[0]
 
 
-@pytest.mark.parametrize("killed_in", [5, 17, 30 + 5, 30 + 25])
+@pytest.mark.parametrize("killed_in", [1, 5, 9 + 1, 9 + 8])
 def test_images_and_student_that_were_cut_off_go_on_where_they_were(
     demo: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int
 ) -> None:
     """Whether in the first batch or in the second, before the student joins or after."""
     monkeypatch.setattr(batching, "BATCH", 2)
     monkeypatch.setattr(checkpoint, "_SECONDS", 0.0)
-    monkeypatch.setattr(psaq_v2, "_FAST_STAGES", (Stage(10, 2), Stage(20, 2)))
+    monkeypatch.setattr(engine, "LOOK_EVERY", 3)
+    monkeypatch.setattr(psaq_v2, "_ROUND", 3)
+    monkeypatch.setattr(psaq_v2, "_FAST_STAGES", (Stage(3, 2), Stage(6, 2)))
     options, steps = _options(3, "w4a4"), [0]
     whole = psaq_v2.generate(demo, options)
     learn = psaq_v2._Learner.learn
@@ -205,7 +207,7 @@ def test_images_and_student_that_were_cut_off_go_on_where_they_were(
     kept = replace(options, keep_in=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         psaq_v2.generate(demo, kept)
-    for still_to_do in (60 - killed_in // 10 * 10, 0):
+    for still_to_do in (18 - killed_in // 3 * 3, 0):
         steps[0] = 100
         resumed = psaq_v2.generate(demo, kept)
         assert steps[0] == 100 + still_to_do

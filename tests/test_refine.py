@@ -55,6 +55,7 @@ def _layer(codes: str = "int4", width: int = 32, tokens: int = 512, block: int |
         name="layer",
         arriving=arriving,
         wanted=arriving @ weight.T + offset,
+        importance=torch.rand(tokens, generator=generator) * 2,
         images=4,
     )
     layer.cover()
@@ -64,7 +65,7 @@ def _layer(codes: str = "int4", width: int = 32, tokens: int = 512, block: int |
 def _error(layer: Layer, *, weighed: bool = False) -> float:
     assert layer.bias is not None
     errors = layer.inputs @ layer.rounded().T + layer.bias - layer.wanted
-    return float((errors / layer.wanted.norm(dim=1, keepdim=True) if weighed else errors).square().sum())
+    return float((errors.square().sum(1) * (layer.importance if weighed else 1)).sum())
 
 
 def _rounding_error(layer: Layer) -> Tensor:
@@ -259,6 +260,33 @@ def test_reach_cuts_off_the_tail_of_a_one_sided_input_and_widens_a_two_sided_one
     assert one_sided.input_qparams is not None and two_sided.input_qparams is not None
     assert one_sided.input_qparams.scale < 0.9 * float(one_sided.arriving.max()) / 127
     assert np.isclose(two_sided.input_qparams.scale, 1.3 * float(two_sided.arriving.abs().max()) / 127)
+
+
+def test_reach_keeps_the_tail_of_tokens_that_matter() -> None:
+    layer = _layer("int8", tokens=4096)
+    layer.arriving[7, 0] = 3 * layer.arriving.max()
+    layer.weight[:, 0] *= 0.01
+    matters = replace(layer, importance=torch.zeros(4096))
+    matters.importance[7] = 4096
+    matters.weight = 100 * layer.weight
+    for one in (layer, matters):
+        reach.correct(one)
+    assert layer.input_qparams is not None and matters.input_qparams is not None
+    assert matters.input_qparams.scale > layer.input_qparams.scale
+
+
+def test_tokens_count_by_what_they_do_to_the_outputs(demo: Model, images: ImageSet) -> None:
+    """Of the last block a classifier reads the class token; its patches still count, by their relative error."""
+    model, seen = copy_of(demo), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bias, "correct", lambda layer: seen.update({layer.name: layer}))
+        correct(model.module, _plan(model.module), images, ["bias"])
+    last = seen[f"blocks.{len(demo.module.blocks) - 1}.mlp.fc2"]
+    found = last.importance.reshape(len(images), -1)
+    assert float(found.mean()) == pytest.approx(1)
+    patches = last.wanted.reshape(*found.shape, -1)[:, 1:].square().sum(2)
+    torch.testing.assert_close(found[:, 1:] * patches, (found[0, 1] * patches[0, 0]).expand_as(patches))
+    assert found[:, 0].mean() > 10 * found[:, 1:].mean()
 
 
 def _plan(module: nn.Module) -> dict[str, QParams]:

@@ -55,6 +55,7 @@ class Layer:
         name: The layer's name.
         arriving: Its inputs as the quantized model has them, not rounded yet, (tokens, inputs) float32.
         wanted: The outputs that the float model gives for the same tokens, (tokens, outputs) float32.
+        importance: What a squared error in each token's output counts, (tokens,) float32; see `token_importance`.
         images: How many images the tokens come from.
     """
 
@@ -65,6 +66,7 @@ class Layer:
     name: str
     arriving: Tensor
     wanted: Tensor
+    importance: Tensor
     images: int
 
     @property
@@ -74,12 +76,8 @@ class Layer:
 
     @property
     def weighed(self) -> Tensor:
-        """Inputs, each token divided by the size of its output: (tokens, inputs) float32.
-
-        What a layer writes is normalised before it is read, token by token. Without this the few tokens with massive
-        activations would decide everything and be harmed by nothing.
-        """
-        found: Tensor = self.inputs / self.wanted.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        """Inputs, made larger or smaller so that a squared error counts as much as its token: (tokens, inputs)."""
+        found: Tensor = self.inputs * self.importance.sqrt()[:, None]
         return found
 
     @property

@@ -4,7 +4,7 @@ What comes out lies on its codes already.
 
 Source: Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1 with the columns in the order of their Hessian's diagonal.
 Scales are set beforehand and stay. Three things are ours. Inputs are those of the quantized model. Each token counts
-by the size of its output. And the Hessian's entries off the diagonal are taken times a half, and less where tokens are
+by how much it matters. And the Hessian's entries off the diagonal are taken times a half, and less where tokens are
 few: full ones fit synthetic images so well that real ones fare worse than with plain rounding.
 """
 

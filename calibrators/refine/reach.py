@@ -5,7 +5,8 @@ off: its range is what was seen, and a good deal more. What a GELU or ReLU puts 
 and does not: its range is searched, and a part of the tail cut off where the layer's outputs err least.
 
 Source: the search is that of Yuan et al., "PTQ4ViT", arXiv 2111.12293, sec. 3.3, with the squared error of the layer's
-outputs in place of its Hessian-weighted form. The two kinds and `_HEADROOM` are ours, found on ViT-Ti and DeiT-Ti.
+outputs, each token counted by how much it matters, in place of its Hessian-weighted form. The two kinds and `_HEADROOM`
+are ours, found on ViT-Ti and DeiT-Ti.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ __all__ = ["correct"]
 _HEADROOM = 1.3
 _ONE_SIDED = 0.25  # largest share of the longer side that the shorter side has
 _SHARES = tuple(np.geomspace(0.25, 1.1, 32))
-_TOKENS = 1024  # that the search computes with
+_TOKENS = 1024  # that the search computes with, those that matter most
 
 
 def correct(layer: Layer) -> None:
@@ -32,9 +33,9 @@ def correct(layer: Layer) -> None:
         return
     low, high = (np.asarray(end, np.float32) for end in layer.arriving.aminmax())
     shares = _SHARES if min(-low, high) < _ONE_SIDED * max(-low, high) else (_HEADROOM,)
-    tokens = layer.arriving[:: max(1, len(layer.arriving) // _TOKENS)]
     tried = [_covering(low * np.float32(share), high * np.float32(share), layer.input_qparams) for share in shares]
-    errors = [_error(layer, tokens, qparams) for qparams in tried]
+    importance, places = layer.importance.topk(min(_TOKENS, len(layer.arriving)))
+    errors = [_error(layer.arriving[places], layer.weight, qparams, importance) for qparams in tried]
     layer.input_qparams = tried[int(np.argmin(errors))]
 
 
@@ -43,6 +44,6 @@ def _covering(low: np.ndarray, high: np.ndarray, qparams: QParams) -> QParams:
     return replace(qparams, scale=scale, zero_point=zero)
 
 
-def _error(layer: Layer, tokens: Tensor, qparams: QParams) -> float:
-    outputs = (rounded(tokens, qparams) - tokens) @ layer.weight.T
-    return float(outputs.square().sum())
+def _error(tokens: Tensor, weight: Tensor, qparams: QParams, importance: Tensor) -> float:
+    errors = (rounded(tokens, qparams) - tokens) @ weight.T
+    return float(importance @ errors.square().sum(1))

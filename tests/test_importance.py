@@ -1,0 +1,76 @@
+"""Which tokens matter: against Jacobians, and where only some of a layer's tokens are read, or none can be told."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibrators.importance import token_importance
+from calibrators.sites import attach_sites
+from dfq_deploy.models import Model
+
+
+class _Pair(nn.Module):
+    """Two layers over tokens, of which some outputs, or what comes of them, are put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.idle = nn.Linear(12, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+        attach_sites(self.eval().requires_grad_(False))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        tokens = images.flatten(1).unflatten(1, (-1, 12))
+        return self.put_out(self.second(self.first(tokens).relu()))
+
+    def put_out(self, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """One number, which the first token decides alone, and the second twice as much."""
+        return (tokens[:, :1].square() + 2 * tokens[:, 1:2].square()).sum((1, 2))[:, None]
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_the_squared_jacobian_of_each_token(pixels: Tensor) -> None:
+    module = _Pair()
+    outputs = module.second(module.first(pixels.flatten(1).unflatten(1, (-1, 12))).relu())
+    (jacobian,) = torch.autograd.grad(module.put_out(outputs.requires_grad_()).sum(), outputs)
+    wanted = jacobian.square().mean(-1).flatten()
+    found = token_importance(module, pixels)
+    assert set(found) == {"first", "second"}, "one layer is not reached"
+    torch.testing.assert_close(found["second"], wanted / wanted.mean())
+    assert all(float(of.mean()) == pytest.approx(1) for of in found.values())
+
+
+def test_several_outputs_count_together(pixels: Tensor) -> None:
+    module = _Pair()
+    module.put_out = lambda tokens: (tokens[:, :1], 3 * tokens[:, 1:2], tokens.argmax(1))  # type: ignore[method-assign]
+    per_token = token_importance(module, pixels)["second"].reshape(3, 16).mean(0)
+    torch.testing.assert_close(per_token, torch.tensor([1.6, 14.4] + [0.0] * 14))
+
+
+@pytest.mark.parametrize(
+    "put_out", [lambda tokens: tokens.argmax(1), lambda tokens: tokens[:, :0].sum(1), lambda tokens: tokens / 0]
+)
+def test_where_no_gradient_can_be_had_nothing_is_said(pixels: Tensor, put_out: object) -> None:
+    module = _Pair()
+    module.put_out = put_out  # type: ignore[assignment]
+    assert token_importance(module, pixels) == {}
+
+
+def test_of_a_layer_that_is_called_twice_the_first_call_counts(pixels: Tensor) -> None:
+    module = _Pair()
+    module.put_out = lambda tokens: module.second(tokens)[:, :2]  # type: ignore[method-assign]
+    found = token_importance(module, pixels)["second"].reshape(3, 16)
+    assert (found[:, :2] > 0).all() and not found[:, 2:].any()
+
+
+def test_after_the_last_block_the_class_token_alone_matters(demo: Model) -> None:
+    images = torch.randn(3, *demo.preprocess.shape, generator=torch.Generator().manual_seed(0))
+    found = token_importance(demo.module, images)
+    last = len(demo.module.blocks) - 1
+    at_the_end, before = (found[f"blocks.{block}.mlp.fc2"].reshape(3, -1) for block in (last, last - 1))
+    assert (at_the_end[:, 0] > 0).all() and not at_the_end[:, 1:].any()
+    assert (before > 0).all()
+    assert not any(parameter.requires_grad for parameter in demo.module.parameters())
