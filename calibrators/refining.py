@@ -3,7 +3,7 @@
 Both change the module in place. Transforms need what passes the folds, for which the images run once. Corrections need
 each layer's inputs in the float model and in the model whose earlier Linear layers are corrected and quantized, the
 operands of attention matmuls with them (convolutions stay float): the two run side by side as halves of one batch, once
-for all layers.
+for all layers. Before that, a backward pass tells which tokens matter.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from calibrators.errors import CalibrationWarning, PlanError
 from calibrators.folds import UNCHANGED, Fold, find_folds, give, layers_of, moved, outputs_of, put_back, weights_at
 from calibrators.images import ImageSet
-from calibrators.importance import token_importance
+from calibrators.importance import token_importance, token_weights
 from calibrators.plan import QParams
 from calibrators.refine import Layer, Seen
 from calibrators.registry import pick
@@ -143,7 +143,7 @@ def _by_images(module: nn.Module, shape: Sequence[int]) -> set[str]:
             for name, layer in layers_of(module).items()
         ]
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # what a model caches here may be needed for gradients
                 module(order)
         finally:
             for hook in hooks:
@@ -218,7 +218,7 @@ class _Halves:
             name=self._name,
             arriving=arriving.flatten(0, -2),
             wanted=wanted.flatten(0, -2),
-            importance=self._weights(wanted.flatten(0, -2)),
+            importance=token_weights(self._importance, wanted.flatten(0, -2)),
             images=self._images,
         )
         for one in self._passes:
@@ -230,15 +230,6 @@ class _Halves:
         if layer.bias is not None:
             give(self._layer, bias=layer.bias)
         self._corrected = True
-
-    def _weights(self, wanted: Tensor) -> Tensor:
-        """What the tokens count: half by how much they matter, half by the relative error of what is put out.
-
-        The former alone would have the last block of a classifier fitted to the few class tokens of a few images.
-        """
-        relative = wanted.square().sum(1).clamp(min=1e-12).reciprocal()
-        relative = relative / relative.mean()
-        return relative if self._importance is None else (relative + self._importance) / 2
 
 
 @dataclass

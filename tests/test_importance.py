@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibrators.importance import token_importance
+from calibrators.errors import CalibrationWarning
+from calibrators.importance import token_importance, token_weights
 from calibrators.sites import attach_sites
 from dfq_deploy.models import Model
 
@@ -61,9 +62,45 @@ def test_where_no_gradient_can_be_had_nothing_is_said(pixels: Tensor, put_out: o
 
 def test_of_a_layer_that_is_called_twice_the_first_call_counts(pixels: Tensor) -> None:
     module = _Pair()
-    module.put_out = lambda tokens: module.second(tokens)[:, :2]  # type: ignore[method-assign]
+    module.put_out = lambda tokens: module.second(tokens.flip(1))[:, :2]  # type: ignore[method-assign]
     found = token_importance(module, pixels)["second"].reshape(3, 16)
-    assert (found[:, :2] > 0).all() and not found[:, 2:].any()
+    assert (found[:, -2:] > 0).all() and not found[:, :-2].any()
+
+
+def test_what_a_model_changes_in_place_counts_as_it_was(pixels: Tensor) -> None:
+    """The images, and what a layer has put out."""
+    plain, in_place = _Pair(), _Pair()
+    forward = in_place.forward
+    in_place.forward = lambda images: forward(images.mul_(1))  # type: ignore[method-assign]
+    plain.put_out = lambda tokens: tokens.relu()[:, :1]  # type: ignore[method-assign]
+    in_place.put_out = lambda tokens: tokens.relu_()[:, :1]  # type: ignore[method-assign]
+    for found, wanted in zip(
+        token_importance(in_place, pixels).values(), token_importance(plain, pixels).values(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_model_without_gradients_is_told_and_relative_errors_count(pixels: Tensor) -> None:
+    module = _Pair()
+    module.put_out = lambda tokens: torch.from_numpy(tokens.numpy())  # type: ignore[method-assign]
+    with pytest.warns(CalibrationWarning, match=r"count by size alone: .*\(Can't call numpy"):
+        assert token_importance(module, pixels) == {}
+    wanted = torch.tensor([[1.0], [2.0], [0.0]])
+    weights = token_weights(None, wanted)
+    assert float(weights.mean()) == pytest.approx(1)
+    torch.testing.assert_close(weights[0], 4 * weights[1])
+    assert weights.isfinite().all()
+    torch.testing.assert_close(token_weights(torch.tensor([1.0]), wanted), weights, msg="of other tokens")
+    torch.testing.assert_close(
+        token_weights(torch.tensor([0.0, 3, 0]), wanted), (weights + torch.tensor([0, 3, 0])) / 2
+    )
+
+
+def test_a_layer_that_only_some_images_reach_is_left_out(pixels: Tensor) -> None:
+    module = _Pair()
+    called = iter((True, False))
+    module.put_out = lambda tokens: module.idle(tokens) if next(called) else tokens  # type: ignore[method-assign]
+    assert set(token_importance(module, pixels)) == {"first", "second"}
 
 
 def test_after_the_last_block_the_class_token_alone_matters(demo: Model) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from calibrators.affine import CODES, choose_qparams
 from calibrators.errors import BundleError, CalibrationWarning, PlanError, RecipeError
 from calibrators.folds import find_folds, layers_of
 from calibrators.images import ImageSet
+from calibrators.importance import token_importance, token_weights
 from calibrators.plan import QParams
 from calibrators.preprocess import Preprocess
 from calibrators.refine import Layer, Seen, bias, clip, gptq, reach, reparam, ridge, smooth
@@ -268,7 +270,6 @@ def test_reach_keeps_the_tail_of_tokens_that_matter() -> None:
     layer.weight[:, 0] *= 0.01
     matters = replace(layer, importance=torch.zeros(4096))
     matters.importance[7] = 4096
-    matters.weight = 100 * layer.weight
     for one in (layer, matters):
         reach.correct(one)
     assert layer.input_qparams is not None and matters.input_qparams is not None
@@ -287,6 +288,24 @@ def test_tokens_count_by_what_they_do_to_the_outputs(demo: Model, images: ImageS
     patches = last.wanted.reshape(*found.shape, -1)[:, 1:].square().sum(2)
     torch.testing.assert_close(found[:, 1:] * patches, (found[0, 1] * patches[0, 0]).expand_as(patches))
     assert found[:, 0].mean() > 10 * found[:, 1:].mean()
+
+
+def test_every_window_of_every_image_has_its_tokens() -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "depths": (2, 1), "num_heads": (3, 6), "num_classes": 10}
+    module = timm.create_model("swin_tiny_patch4_window7_224", **sizes).eval().requires_grad_(False)
+    attach_sites(module)
+    seen: dict[str, Layer] = {}
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 56, 56)).astype(np.float32)
+    preprocess = Preprocess((56, 56), 1.0, "center", "bicubic", (0.0,) * 3, (1.0,) * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bias, "correct", lambda layer: seen.update({layer.name: layer}))
+        correct(module, _plan(module), ImageSet.of(pixels, preprocess, source="test"), ["bias"])
+    important = token_importance(module, torch.from_numpy(pixels))
+    assert set(important) == set(seen) and len(seen) > 12
+    for name, layer in seen.items():
+        assert torch.equal(layer.importance, token_weights(important[name], layer.wanted)), name
+        assert not torch.equal(layer.importance, token_weights(None, layer.wanted)), name
 
 
 def _plan(module: nn.Module) -> dict[str, QParams]:

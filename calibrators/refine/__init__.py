@@ -55,7 +55,7 @@ class Layer:
         name: The layer's name.
         arriving: Its inputs as the quantized model has them, not rounded yet, (tokens, inputs) float32.
         wanted: The outputs that the float model gives for the same tokens, (tokens, outputs) float32.
-        importance: What a squared error in each token's output counts, (tokens,) float32; see `token_importance`.
+        importance: What a squared error in each token's output counts, (tokens,) float32; see `token_weights`.
         images: How many images the tokens come from.
     """
 

@@ -12,6 +12,7 @@ are ours, found on ViT-Ti and DeiT-Ti.
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from calibrators.affine import choose_qparams
@@ -24,7 +25,7 @@ __all__ = ["correct"]
 _HEADROOM = 1.3
 _ONE_SIDED = 0.25  # largest share of the longer side that the shorter side has
 _SHARES = tuple(np.geomspace(0.25, 1.1, 32))
-_TOKENS = 1024  # that the search computes with, those that matter most
+_TOKENS = 1024  # that the search computes with, drawn by how much they matter
 
 
 def correct(layer: Layer) -> None:
@@ -34,8 +35,8 @@ def correct(layer: Layer) -> None:
     low, high = (np.asarray(end, np.float32) for end in layer.arriving.aminmax())
     shares = _SHARES if min(-low, high) < _ONE_SIDED * max(-low, high) else (_HEADROOM,)
     tried = [_covering(low * np.float32(share), high * np.float32(share), layer.input_qparams) for share in shares]
-    importance, places = layer.importance.topk(min(_TOKENS, len(layer.arriving)))
-    errors = [_error(layer.arriving[places], layer.weight, qparams, importance) for qparams in tried]
+    tokens = layer.arriving[_drawn(layer.importance)]
+    errors = [_error(tokens, layer.weight, qparams) for qparams in tried]
     layer.input_qparams = tried[int(np.argmin(errors))]
 
 
@@ -44,6 +45,14 @@ def _covering(low: np.ndarray, high: np.ndarray, qparams: QParams) -> QParams:
     return replace(qparams, scale=scale, zero_point=zero)
 
 
-def _error(tokens: Tensor, weight: Tensor, qparams: QParams, importance: Tensor) -> float:
+def _drawn(importance: Tensor) -> Tensor:
+    """Places of tokens, each as often as it matters: even steps through the sum of their weights."""
+    reached = importance.double().cumsum(0)
+    count = min(_TOKENS, len(importance))
+    places = torch.searchsorted(reached, (torch.arange(count) + 0.5) / count * reached[-1])
+    return places.clamp(max=len(importance) - 1)
+
+
+def _error(tokens: Tensor, weight: Tensor, qparams: QParams) -> float:
     errors = (rounded(tokens, qparams) - tokens) @ weight.T
-    return float(importance @ errors.square().sum(1))
+    return float(errors.square().sum())

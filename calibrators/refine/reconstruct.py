@@ -4,7 +4,7 @@ The block's inputs are those of the quantized model, so that it makes up for the
 
 Source: Li et al., "BRECQ", arXiv 2102.05426, sec. 3.2, for blocks as units; Zhong et al., "SARDFQ", arXiv 2412.16553,
 for min ||X - X'|| by Adam with a cosine. There weights alone are learned; here scales, zero-points, biases and norms
-are as well, and each token counts by the size of what the float model puts out, as in `Layer.weighed`.
+are as well, and each token counts by the size of what the float model puts out.
 """
 
 import torch
