@@ -1,6 +1,6 @@
 """What each part of `dfq` is worth, and what parts of other recipes would add: `make ablation`.
 
-Each part left out alone, then each further part added alone, and what the images calibrate, every scheme with its
+Each further part added alone, then each part left out alone, and what the images calibrate, every scheme with its
 passes. `DFQ_DATA` names real weights and images. The further parts are not in `dfq`, since here they do not pay.
 """
 
@@ -114,12 +114,12 @@ def main() -> None:
             return plain()
 
     makers: dict[str, Callable[[], ImageSet]] = {"all parts": plain}
-    for field in fields(dfq.Dfq):
-        if field.type is bool:
-            makers[f"without {field.name}"] = lambda name=field.name: plain(**{name: False})
     for part in (attention_priors, soft_classes, similar_heads, frequency_curriculum):
         makers[f"with {part.__name__}"] = lambda part=part: with_part(part)
     makers["on half the patches"] = on_half
+    for field in fields(dfq.Dfq):
+        if field.type is bool:
+            makers[f"without {field.name}"] = lambda name=field.name: plain(**{name: False})
     rows = {}
     for name, make in makers.items():
         rows[name] = judged(args, name, make)
