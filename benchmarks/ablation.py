@@ -1,7 +1,7 @@
 """What each part of `dfq` is worth, and what parts of other recipes would add: `make ablation`.
 
 Each further part added alone, then each part left out alone, and what the images calibrate, every scheme with its
-passes. `DFQ_DATA` names real weights and images. The further parts are not in `dfq`, since here they do not pay.
+passes. `DFQ_DATA` names real weights and images. The further parts are not in `dfq`.
 """
 
 from collections.abc import Callable, Iterator
