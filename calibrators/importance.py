@@ -31,7 +31,7 @@ def token_importance(module: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 
     Returns:
         By the layer's name (tokens,) float32, image after image, with mean 1; the tokens are those of its first call.
-        A layer of which no gradient can be had is left out, with a warning where that is the model's doing.
+        A layer of which no gradient can be had is left out; of a model that has none all are, with a warning.
 
     Source: ours. A token's weight is the mean over channels of (J'v)², J the model's Jacobian from the layer's output
     to what it puts out, v random signs; its expectation is what small errors there, independent and alike in all
@@ -42,8 +42,9 @@ def token_importance(module: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     try:
         batches = [_squared_gradients(module, images, generator) for images in torch.split(pixels, _AT_ONCE)]
     except RuntimeError as error:  # in-place operations and operators without a backward pass raise it
+        reason, *_ = str(error).split("\n")
         warnings.warn(
-            f"tokens count by size alone: gradients of this model cannot be had ({str(error).splitlines()[0]}).",
+            f"tokens count by size alone: gradients of this model cannot be had ({reason}).",
             CalibrationWarning,
             stacklevel=2,
         )

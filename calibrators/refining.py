@@ -111,7 +111,9 @@ def correct(
         )
     importance = token_importance(module, pixels)
     halves = [
-        _Halves(name, layers[name], plan, passes, importance.get(name), len(pixels)) for name in layers if name in apart
+        _Halves(name, layers[name], plan, passes=passes, importance=importance.get(name), images=len(pixels))
+        for name in layers
+        if name in apart
     ]
     _round_operands(module, plan)
     try:
@@ -179,6 +181,7 @@ class _Halves:
         name: str,
         layer: SitedLinear,
         plan: Mapping[str, QParams],
+        *,
         passes: Sequence[Any],
         importance: Tensor | None,
         images: int,
@@ -210,6 +213,7 @@ class _Halves:
         return torch.cat([wanted, F.linear(quantized, weight, self._layer.bias)])
 
     def _correct(self, arriving: Tensor, wanted: Tensor) -> None:
+        wanted = wanted.flatten(0, -2)
         layer = Layer(
             weight=self._float[0],
             bias=self._float[1],
@@ -217,8 +221,8 @@ class _Halves:
             input_qparams=self.settled.get(f"{self._name}.input"),
             name=self._name,
             arriving=arriving.flatten(0, -2),
-            wanted=wanted.flatten(0, -2),
-            importance=token_weights(self._importance, wanted.flatten(0, -2)),
+            wanted=wanted,
+            importance=token_weights(self._importance, wanted),
             images=self._images,
         )
         for one in self._passes:
