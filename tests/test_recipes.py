@@ -90,7 +90,13 @@ def test_a_model_with_neither_attention_nor_batch_norm_is_refused(generator: str
 
 @pytest.mark.parametrize(
     ("part", "term"),
-    [("classes", "cross_entropy"), ("patch_similarity",) * 2, ("roughness", "total_variation"), ("leaves", None)],
+    [
+        ("classes", "cross_entropy"),
+        ("patch_similarity",) * 2,
+        ("roughness", "total_variation"),
+        ("leaves", None),
+        ("unmoved", None),
+    ],
 )
 def test_parts_of_dfq_can_be_left_out(part: str, term: str | None):
     demo = load_model("demo")
@@ -103,6 +109,14 @@ def test_parts_of_dfq_can_be_left_out(part: str, term: str | None):
     assert why_no_next_seed(whole, demo) is None
     assert less.made_by["settings"] == {part: False}
     assert "settings of their own" in (why_no_next_seed(less, demo) or "")
+
+
+def test_the_last_quarter_of_a_batch_stays_as_it_begins():
+    demo = load_model("demo")
+    short, long = (Dfq(steps).generate(demo, GenerateOptions(9)) for steps in (1, 3))
+    alike = (short.pixels[:] == long.pixels[:]).all((1, 2, 3))
+    assert alike.tolist() == [False] * 7 + [True] * 2
+    assert long.made_by["passes"]["forward"] == 3 * 7 / 9
 
 
 def test_parts_of_spdfq_can_be_left_out():
@@ -182,15 +196,15 @@ class Small(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize("generator", ["dfq", "psaq_v1"])
-def test_a_batch_that_memory_does_not_hold_is_halved_once(generator: str):
+@pytest.mark.parametrize(("generator", "shown"), [("dfq", 5), ("psaq_v1", 6)])  # of 6 one stays as it begins
+def test_a_batch_that_memory_does_not_hold_is_halved_once(generator: str, shown: int):
     torch.manual_seed(0)
     model = model_of(Small(3), (64, 64))
     with pytest.warns(CalibrationWarning, match="does not hold 6 images at once: they are made again, 3 at once"):
         images = pick(GENERATORS, generator).generate(model, GenerateOptions(6))
     assert len(images) == 6
     assert images.made_by["batch"] == 3
-    assert model.module.seen[1:] == [6, 3, 3, 3, 3]  # after the probe: a step of all, then two of each half
+    assert model.module.seen[1:] == [shown, 3, 3, 3, 3]  # after the probe: a step of all, then two of each half
 
 
 def test_a_batch_that_memory_does_not_hold_in_halves_is_refused():

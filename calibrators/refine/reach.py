@@ -1,7 +1,7 @@
 """Correction: the input's range, so that it serves images which were not seen.
 
 What a LayerNorm or an attention puts out goes further on real images than on synthetic ones, and is hurt by being cut
-off: its range is what was seen, and a good deal more. What a GELU or ReLU puts out is one-sided with a long thin tail,
+off: its range is what was seen, and a little more. What a GELU or ReLU puts out is one-sided with a long thin tail,
 and does not: its range is searched, and a part of the tail cut off where the layer's outputs err least.
 
 Source: the search is that of Yuan et al., "PTQ4ViT", arXiv 2111.12293, sec. 3.3, with the squared error of the layer's
@@ -22,7 +22,7 @@ from calibrators.sites import rounded
 
 __all__ = ["correct"]
 
-_HEADROOM = 1.3
+_HEADROOM = 1.1
 _ONE_SIDED = 0.25  # largest share of the longer side that the shorter side has
 _SHARES = tuple(np.geomspace(0.25, 1.1, 32))
 _TOKENS = 1024  # that the search computes with, drawn by how much they matter

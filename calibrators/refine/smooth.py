@@ -23,7 +23,7 @@ from calibrators.sites import rounded
 __all__ = ["transform"]
 
 _EXPONENTS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7)  # beyond, channels are cut off that real images drive further
-_HEADROOM = 1.3
+_HEADROOM = 1.1
 _TINY = 1e-6  # of the largest: a channel that is always zero needs no factor
 
 

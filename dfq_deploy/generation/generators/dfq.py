@@ -2,7 +2,9 @@
 
 Dead leaves have the edges, the large structures, the contrast and the roughness of photographs, which images that start
 from noise never get; but they mean nothing to the deep layers. A few steps towards one class per image, and towards
-patches that differ from each other, give them that, while their roughness is held where it was.
+patches that differ from each other, give them that, while their roughness is held where it was. The steps also fill
+smooth areas with texture. Photographs have such areas, and drive the first layers further there: a quarter of the
+images is not moved at all.
 
 Source: ours. The patch similarity is that of PSAQ-ViT (arXiv 2203.02250). Left out, since the second moments of what
 layers take in came no closer to those of real images: attention priors and soft labels as in SPDFQ (arXiv 2412.16553),
@@ -12,7 +14,7 @@ The exact and the fast form differ in precision alone.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ __all__ = ["Dfq", "generate"]
 _STAGE = Stage(50, 30)  # steps, and pixels of shift at 224 x 224
 _LEARNING_RATE = 0.1
 _WARMUP = 0.2
+_UNMOVED = 4  # images of which one stays dead leaves
 _CHROMA = 0.1  # brighter colours than photographs' widen the ranges of the first block
 
 
@@ -54,6 +57,7 @@ class Dfq:
         classes: Ask for a class per image.
         patch_similarity: Ask for patches that differ.
         roughness: Hold the roughness at that of dead leaves.
+        unmoved: Leave a quarter of the images dead leaves, where they begin with them: the last of each batch.
     """
 
     steps: int | None = None
@@ -61,6 +65,7 @@ class Dfq:
     classes: bool = True
     patch_similarity: bool = True
     roughness: bool = True
+    unmoved: bool = True
 
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
         """As the module's `generate`, in so many steps and with these parts."""
@@ -69,16 +74,17 @@ class Dfq:
 
     def _one_batch(self, model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
         """One batch of images."""
-        size, generator = batch.size, batch.generator
+        generator = batch.generator
+        size = batch.size - (batch.size // _UNMOVED if self.leaves and self.unmoved else 0)
         device = next(model.module.parameters()).device
         scale = min(model.preprocess.size) / 224
         schedule = Schedule(
             (Stage(self.steps or _STAGE.steps, round(_STAGE.jitter * scale)),), _LEARNING_RATE, _WARMUP, None
         )
-        classes = class_term(model, size, generator, device)
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        leaves = [dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(size)]
-        start = torch.from_numpy(np.stack(leaves))
+        leaves = [dead_leaves(random, model.preprocess, chroma=_CHROMA) for _ in range(batch.size)]
+        classes = class_term(model, size, generator, device)
+        start = torch.from_numpy(np.stack(leaves[:size]))
         rough = total_variation(start).item()
         if not self.leaves:
             start = torch.from_numpy(random.standard_normal(start.shape, np.float32))
@@ -90,7 +96,7 @@ class Dfq:
             *(classes if self.classes else ()),
             *([roughness] if self.roughness else []),
         ]
-        return optimise(
+        made = optimise(
             model,
             start,
             batch,
@@ -99,3 +105,4 @@ class Dfq:
             schedule=schedule,
             dtype=None if exact else fast_dtype(device),
         )
+        return replace(made, pixels=np.stack([*made.pixels, *leaves[size:]]))
