@@ -16,7 +16,10 @@ from calibrators.affine import Codes, choose_qparams
 from calibrators.plan import QParams, shortened
 from calibrators.sites import rounded
 
-__all__ = ["Block", "Correction", "Layer", "Reconstruction", "Seen", "Transform"]
+__all__ = ["HEADROOM", "Block", "Correction", "Layer", "Reconstruction", "Seen", "Transform"]
+
+HEADROOM = 1.1
+"""Range of a two-sided activation over what the calibration images show: other images reach further."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ off: its range is what was seen, and a little more. What a GELU or ReLU puts out
 and does not: its range is searched, and a part of the tail cut off where the layer's outputs err least.
 
 Source: the search is that of Yuan et al., "PTQ4ViT", arXiv 2111.12293, sec. 3.3, with the squared error of the layer's
-outputs, each token counted by how much it matters, in place of its Hessian-weighted form. The two kinds and `_HEADROOM`
+outputs, each token counted by how much it matters, in place of its Hessian-weighted form. The two kinds and `HEADROOM`
 are ours, found on ViT-Ti and DeiT-Ti.
 """
 
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from calibrators.affine import choose_qparams
 from calibrators.plan import QParams
-from calibrators.refine import Layer
+from calibrators.refine import HEADROOM, Layer
 from calibrators.sites import rounded
 
 __all__ = ["correct"]
 
-_HEADROOM = 1.1
 _ONE_SIDED = 0.25  # largest share of the longer side that the shorter side has
 _SHARES = tuple(np.geomspace(0.25, 1.1, 32))
 _TOKENS = 1024  # that the search computes with, drawn by how much they matter
@@ -33,7 +32,7 @@ def correct(layer: Layer) -> None:
     if layer.input_qparams is None or layer.input_qparams.codes.mantissa is not None:
         return
     low, high = (np.asarray(end, np.float32) for end in layer.arriving.aminmax())
-    shares = _SHARES if min(-low, high) < _ONE_SIDED * max(-low, high) else (_HEADROOM,)
+    shares = _SHARES if min(-low, high) < _ONE_SIDED * max(-low, high) else (HEADROOM,)
     tried = [_covering(low * np.float32(share), high * np.float32(share), layer.input_qparams) for share in shares]
     tokens = layer.arriving[_drawn(layer.importance)]
     errors = [_error(tokens, layer.weight, qparams) for qparams in tried]

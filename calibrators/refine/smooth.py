@@ -5,7 +5,7 @@ with which quantizing both the activation and the weights changes the readers' o
 
 Source: Xiao et al., "SmoothQuant", arXiv 2211.10438, eq. 4: factor = max|X|^a / max|W|^(1 - a) per channel, after the
 middle of the channel's range is taken off, as in Wei et al., "Outlier Suppression+", arXiv 2304.09145. There
-`a` is set by hand for the whole model; here it is searched per fold, and the activation is given a range `_HEADROOM`
+`a` is set by hand for the whole model; here it is searched per fold, and the activation is given a range `HEADROOM`
 times what was seen, since real images reach further than synthetic ones. For the same reason max|X| in front of
 attention's projection is that of V, not of the averages of it that arrive. Where only weights are quantized nothing is
 taken off, and the factor is mean|X|^a, as in Lin et al., "AWQ", arXiv 2306.00978, sec. 3.2: weights of channels that
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from calibrators.affine import choose_qparams
 from calibrators.plan import QParams
-from calibrators.refine import Seen
+from calibrators.refine import HEADROOM, Seen
 from calibrators.sites import rounded
 
 __all__ = ["transform"]
 
 _EXPONENTS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7)  # beyond, channels are cut off that real images drive further
-_HEADROOM = 1.1
 _TINY = 1e-6  # of the largest: a channel that is always zero needs no factor
 
 
@@ -55,7 +54,7 @@ def _error(seen: Seen, offsets: Tensor, factors: Tensor) -> float:
     wanted = rows @ weights.T
     if seen.activation is not None:
         low, high = ((end - offsets) / factors for end in (seen.low, seen.high))
-        ends = (low.amin() * _HEADROOM).numpy(), (high.amax() * _HEADROOM).numpy()
+        ends = (low.amin() * HEADROOM).numpy(), (high.amax() * HEADROOM).numpy()
         rows = rounded(rows, QParams(*choose_qparams(*ends, seen.activation), seen.activation, None))
     groups = weights.reshape(-1, seen.block or weights.shape[1])
     scales = choose_qparams(groups.amin(1).numpy(), groups.amax(1).numpy(), seen.weight)

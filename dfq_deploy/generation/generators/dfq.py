@@ -88,7 +88,7 @@ class Dfq:
         rough = total_variation(start).item()
         if not self.leaves:
             start = torch.from_numpy(random.standard_normal(start.shape, np.float32))
-        # All is drawn, so that images differ by the parts that are left out and by nothing else.
+        # All is drawn, so that images differ by the terms that are left out and by nothing else.
         similarity = Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device))
         roughness = Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - rough).abs())
         terms = [
