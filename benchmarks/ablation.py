@@ -1,18 +1,17 @@
 """What each part of `dfq` is worth, and what parts of other recipes would add: `make ablation`.
 
-Each further part added alone, then each part left out alone, and what the images calibrate, every scheme with its
-passes. `DFQ_DATA` names real weights and images. The further parts are not in `dfq`.
+Each further part added alone, where the model sees all patches; then each part left out alone; and what the images
+calibrate, every scheme with its passes. `DFQ_DATA` names real weights and images. The further parts are not in `dfq`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from judged import asked, judged, model_asked_for, tabulated
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
@@ -79,24 +78,6 @@ def frequency_curriculum(model: Model, start: Tensor, batch: Batch, **others: An
     return optimise(model, start, batch, augment=blurred, **others)
 
 
-@contextmanager
-def half_the_patches(model: Model) -> Iterator[None]:
-    """The model sees another random half of the patches in each step, so that a step costs about half as much."""
-    prefix, random = model.module.num_prefix_tokens, torch.Generator().manual_seed(0)
-
-    def drop(_block: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens, *rest = arguments
-        patches = tokens.shape[1] - prefix
-        kept = torch.randperm(patches, generator=random)[: patches // 2].sort().values + prefix
-        return tokens[:, torch.cat([torch.arange(prefix), kept])], *rest
-
-    handle = model.module.blocks[0].register_forward_pre_hook(drop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def main() -> None:
     """Make, simulate and tabulate."""
     args = asked(__doc__, "w6a6,w4a4")
@@ -107,16 +88,11 @@ def main() -> None:
 
     def with_part(part: Callable[..., Optimised]) -> ImageSet:
         with patch.object(dfq, "optimise", part):
-            return plain()
-
-    def on_half() -> ImageSet:
-        with half_the_patches(model):
-            return plain()
+            return plain(patch_dropout=False)
 
     makers: dict[str, Callable[[], ImageSet]] = {"all parts": plain}
     for part in (attention_priors, soft_classes, similar_heads, frequency_curriculum):
-        makers[f"with {part.__name__}"] = lambda part=part: with_part(part)
-    makers["on half the patches"] = on_half
+        makers[f"all patches, with {part.__name__}"] = lambda part=part: with_part(part)
     for field in fields(dfq.Dfq):
         if field.type is bool:
             makers[f"without {field.name}"] = lambda name=field.name: plain(**{name: False})

@@ -18,6 +18,7 @@ from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term
 from dfq_deploy.generation.generators import dfq, psaq_v1, psaq_v2, spdfq, zeroq
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.generation.moves import Moves
+from dfq_deploy.generation.patch_dropout import PatchDropout
 from dfq_deploy.generation.priors import rectangles
 from dfq_deploy.generation.taps import attention_taps, captured
 from dfq_deploy.models import Model
@@ -119,6 +120,34 @@ def run_loop(model: Model, term: Term, *, steps: int, plateau: float | None = No
         schedule=Schedule((Stage(steps, 3),), 0.1, 0.2, plateau),
         dtype=None,
     )
+
+
+def test_patch_dropout_shows_the_blocks_another_half_of_the_patches_in_each_step(demo: Model):
+    taps = attention_taps(demo)
+    prefix, patches = taps[0].prefix, taps[0].tokens
+    dropout = PatchDropout.drawn(demo.module, taps, 3, torch.Generator().manual_seed(0))
+    assert dropout is not None and dropout.patches == patches // 2
+    shown = draws(2, *demo.preprocess.shape).float()
+    tokens = {}
+    with torch.no_grad(), captured({"first": demo.module.blocks[0], "norm": demo.module.norm}) as inputs:
+        demo.module(shown)
+        whole = inputs["first"]
+        for step in range(3):
+            with dropout.during(step):
+                demo.module(shown)
+            tokens[step] = dropout.tokens[step].tolist()
+            assert tokens[step][:prefix] == list(range(prefix))
+            assert len(set(tokens[step])) == prefix + patches // 2
+            assert torch.equal(inputs["first"], whole[:, tokens[step]])
+            assert inputs["norm"].shape[1] == prefix + patches // 2
+        assert tokens[0] != tokens[1] != tokens[2]
+        demo.module(shown)
+        assert torch.equal(inputs["first"], whole), "outside the block it sees all of them"
+
+
+def test_a_model_whose_attention_holds_positions_sees_all_patches():
+    model = load_model("test_vit_relpos", random_weights=True)
+    assert PatchDropout.drawn(model.module, attention_taps(model), 1, torch.Generator()) is None
 
 
 def test_rate_warms_up_and_cools_down_as_v1s():

@@ -95,6 +95,7 @@ def test_a_model_with_neither_attention_nor_batch_norm_is_refused(generator: str
         ("patch_similarity",) * 2,
         ("roughness", "total_variation"),
         ("leaves", None),
+        ("patch_dropout", None),
         ("unmoved", None),
     ],
 )

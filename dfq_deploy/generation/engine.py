@@ -10,6 +10,7 @@ A run that was killed goes on from the last `Checkpoint`. One seed gives the sam
 threads. On a GPU, fused attention may add up its gradient in another order on each run.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from dfq_deploy.generation import Progress
 from dfq_deploy.generation.checkpoint import Checkpoint, give_adam
 from dfq_deploy.generation.moves import Moves
+from dfq_deploy.generation.patch_dropout import PatchDropout
 from dfq_deploy.generation.taps import captured
 from dfq_deploy.generation.trace import Trace
 from dfq_deploy.generation.written_out import attention_written_out
@@ -179,6 +181,7 @@ def optimise(
     schedule: Schedule,
     dtype: torch.dtype | None,
     augment: Callable[[Tensor], Tensor] = lambda images: images,
+    dropout: PatchDropout | None = None,
     learner: Learner | None = None,
 ) -> Optimised:
     """Images that lower the weighted sum of `terms`, from those in `start`.
@@ -193,12 +196,13 @@ def optimise(
         dtype: What the network computes in (autocast), or None for float32; terms, images and Adam are float32.
         augment: Makes of the images (B, C, H, W) what is shown to the model, (B', C, H, W), such as the images and
             parts of them; differentiable.
+        dropout: Which patches the network is given in each step. None: all.
         learner: Who learns from each step.
 
     Raises:
         ImagesError: A term became NaN or Inf; the message names it and the step.
     """
-    loop = _Loop(model, start, terms, schedule, dtype=dtype, generator=batch.generator, augment=augment)
+    loop = _Loop(model, start, terms, schedule, dtype, batch.generator, augment, dropout)
     checkpoint = Checkpoint(batch.unfinished)
     kept = checkpoint.load()
     at_stage, at_step = loop.take_up(kept)
@@ -249,12 +253,13 @@ class _Loop:
         start: Tensor,
         terms: Sequence[Term],
         schedule: Schedule,
-        *,
         dtype: torch.dtype | None,
         generator: torch.Generator,
         augment: Callable[[Tensor], Tensor],
+        dropout: PatchDropout | None,
     ) -> None:
-        self._model, self._terms, self._dtype, self._augment = model, terms, dtype, augment
+        self._model, self._terms, self._dtype = model, terms, dtype
+        self._augment, self._dropout = augment, dropout
         self.device = next(model.module.parameters()).device
         self.pixels = start.to(self.device, torch.float32, copy=True)
         self._low, self._high = (torch.from_numpy(bound).to(self.device) for bound in model.preprocess.bounds)
@@ -270,7 +275,8 @@ class _Loop:
         images = self.pixels.detach().requires_grad_()
         samples = self._augment(images)
         shown = self._moves.moved(samples.detach(), step).requires_grad_()
-        with torch.autocast(self.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+        autocast = torch.autocast(self.device.type, self._dtype or torch.bfloat16, enabled=self._dtype is not None)
+        with autocast, self._dropout.during(step) if self._dropout else contextlib.nullcontext():
             outputs = self._model.rows(shown)
         view = View(step, shown, outputs.float(), inputs)
         values = torch.stack([term.value(view) for term in self._terms])

@@ -25,6 +25,7 @@ from dfq_deploy.generation.batching import optimised_set, settings_of
 from dfq_deploy.generation.engine import Batch, Optimised, Schedule, Stage, Term, fast_dtype, optimise
 from dfq_deploy.generation.leaves import dead_leaves
 from dfq_deploy.generation.losses import total_variation
+from dfq_deploy.generation.patch_dropout import PatchDropout
 from dfq_deploy.generation.similarity import Similarity, class_term
 from dfq_deploy.generation.taps import AttentionTap, attention_taps
 from dfq_deploy.models import Model
@@ -57,6 +58,7 @@ class Dfq:
         classes: Ask for a class per image.
         patch_similarity: Ask for patches that differ.
         roughness: Hold the roughness at that of dead leaves.
+        patch_dropout: Show the model half of the patches in each step, where it is one that takes any number.
         unmoved: Leave a quarter of the images dead leaves, where they begin with them: the last of each batch.
     """
 
@@ -65,6 +67,7 @@ class Dfq:
     classes: bool = True
     patch_similarity: bool = True
     roughness: bool = True
+    patch_dropout: bool = True
     unmoved: bool = True
 
     def generate(self, model: Model, options: GenerateOptions, *, progress: Progress = quiet) -> ImageSet:
@@ -88,7 +91,11 @@ class Dfq:
         rough = total_variation(start).item()
         if not self.leaves:
             start = torch.from_numpy(random.standard_normal(start.shape, np.float32))
-        # All is drawn, so that images differ by the terms that are left out and by nothing else.
+        # All is drawn, so that images differ by the parts that are left out and by nothing else.
+        dropout = PatchDropout.drawn(model.module, taps, schedule.steps, generator)
+        dropout = dropout if self.patch_dropout else None
+        if dropout:
+            taps = [replace(tap, tokens=dropout.patches) for tap in taps]
         similarity = Term("patch_similarity", 1.0, Similarity(taps, schedule.steps, generator, device))
         roughness = Term("total_variation", 0.05, lambda view: (total_variation(view.pixels) - rough).abs())
         terms = [
@@ -104,5 +111,6 @@ class Dfq:
             terms=terms,
             schedule=schedule,
             dtype=None if exact else fast_dtype(device),
+            dropout=dropout,
         )
         return replace(made, pixels=np.stack([*made.pixels, *leaves[size:]]))
