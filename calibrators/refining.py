@@ -28,7 +28,7 @@ from calibrators.sites import Mode, SitedLinear, fitting_block, rounded, set_mod
 
 __all__ = ["correct", "kind_of", "transform"]
 
-Kind = Literal["transform", "correct", "reconstruct"]
+Kind = Literal["rotate", "transform", "correct", "reconstruct"]
 
 _ROWS = 4096  # tokens kept per fold, or as many as make this many bytes at all folds together, if these are fewer
 _ROWS_BYTES = 2**30
@@ -42,7 +42,7 @@ def kind_of(name: str) -> Kind:
         RecipeError: There is no such pass.
     """
     plugin = pick("calibrators.refine", name)
-    kinds: tuple[Kind, ...] = ("transform", "reconstruct", "correct")
+    kinds: tuple[Kind, ...] = ("rotate", "transform", "reconstruct", "correct")
     return next(kind for kind in kinds if hasattr(plugin, kind))
 
 

@@ -45,7 +45,7 @@ class QuantScheme:
 
 _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
 _UINT4, _INT6, _UINT6 = (CODES[name] for name in ("uint4", "int6", "uint6"))
-_CHAIN = ("smooth", "clip", "gptq", "bias")
+_CHAIN = ("rotate", "smooth", "clip", "gptq", "bias")
 
 SCHEMES = {
     scheme.name: scheme

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from calibrators.blocks import reconstruct
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
+from calibrators.rotating import rotate
 from calibrators.scheme import SCHEMES
 from calibrators.student import Student
 from dfq_deploy.building import made_with
@@ -60,19 +63,22 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
     job = replace(job, recipe=suited(job.recipe, job.images))
     recipe, model, images, work = job.recipe, job.model, job.images, job.work
     scheme, blocks, passes = scheme_of(recipe), blocks_of(recipe), passes_of(recipe)
-    transforms, corrections, reconstructions = (
-        [name for name in passes if kind_of(name) == kind] for kind in ("transform", "correct", "reconstruct")
+    rotations, transforms, corrections, reconstructions = (
+        [name for name in passes if kind_of(name) == kind] for kind in ("rotate", "transform", "correct", "reconstruct")
     )
     facts = [images.fingerprint, scheme.name, scheme.weight and scheme.weight.name, blocks, made_with()]
     refined, weights = _with_student(job)
 
     def fold(path: Path) -> None:
         folded = shared_copy_of(refined)
-        transform(folded.module, images, transforms, scheme, blocks)
+        if rotations:
+            rotate(folded.module, torch.from_numpy(images.pixels[:2]), rotations)
+        if transforms:
+            transform(folded.module, images, transforms, scheme, blocks)
         save_refined(path, model, folded)
 
-    if transforms:
-        path = work.stage("folded", ".safetensors", [refined.fingerprint, transforms, *facts], fold)
+    if rotations or transforms:
+        path = work.stage("folded", ".safetensors", [refined.fingerprint, [*rotations, *transforms], *facts], fold)
         weights.append(path)
         refined = load_refined(model, path)
     plan = formats_of(replace(job, model=refined))

@@ -1,9 +1,10 @@
 """Refine passes: one file per way to change float weights so that the model quantizes better.
 
-A pass is of one of two kinds. A *transform* moves range out of an activation and into the weights that read it, at a
-fold: the float model computes the same. A *correction* changes one layer's weight and bias to what serves best once its
-inputs and its weight are rounded. What comes out of either are ordinary weights and biases: the exported graph has no
-operator more. A pass knows one place at a time; `calibrators.refining` walks the model.
+A *rotation* mixes channels; a *transform* moves range out of an activation and into the weights that read it, at a
+fold: after either the float model computes the same. A *correction* changes one layer's weight and bias to what serves
+best once its inputs and its weight are rounded. What comes out of all are ordinary weights and biases: the exported
+graph has no operator more. A pass knows one place at a time; `calibrators.rotating` and `calibrators.refining` walk the
+model.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from calibrators.affine import Codes, choose_qparams
 from calibrators.plan import QParams, shortened
 from calibrators.sites import rounded
 
-__all__ = ["HEADROOM", "Block", "Correction", "Layer", "Reconstruction", "Seen", "Transform"]
+__all__ = ["HEADROOM", "Block", "Correction", "Layer", "Reconstruction", "Rotation", "Seen", "Transform"]
 
 HEADROOM = 1.1
 """Range of a two-sided activation over what the calibration images show: other images reach further."""
@@ -122,6 +123,14 @@ class Block:
     wanted: Tensor
     sites: dict[str, QParams]
     losses: list[float] = field(default_factory=list)
+
+
+class Rotation(Protocol):
+    """What a file with a rotation offers."""
+
+    def rotate(self, width: int) -> Tensor:
+        """An orthogonal matrix, (width, width) float64, that maps (1, …, 1) to itself."""
+        ...
 
 
 class Transform(Protocol):

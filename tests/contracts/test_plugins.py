@@ -9,7 +9,7 @@ import pytest
 
 from calibrators.collectors import Collector
 from calibrators.errors import RecipeError
-from calibrators.refine import Correction, Reconstruction, Transform
+from calibrators.refine import Correction, Reconstruction, Rotation, Transform
 from calibrators.refining import kind_of
 from calibrators.registry import names, pick
 from calibrators.sources import Source
@@ -29,7 +29,7 @@ PROTOCOLS = {
     "dfq_deploy.tasks": Task,
     "exporters.backends": Backend,
 }
-_KINDS = {"transform": Transform, "correct": Correction, "reconstruct": Reconstruction}
+_KINDS = {"rotate": Rotation, "transform": Transform, "correct": Correction, "reconstruct": Reconstruction}
 PLUGINS = [(package, name) for package in PROTOCOLS for name in names(package)]
 
 every_plugin = pytest.mark.parametrize(("package", "name"), PLUGINS, ids=map(".".join, PLUGINS))

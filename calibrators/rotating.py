@@ -1,0 +1,157 @@
+"""The model walked by a rotation: the channels that can be mixed are, and the model computes the same.
+
+Two kinds of channels can be mixed by an orthogonal matrix that is moved into the weights on either side. Those that
+blocks read from and add to, in models built like timm's VisionTransformer: LayerNorms in between commute with the
+matrix, once their scales and offsets are in the layers that read them. And those of each attention head: Q and K with
+the same matrix, and V. Each place is proved by computation, and left as it was where the outputs move.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibrators.errors import CalibrationWarning
+from calibrators.folds import UNCHANGED, give, moved, outputs_of, put_back
+from calibrators.registry import pick
+from calibrators.sites import SitedLinear
+
+__all__ = ["rotate"]
+
+Matrix = Callable[[int], Tensor]
+
+_PARAMETERS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what timm adds to the patches or puts beside them
+
+
+def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]:
+    """Apply the rotations `names` wherever `module` computes the same, in place.
+
+    Args:
+        module: The model.
+        images: What to prove that on, (N, C, H, W).
+        names: The rotations.
+
+    Returns:
+        The places: `residual`, and attentions by name.
+    """
+    before = outputs_of(module, images)
+    found = []
+    for place, turn in _places(module):
+        kept = [(part, dict(part.named_parameters(recurse=False))) for part in module.modules()]
+        for name in names:
+            turn(pick("calibrators.refine", name).rotate)
+        if moved(before, outputs_of(module, images)) < UNCHANGED:
+            found.append(place)
+        else:
+            put_back(kept)
+    if not found:
+        warnings.warn(
+            f"{' and '.join(names)} changed nothing: this model has no place where they can.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, Callable[[Matrix], None]]]:
+    """What may be rotated, by name, each as a function that does it."""
+    if residual := _residual(module):
+        yield "residual", residual.turn
+    for name, attention in module.named_modules():
+        qkv, proj, heads = (getattr(attention, part, None) for part in ("qkv", "proj", "num_heads"))
+        if not (isinstance(qkv, SitedLinear) and isinstance(proj, SitedLinear) and isinstance(heads, int)):
+            continue
+        if qkv.out_features == 3 * proj.in_features and proj.in_features % heads == 0:
+            yield name, _Heads(qkv, proj, heads).turn
+
+
+def _residual(module: Any) -> "_Residual | None":
+    """What blocks read from and add to, if the parts of `module` are called as those of timm's VisionTransformer."""
+    try:
+        readers = [(module.norm if isinstance(module.norm, nn.LayerNorm) else module.fc_norm, [module.head])]
+        writers = [(module.patch_embed.proj, None)]
+        for block in module.blocks:
+            readers += [(block.norm1, [block.attn.qkv]), (block.norm2, [block.mlp.fc1])]
+            writers += [(block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)]
+        readers[0][1].extend(filter(None, [getattr(module, "head_dist", None)]))
+        parameters = {name: getattr(module, name, None) for name in _PARAMETERS}
+        width = module.embed_dim
+    except AttributeError:
+        return None
+    fits = [isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm, _ in readers]
+    fits += [isinstance(layer, SitedLinear) and layer.bias is not None for _, layers in readers for layer in layers]
+    fits += [isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == width for layer, _ in writers]
+    fits += [tensor.shape[-1] == width for tensor in parameters.values() if tensor is not None]
+    if not all(fits):
+        return None
+    return _Residual(
+        width=width,
+        parameters=tuple((module, name) for name, tensor in parameters.items() if tensor is not None),
+        writers=tuple((layer, scale if hasattr(scale, "gamma") else None) for layer, scale in writers),
+        readers=tuple((norm, tuple(layers)) for norm, layers in readers),
+    )
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """An attention whose layer `qkv` makes Q, K and V of one width, and whose `proj` reads what becomes of V."""
+
+    qkv: SitedLinear
+    proj: SitedLinear
+    heads: int
+
+    def turn(self, matrix: Matrix) -> None:
+        """Rotate the channels of each head."""
+        turned = matrix(self.proj.in_features // self.heads)
+        _write(self.qkv, torch.kron(torch.eye(3 * self.heads), turned))
+        _read(self.proj, torch.kron(torch.eye(self.heads), turned))
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """The channels that blocks read from and add to.
+
+    Attributes:
+        width: How many.
+        parameters: Owner and name of the tensors (…, channels) that are added to patches or stand beside them.
+        writers: Layers whose outputs are added, and the layer scales in between, where there are any.
+        readers: LayerNorms that read the channels, and the layers that read what those put out.
+    """
+
+    width: int
+    parameters: tuple[tuple[nn.Module, str], ...]
+    writers: tuple[tuple[nn.Module, Any], ...]
+    readers: tuple[tuple[nn.LayerNorm, tuple[SitedLinear, ...]], ...]
+
+    def turn(self, matrix: Matrix) -> None:
+        """Rotate them all."""
+        turned = matrix(self.width)
+        for owner, name in self.parameters:
+            give(owner, **{name: (getattr(owner, name).detach().double() @ turned.T).float()})
+        for layer, scale in self.writers:
+            if scale is not None:
+                _write(layer, scale.gamma.detach().double().diag())
+                give(scale, gamma=torch.ones_like(scale.gamma))
+            _write(layer, turned)
+        for norm, layers in self.readers:
+            factors, offsets = norm.weight.detach().double(), norm.bias.detach().double()
+            for layer in layers:
+                give(layer, bias=(layer.bias.detach().double() + layer.weight.detach().double() @ offsets).float())
+                _read(layer, turned @ factors.diag())
+            give(norm, weight=torch.ones_like(norm.weight), bias=torch.zeros_like(norm.bias))
+
+
+def _write(layer: Any, matrix: Tensor) -> None:
+    """Let a Linear or a convolution put out `matrix` times what it did."""
+    weight = layer.weight.detach()
+    give(layer, weight=(matrix @ weight.double().flatten(1)).reshape(weight.shape).float())
+    if layer.bias is not None:
+        give(layer, bias=(matrix @ layer.bias.detach().double()).float())
+
+
+def _read(layer: SitedLinear, matrix: Tensor) -> None:
+    """Let a Linear put out what it did, where what it read was `matrix.T` times what it reads from now on."""
+    give(layer, weight=(layer.weight.detach().double() @ matrix.T).float())

@@ -1,0 +1,120 @@
+"""Rotations: the float model stays what it is, and no channel is larger than the others any more."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import dfq_deploy as dfq
+from calibrators.errors import CalibrationWarning
+from calibrators.images import ImageSet
+from calibrators.refine import rotate as pass_
+from calibrators.rotating import rotate
+from calibrators.sites import attach_sites
+from dfq_deploy.models import Model
+from dfq_deploy.models.loading import load_model
+from dfq_deploy.refined import load_refined
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def sited(module: nn.Module) -> nn.Module:
+    """`module` with random norms, biases and scales, ready to be quantized."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    module.eval().requires_grad_(False)
+    attach_sites(module)
+    return module
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("width", [3, 64, 192])
+def test_the_matrix_is_orthogonal_and_keeps_the_direction_that_a_layer_norm_takes_off(width: int) -> None:
+    matrix = pass_.rotate(width)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64))
+    torch.testing.assert_close(matrix.sum(1), torch.ones(width, dtype=torch.float64))
+    assert torch.equal(matrix, pass_.rotate(width))
+    if width > 3:
+        assert matrix.abs().max() < 0.7, "every channel is spread over many"
+
+
+EVERYWHERE = {
+    "vit": lambda: VisionTransformer(**SMALL),
+    "layer scale": lambda: VisionTransformer(**SMALL, init_values=0.5),
+    "average pooling": lambda: VisionTransformer(**SMALL, class_token=False, global_pool="avg"),
+    "distilled": lambda: VisionTransformerDistilled(**SMALL),
+    "registers": lambda: VisionTransformer(**SMALL, reg_tokens=2, no_embed_class=True),
+}
+HEADS_ALONE = {
+    "norm in front": lambda: VisionTransformer(**SMALL, pre_norm=True),
+    "no head": lambda: VisionTransformer(**{**SMALL, "num_classes": 0}),
+    "attention pooling": lambda: VisionTransformer(**SMALL, global_pool="map"),
+    "windows": lambda: SwinTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depths=(2,), num_heads=(2,), window_size=2, num_classes=10
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*EVERYWHERE, *HEADS_ALONE])
+def test_a_rotated_model_computes_the_same(name: str) -> None:
+    module = sited({**EVERYWHERE, **HEADS_ALONE}[name]())
+    shown = images()
+    before, weights = module(shown), module.state_dict()
+    places = rotate(module, shown[:2], ["rotate"])
+    after = module(shown)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    attentions = [part for part, _ in module.named_modules() if part.endswith(".attn")]
+    assert places == ["residual"] * (name in EVERYWHERE) + attentions
+    changed = {part for part, tensor in module.state_dict().items() if not torch.equal(tensor, weights[part])}
+    assert ("patch_embed.proj.weight" in changed) == (name in EVERYWHERE)
+    assert {f"{attention}.qkv.weight" for attention in attentions} <= changed
+
+
+def test_a_large_channel_is_spread_over_all() -> None:
+    module = sited(VisionTransformer(**SMALL))
+    block = module.blocks[1]
+    block.norm1.weight.data[5] = 40.0
+    shown, seen = images(), []
+    block.attn.qkv.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0].abs().amax((0, 1))))
+    module(shown)
+    rotate(module, shown, ["rotate"])
+    module(shown)
+    before, _proof, *_, after = seen
+    assert before.argmax() == 5 and before.max() > 10 * before.median()
+    assert after.max() < 3 * after.median()
+
+
+def test_norms_that_scale_queries_keep_them_as_they_are() -> None:
+    module = sited(VisionTransformer(**SMALL, qk_norm=True))
+    before = {part: tensor.clone() for part, tensor in module.state_dict().items()}
+    assert rotate(module, images(), ["rotate"]) == ["residual"]
+    after = module.state_dict()
+    assert torch.equal(after["blocks.0.norm2.weight"], torch.ones(24))
+    assert torch.equal(after["blocks.0.attn.q_norm.weight"], before["blocks.0.attn.q_norm.weight"])
+
+
+def test_a_model_without_a_place_is_told() -> None:
+    module = load_model("test_resnet", random_weights=True).module
+    before = {part: tensor.clone() for part, tensor in module.state_dict().items()}
+    with pytest.warns(CalibrationWarning, match="rotate changed nothing"):
+        assert rotate(module, torch.randn(2, 3, 160, 160), ["rotate"]) == []
+    assert all(torch.equal(tensor, before[part]) for part, tensor in module.state_dict().items())
+
+
+def test_an_engine_of_a_rotated_model_agrees_with_its_reference(demo: Model, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).normal(size=(8, *demo.preprocess.shape)).astype(np.float32)
+    calib = tmp_path / "images.safetensors"
+    ImageSet.of(pixels, demo.preprocess, source="test").save(calib)
+    found = dfq.export(dfq.Recipe(model="demo", calib=str(calib), refine="rotate,smooth,reach,gptq"), tmp_path / "out")
+    assert found.verdict == "pass"
+    weights = load_refined(demo, next(tmp_path.glob("out/work/folded-*.safetensors"))).module.state_dict()
+    assert not torch.equal(weights["pos_embed"], demo.module.pos_embed)
