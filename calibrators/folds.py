@@ -92,10 +92,10 @@ def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Tensor:
-    """What `module` puts out for `images`."""
+    """What `module` puts out for `images`, all outputs side by side, (N, numbers)."""
     with torch.inference_mode():
-        found: Tensor = module(images)
-    return found
+        found = module(images)
+        return torch.cat([part.flatten(1) for part in ([found] if isinstance(found, Tensor) else found)], 1)
 
 
 def moved(before: Tensor, after: Tensor) -> float:

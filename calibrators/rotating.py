@@ -2,12 +2,14 @@
 
 Two kinds of channels can be mixed by an orthogonal matrix that is moved into the weights on either side. Those that
 blocks read from and add to, in models built like timm's VisionTransformer: LayerNorms in between commute with the
-matrix, once their scales and offsets are in the layers that read them. And those of each attention head: Q and K with
-the same matrix, and V. Each place is proved by computation, and left as it was where the outputs move.
+matrix, once their scales and offsets are in the layers that read them. And those of each attention head that one layer
+`qkv` makes, where nothing stands between it and Q·Kᵀ: Q and K with the same matrix, and V. Each place is proved by
+computation, and left as it was where the outputs move.
 """
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,9 @@ from calibrators.sites import SitedLinear
 __all__ = ["rotate"]
 
 Matrix = Callable[[int], Tensor]
+Turn = Callable[[Matrix], None]
 
+_FAR = 8.0  # times an image, for what happens to large activations alone
 _PARAMETERS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what timm adds to the patches or puts beside them
 
 
@@ -37,16 +41,21 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
     Returns:
         The places: `residual`, and attentions by name.
     """
+    images = torch.cat([images, _FAR * images[:1]])
     before = outputs_of(module, images)
-    found = []
-    for place, turn in _places(module):
+    matrices = [pick("calibrators.refine", name).rotate for name in names]
+
+    def rotated(places: Mapping[str, Turn]) -> bool:
         kept = [(part, dict(part.named_parameters(recurse=False))) for part in module.modules()]
-        for name in names:
-            turn(pick("calibrators.refine", name).rotate)
-        if moved(before, outputs_of(module, images)) < UNCHANGED:
-            found.append(place)
-        else:
+        for turn, matrix in itertools.product(places.values(), matrices):
+            turn(matrix)
+        same = moved(before, outputs_of(module, images)) < UNCHANGED
+        if not same:
             put_back(kept)
+        return same
+
+    places = dict(_places(module))
+    found = list(places) if rotated(places) else [place for place, turn in places.items() if rotated({place: turn})]
     if not found:
         warnings.warn(
             f"{' and '.join(names)} changed nothing: this model has no place where they can.",
@@ -56,7 +65,7 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
     return found
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Callable[[Matrix], None]]]:
+def _places(module: nn.Module) -> Iterator[tuple[str, Turn]]:
     """What may be rotated, by name, each as a function that does it."""
     if residual := _residual(module):
         yield "residual", residual.turn
@@ -77,20 +86,27 @@ def _residual(module: Any) -> "_Residual | None":
             readers += [(block.norm1, [block.attn.qkv]), (block.norm2, [block.mlp.fc1])]
             writers += [(block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)]
         readers[0][1].extend(filter(None, [getattr(module, "head_dist", None)]))
-        parameters = {name: getattr(module, name, None) for name in _PARAMETERS}
         width = module.embed_dim
-    except AttributeError:
+    except (AttributeError, TypeError):
         return None
-    fits = [isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm, _ in readers]
-    fits += [isinstance(layer, SitedLinear) and layer.bias is not None for _, layers in readers for layer in layers]
-    fits += [isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == width for layer, _ in writers]
-    fits += [tensor.shape[-1] == width for tensor in parameters.values() if tensor is not None]
+    own = dict(module.named_parameters(recurse=False))
+    parameters = [name for name in _PARAMETERS if name in own]
+    scales = [getattr(scale, "gamma", None) for _, scale in writers]
+    fits = [
+        *(isinstance(norm, nn.LayerNorm) and norm.bias is not None and len(norm.bias) == width for norm, _ in readers),
+        *(_is_reader(layer, width) for _, layers in readers for layer in layers),
+        *(isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == width for layer, _ in writers),
+        *(own[name].shape[-1] == width for name in parameters),
+        *(gamma.shape == (width,) for gamma in scales if gamma is not None),
+    ]
     if not all(fits):
         return None
     return _Residual(
         width=width,
-        parameters=tuple((module, name) for name, tensor in parameters.items() if tensor is not None),
-        writers=tuple((layer, scale if hasattr(scale, "gamma") else None) for layer, scale in writers),
+        parameters=tuple((module, name) for name in parameters),
+        writers=tuple(
+            (layer, None if gamma is None else scale) for (layer, scale), gamma in zip(writers, scales, strict=True)
+        ),
         readers=tuple((norm, tuple(layers)) for norm, layers in readers),
     )
 
@@ -106,8 +122,8 @@ class _Heads:
     def turn(self, matrix: Matrix) -> None:
         """Rotate the channels of each head."""
         turned = matrix(self.proj.in_features // self.heads)
-        _write(self.qkv, torch.kron(torch.eye(3 * self.heads), turned))
-        _read(self.proj, torch.kron(torch.eye(self.heads), turned))
+        _write(self.qkv, turned)
+        _read(self.proj, turned)
 
 
 @dataclass(frozen=True)
@@ -144,14 +160,19 @@ class _Residual:
             give(norm, weight=torch.ones_like(norm.weight), bias=torch.zeros_like(norm.bias))
 
 
+def _is_reader(layer: object, width: int) -> bool:
+    return isinstance(layer, SitedLinear) and layer.bias is not None and layer.in_features == width
+
+
 def _write(layer: Any, matrix: Tensor) -> None:
-    """Let a Linear or a convolution put out `matrix` times what it did."""
-    weight = layer.weight.detach()
-    give(layer, weight=(matrix @ weight.double().flatten(1)).reshape(weight.shape).float())
-    if layer.bias is not None:
-        give(layer, bias=(matrix @ layer.bias.detach().double()).float())
+    """Let a Linear or a convolution put out `matrix` times what it did, in as many runs of channels as it has."""
+    width = len(matrix)
+    for name, tensor in layer.named_parameters(recurse=False):
+        runs = tensor.detach().double().reshape(-1, width, tensor[0].numel())
+        give(layer, **{name: (matrix @ runs).reshape(tensor.shape).float()})
 
 
 def _read(layer: SitedLinear, matrix: Tensor) -> None:
-    """Let a Linear put out what it did, where what it read was `matrix.T` times what it reads from now on."""
-    give(layer, weight=(layer.weight.detach().double() @ matrix.T).float())
+    """Let a Linear put out what it did, where what it read was `matrix.T` times what it reads from now on, likewise."""
+    runs = layer.weight.detach().double().reshape(-1, len(matrix))
+    give(layer, weight=(runs @ matrix.T).reshape(layer.weight.shape).float())

@@ -1,4 +1,4 @@
-"""From a model and its calibration images to a plan: a student, folds, formats, corrected layers, reconstructed blocks.
+"""From a model and its calibration images to a plan: a student, rotated and folded weights, formats, corrections.
 
 Comes after the images and before ONNX. Each step that changes weights leaves a file of them, and a later one starts
 from what it left. A student that came with the images is the first of them.
@@ -81,6 +81,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
         path = work.stage("folded", ".safetensors", [refined.fingerprint, [*rotations, *transforms], *facts], fold)
         weights.append(path)
         refined = load_refined(model, path)
+    floats = refined  # rotated blocks are held against rotated ones
     plan = formats_of(replace(job, model=refined))
     if recipe.refine == "default" and any(qparams.block for qparams in plan.sites.values()):
         corrections = list(dict.fromkeys([*corrections, *SCHEMES["w4a16"].refine]))  # --auto may choose INT4
@@ -107,7 +108,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
             "learned",
             reconstructions,
             lambda copied: reconstruct(
-                copied.module, model.module, plan.sites, images, reconstructions, job.watch.progress
+                copied.module, floats.module, plan.sites, images, reconstructions, job.watch.progress
             ),
         )
     return plan, refined, tuple(weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
@@ -23,6 +24,7 @@ from dfq_deploy.generation.priors import rectangles
 from dfq_deploy.generation.taps import attention_taps, captured
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.models.wrapping import wrap
 
 GENERATORS = "dfq_deploy.generation.generators"
 FEW = (Stage(3, 2),)
@@ -145,9 +147,20 @@ def test_patch_dropout_shows_the_blocks_another_half_of_the_patches_in_each_step
         assert torch.equal(inputs["first"], whole), "outside the block it sees all of them"
 
 
-def test_a_model_whose_attention_holds_positions_sees_all_patches():
-    model = load_model("test_vit_relpos", random_weights=True)
-    assert PatchDropout.drawn(model.module, attention_taps(model), 1, torch.Generator()) is None
+class Masked(VisionTransformer):
+    """Attention with a mask of one size."""
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+        return super().forward(x, torch.ones(tokens, tokens, dtype=torch.bool).tril())
+
+
+def test_a_model_that_counts_on_all_patches_sees_them():
+    module = Masked(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=10).eval()
+    masked = wrap(module, torch.zeros(1, 3, 32, 32), task="classification")
+    for model in (load_model("test_vit_relpos", random_weights=True), masked):
+        assert PatchDropout.drawn(model.module, attention_taps(model), 1, torch.Generator()) is None
+    assert len(dfq.Dfq(steps=2).generate(masked, GenerateOptions(4))) == 4
 
 
 def test_rate_warms_up_and_cools_down_as_v1s():

@@ -18,6 +18,7 @@ from calibrators.rotating import rotate
 from calibrators.sites import attach_sites
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
+from dfq_deploy.recipe import CalibrateRecipe
 from dfq_deploy.refined import load_refined
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -93,13 +94,80 @@ def test_a_large_channel_is_spread_over_all() -> None:
     assert after.max() < 3 * after.median()
 
 
-def test_norms_that_scale_queries_keep_them_as_they_are() -> None:
-    module = sited(VisionTransformer(**SMALL, qk_norm=True))
+class BufferedPositions(VisionTransformer):
+    """Positions that are no parameter, behind a norm that makes the residual impossible to rotate."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL, pre_norm=True)
+        positions = self.pos_embed.data
+        del self.pos_embed
+        self.register_buffer("pos_embed", positions)
+
+
+class TwoWidths(VisionTransformer):
+    """A head that reads the class token and the mean of the patches."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL)
+        self.head = nn.Linear(48, 10)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], 1))
+
+
+class Clamped(VisionTransformer):
+    """What is added up is cut off, where it is larger than these images make it."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL, global_pool="avg")
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        tokens = self.blocks(self._pos_embed(self.patch_embed(x)))
+        assert len(x) > 3 or tokens.abs().max() < 20 < 8 * tokens.abs().max()
+        return self.norm(tokens.clamp(-20, 20))
+
+
+@pytest.mark.parametrize("kind", [BufferedPositions, TwoWidths, Clamped])
+def test_channels_that_cannot_be_mixed_stay_as_they_are(kind: type[VisionTransformer]) -> None:
+    module = sited(kind())
     before = {part: tensor.clone() for part, tensor in module.state_dict().items()}
-    assert rotate(module, images(), ["rotate"]) == ["residual"]
+    assert rotate(module, images(), ["rotate"]) == ["blocks.0.attn", "blocks.1.attn"]
     after = module.state_dict()
-    assert torch.equal(after["blocks.0.norm2.weight"], torch.ones(24))
-    assert torch.equal(after["blocks.0.attn.q_norm.weight"], before["blocks.0.attn.q_norm.weight"])
+    assert before.keys() == after.keys()
+    rest = [part for part in before if ".attn." not in part]
+    assert all(torch.equal(before[part], after[part]) for part in rest)
+
+
+class TwoOutputs(VisionTransformer):
+    """Outputs side by side."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features = self.forward_features(x)
+        return self.forward_head(features), self.head(features[:, 1:])
+
+
+def test_several_outputs_stay_what_they_are() -> None:
+    module = sited(TwoOutputs(**SMALL))
+    before = module(images())
+    assert rotate(module, images(), ["rotate"])[0] == "residual"
+    for one, other in zip(before, module(images()), strict=True):
+        assert (one - other).abs().max() < 1e-5 * one.abs().max()
+
+
+def test_norms_of_queries_and_keys_keep_their_heads_as_they_are() -> None:
+    module = sited(VisionTransformer(**SMALL, qk_norm=True))
+    before = module(images())
+    assert rotate(module, images(), ["rotate"]) == ["residual"]
+    assert torch.equal(module.blocks[0].norm2.weight, torch.ones(24))
+    assert (module(images()) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_blocks_of_a_rotated_model_are_reconstructed_as_they_are_rotated(demo: Model, tmp_path: Path) -> None:
+    lost = {}
+    for refine in ("rotate", "rotate,reconstruct"):
+        recipe = CalibrateRecipe(model="demo", generator="noise", count=8, scheme="w8a8", refine=refine)
+        lost[refine] = dfq.simulate(recipe, tmp_path / refine).sqnr_db
+    assert lost["rotate,reconstruct"] > lost["rotate"] - 3
 
 
 def test_a_model_without_a_place_is_told() -> None:
@@ -116,5 +184,6 @@ def test_an_engine_of_a_rotated_model_agrees_with_its_reference(demo: Model, tmp
     ImageSet.of(pixels, demo.preprocess, source="test").save(calib)
     found = dfq.export(dfq.Recipe(model="demo", calib=str(calib), refine="rotate,smooth,reach,gptq"), tmp_path / "out")
     assert found.verdict == "pass"
+    assert found.agreement["engine_float"].percent > 90
     weights = load_refined(demo, next(tmp_path.glob("out/work/folded-*.safetensors"))).module.state_dict()
     assert not torch.equal(weights["pos_embed"], demo.module.pos_embed)

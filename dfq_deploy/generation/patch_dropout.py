@@ -1,7 +1,7 @@
 """Patch dropout: in each step of synthesis the network is given another half of the patches, at half the cost.
 
-For timm's VisionTransformer, whose blocks take any number of tokens. Models with windows, stages or positions in their
-attention are given all patches.
+For timm's VisionTransformer, whose blocks take any number of tokens. Other models, which may have windows, stages or
+positions in their attention, are given all patches.
 
 Source: Liu et al., "PatchDropout", arXiv 2208.07220, where it makes training cheaper. There each image keeps patches of
 its own; here all images of a step keep the same ones, so that nothing has to be gathered per image.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from dfq_deploy.generation.taps import AttentionTap
 
 __all__ = ["PatchDropout"]
 
+_KINDS = VisionTransformer, VisionTransformerDistilled  # of others nobody knows what their forward pass counts on
 _FEWEST = 4  # patches that can be halved: two that are left can still differ
 
 
@@ -42,12 +44,10 @@ class PatchDropout:
         cls, module: nn.Module, taps: Sequence[AttentionTap], steps: int, generator: torch.Generator
     ) -> "PatchDropout | None":
         """A half for every step, which `generator` draws on the CPU; None for a model that has to see all patches."""
+        if type(module) not in _KINDS or not isinstance(module.patch_drop, nn.Identity):
+            return None
         prefix, patches = taps[0].prefix, taps[0].tokens
-        if (
-            patches < _FEWEST
-            or not isinstance(module, VisionTransformer)
-            or not isinstance(module.patch_drop, nn.Identity)
-        ):
+        if patches < _FEWEST or any((tap.windows, tap.tokens) != (1, patches) for tap in taps):
             return None
         kept = patches // 2
         chosen = torch.rand((steps, patches), generator=generator).argsort(1)[:, :kept].sort(1).values + prefix
