@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def kind_of(name: str) -> Kind:
         RecipeError: There is no such pass.
     """
     plugin = pick("calibrators.refine", name)
-    kinds: tuple[Kind, ...] = ("rotate", "transform", "reconstruct", "correct")
+    kinds: tuple[Kind, ...] = get_args(Kind)
     return next(kind for kind in kinds if hasattr(plugin, kind))
 
 

@@ -163,11 +163,11 @@ def test_norms_of_queries_and_keys_keep_their_heads_as_they_are() -> None:
 
 
 def test_blocks_of_a_rotated_model_are_reconstructed_as_they_are_rotated(demo: Model, tmp_path: Path) -> None:
-    lost = {}
+    sqnr = {}
     for refine in ("rotate", "rotate,reconstruct"):
         recipe = CalibrateRecipe(model="demo", generator="noise", count=8, scheme="w8a8", refine=refine)
-        lost[refine] = dfq.simulate(recipe, tmp_path / refine).sqnr_db
-    assert lost["rotate,reconstruct"] > lost["rotate"] - 3
+        sqnr[refine] = dfq.simulate(recipe, tmp_path / refine).sqnr_db
+    assert sqnr["rotate,reconstruct"] > sqnr["rotate"] - 3
 
 
 def test_a_model_without_a_place_is_told() -> None:
