@@ -5,7 +5,7 @@ rests on two things. Each layer, fed the reference's own input, must agree to fl
 must be no further from the reference than the noise floor, up to a factor of two that the number of images must be able
 to resolve: the reference's distance from itself when its input moves by a relative 1e-6 or, for an fp16 or bf16 body,
 when what its modules put out is rounded to that. Which decisions a move changes is chance, so the floor is the mean of
-several moves.
+several moves, where the images are not many.
 """
 
 import math
@@ -62,7 +62,7 @@ class Check:
         top1: Label accuracy of float, reference and engine; None without labels.
         drop: Points that the engine loses against float, paired per image, (value, low, high); None without labels.
         agreement: As the task has it, top-1 agreement of a classifier: engine_reference, engine_float, and noise_floor
-            (reference with itself moved, the mean of several moves).
+            (reference with itself moved, the mean of its moves).
         distance: Mean of |a - b|² / |b|² over an output for an image, for the same three pairs.
         cosine: Mean cosine of the outputs, for the same three pairs.
         floor_ratio: Engine's distance over the noise floor's, (value, low, high).

@@ -1,10 +1,11 @@
 """What an engine is judged by: its own logits, its reference's, float's, and the reference's with its input moved.
 
 Of a model that is no classifier it is all that is put out, its outputs side by side. Images go through in batches, and
-what a batch gives depends on its images and its number alone: shards of whole batches give, one behind the other, what
-all images give at once.
+what a batch gives depends on its images, its number and how many images there are: shards of whole batches give, one
+behind the other, what all images give at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,7 +21,8 @@ __all__ = ["AT_ONCE", "logits_by_batch"]
 AT_ONCE = 16
 """Images per batch, a power of two; fewer, and one too, where each puts out much."""
 _MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
-_MOVES = 3  # of the input, each another one; rounding to a body is the same each time
+_MOVES = 3  # of each input at most, each another one; rounding to a body is the same each time
+_MOVED = 1000  # inputs are enough: so many images need one move each
 _SEED = 0
 
 
@@ -34,7 +36,7 @@ def logits_by_batch(
     stop: int | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The logits that an engine is judged by, batch by batch; a batch's depend on its images and its number alone.
+    """The logits that an engine is judged by, batch by batch, computed alike wherever its batch is.
 
     Args:
         reference: The torch model under the plan that the engine was built from.
@@ -50,7 +52,7 @@ def logits_by_batch(
     """
     numbers = sum(output.size for output in reference.model.outputs)
     size = next(n for n in (AT_ONCE, 8, 4, 2, 1) if n * numbers <= _MOST or n == 1)
-    moves = _MOVES if body == "fp32" else 1
+    moves = min(_MOVES, math.ceil(_MOVED / len(pixels))) if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
     for first in range(start, stop, size):
         batch = pixels[first : min(first + size, stop)]

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
 from dfq_deploy import evaluate
 from dfq_deploy.evaluate import Check
+from dfq_deploy.logits import logits_by_batch
 from dfq_deploy.measures import Share
 from dfq_deploy.models import Model
 from dfq_deploy.opening import calibration_images
 from exporters.backends import ort
 from exporters.bundle import MANIFEST, open_bundle
+from exporters.census import Body
 from exporters.cut import LayerCutter
 
 
@@ -78,6 +81,23 @@ def test_images_that_were_looked_at_several_times_count_once() -> None:
     found = Share.of(looks)
     assert found.percent == pytest.approx(98)
     assert dataclasses.replace(found, percent=0) == dataclasses.replace(Share.of(looks[2]), percent=0)
+
+
+@pytest.mark.parametrize(("images", "moves"), [(3, 3), (499, 3), (500, 2), (999, 2), (1000, 1), (1001, 1)])
+def test_the_more_images_the_fewer_moves_each_needs(images: int, moves: int) -> None:
+    def rows(batch: np.ndarray, *_: object) -> np.ndarray:
+        return batch.reshape(len(batch), 1)
+
+    engine: Any = rows
+    reference: Any = SimpleNamespace(
+        model=SimpleNamespace(outputs=[np.zeros(1)]), float=rows, quantized=rows, moved=rows
+    )
+    pixels = np.zeros((images, 1, 1, 1), np.float32)
+    bodies: dict[Body, int] = {"fp32": moves, "fp16": 1}
+    for body, wanted in bodies.items():
+        seen = [batch["moved"].shape for batch in logits_by_batch(reference, engine, pixels, body)]
+        assert {shape[0] for shape in seen} == {wanted}
+        assert sum(shape[1] for shape in seen) == images
 
 
 def test_a_good_bundle_passes(demo_run: tuple[Path, Check]) -> None:
