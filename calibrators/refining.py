@@ -67,12 +67,6 @@ def transform(
     assert scheme.weight is not None
     probe = torch.from_numpy(images.pixels[:2])
     folds = find_folds(module, probe)
-    if not folds:
-        warnings.warn(
-            f"{' and '.join(names)} changed nothing: this model has no place where they can.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
     kept = weights_at(folds)
     before = outputs_of(module, probe)
     for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):

@@ -8,7 +8,6 @@ computation, and left as it was where the outputs move.
 """
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibrators.errors import CalibrationWarning
 from calibrators.folds import UNCHANGED, give, moved, outputs_of, put_back
 from calibrators.registry import pick
 from calibrators.sites import SitedLinear
@@ -55,14 +53,7 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
         return same
 
     places = dict(_places(module))
-    found = list(places) if rotated(places) else [place for place, turn in places.items() if rotated({place: turn})]
-    if not found:
-        warnings.warn(
-            f"{' and '.join(names)} changed nothing: this model has no place where they can.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
-    return found
+    return list(places) if rotated(places) else [place for place, turn in places.items() if rotated({place: turn})]
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, Turn]]:

@@ -45,20 +45,15 @@ class QuantScheme:
 
 _INT8, _UINT8, _INT4, _FP8 = (CODES[name] for name in ("int8", "uint8", "int4", "float8_e4m3fn"))
 _UINT4, _INT6, _UINT6 = (CODES[name] for name in ("uint4", "int6", "uint6"))
-_CHAIN = ("rotate", "smooth", "clip", "gptq", "bias")
+_EIGHT = ("rotate", "smooth", "reach", "gptq")  # default passes for 8 bits, and for fewer
+_FEWER = ("rotate", "smooth", "clip", "gptq", "bias")
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", ("smooth", "reach", "gptq"), "symmetric INT8, portable"),
+        QuantScheme("w8a8", _INT8, _INT8, False, "percentile", _EIGHT, "symmetric INT8, portable"),
         QuantScheme(
-            "w8a8_asym",
-            _INT8,
-            _UINT8,
-            False,
-            "percentile",
-            ("smooth", "reach", "gptq"),
-            "INT8 weights, asymmetric UINT8 inputs, ORT",
+            "w8a8_asym", _INT8, _UINT8, False, "percentile", _EIGHT, "INT8 weights, asymmetric UINT8 inputs, ORT"
         ),
         QuantScheme(
             "w8a8_dynamic",
@@ -72,9 +67,9 @@ SCHEMES = {
         ),
         QuantScheme("w8a8_fp8", _FP8, _FP8, False, "minmax", (), "FP8 (E4M3), for GPUs from SM89 on"),
         QuantScheme("w4a16", _INT4, None, True, "minmax", ("gptq",), "INT4 weights, float activations"),
-        QuantScheme("w4a8", _INT4, _UINT8, False, "mse", _CHAIN, "INT4 weights, UINT8 activations", simulated=True),
-        QuantScheme("w6a6", _INT6, _UINT6, False, "mse", _CHAIN, "6 bits", simulated=True, softmax=CODES["log2_uint6"]),
-        QuantScheme("w4a4", _INT4, _UINT4, False, "mse", _CHAIN, "4 bits", simulated=True, softmax=CODES["log2_uint4"]),
+        QuantScheme("w4a8", _INT4, _UINT8, False, "mse", _FEWER, "INT4 weights, UINT8 activations", simulated=True),
+        QuantScheme("w6a6", _INT6, _UINT6, False, "mse", _FEWER, "6 bits", simulated=True, softmax=CODES["log2_uint6"]),
+        QuantScheme("w4a4", _INT4, _UINT4, False, "mse", _FEWER, "4 bits", simulated=True, softmax=CODES["log2_uint4"]),
         QuantScheme("float", None, None, False, "minmax", (), "nothing quantized: what the others are compared with"),
     )
 }

@@ -4,6 +4,7 @@ Comes after the images and before ONNX. Each step that changes weights leaves a 
 from what it left. A student that came with the images is the first of them.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from calibrators.blocks import reconstruct
-from calibrators.errors import ImagesError
+from calibrators.errors import CalibrationWarning, ImagesError
 from calibrators.images import ImageSet
 from calibrators.plan import QParams, QuantPlan
 from calibrators.refining import correct, kind_of, transform
@@ -71,10 +72,17 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
 
     def fold(path: Path) -> None:
         folded = shared_copy_of(refined)
-        if rotations:
-            rotate(folded.module, torch.from_numpy(images.pixels[:2]), rotations)
-        if transforms:
-            transform(folded.module, images, transforms, scheme, blocks)
+        idle = []
+        if rotations and not rotate(folded.module, torch.from_numpy(images.pixels[:2]), rotations):
+            idle += rotations
+        if transforms and not transform(folded.module, images, transforms, scheme, blocks):
+            idle += transforms
+        if idle and recipe.refine != "default":
+            warnings.warn(
+                f"{' and '.join(idle)} changed nothing: this model has no place where they can.",
+                CalibrationWarning,
+                stacklevel=2,
+            )
         save_refined(path, model, folded)
 
     if rotations or transforms:

@@ -1,5 +1,7 @@
 """Rotations: the float model stays what it is, and no channel is larger than the others any more."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +172,20 @@ def test_blocks_of_a_rotated_model_are_reconstructed_as_they_are_rotated(demo: M
     assert sqnr["rotate,reconstruct"] > sqnr["rotate"] - 3
 
 
-def test_a_model_without_a_place_is_told() -> None:
+def test_a_model_without_a_place_stays_as_it_is() -> None:
     module = load_model("test_resnet", random_weights=True).module
     before = {part: tensor.clone() for part, tensor in module.state_dict().items()}
-    with pytest.warns(CalibrationWarning, match="rotate changed nothing"):
-        assert rotate(module, torch.randn(2, 3, 160, 160), ["rotate"]) == []
+    assert rotate(module, torch.randn(2, 3, 160, 160), ["rotate"]) == []
     assert all(torch.equal(tensor, before[part]) for part, tensor in module.state_dict().items())
+
+
+def test_a_pass_that_was_asked_for_and_changes_nothing_says_so(tmp_path: Path) -> None:
+    recipe = CalibrateRecipe(model="test_resnet", random_weights=True, generator="noise", count=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*changed nothing")
+        dfq.calibrate(recipe, tmp_path / "default" / "plan.safetensors")
+    with pytest.warns(CalibrationWarning, match="rotate and smooth changed nothing"):
+        dfq.calibrate(replace(recipe, refine="rotate,smooth"), tmp_path / "asked" / "plan.safetensors")
 
 
 def test_an_engine_of_a_rotated_model_agrees_with_its_reference(demo: Model, tmp_path: Path) -> None:
