@@ -25,6 +25,7 @@ Matrix = Callable[[int], Tensor]
 Turn = Callable[[Matrix], None]
 
 _FAR = 8.0  # times an image, for what happens to large activations alone
+_AT_ONCE = 256  # rows or columns, so that little is held in float64
 _PARAMETERS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what timm adds to the patches or puts beside them
 
 
@@ -157,13 +158,18 @@ def _is_reader(layer: object, width: int) -> bool:
 
 def _write(layer: Any, matrix: Tensor) -> None:
     """Let a Linear or a convolution put out `matrix` times what it did, in as many runs of channels as it has."""
-    width = len(matrix)
     for name, tensor in layer.named_parameters(recurse=False):
-        runs = tensor.detach().double().reshape(-1, width, tensor[0].numel())
-        give(layer, **{name: (matrix @ runs).reshape(tensor.shape).float()})
+        turned = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        runs = (each.detach().reshape(-1, len(matrix), tensor[0].numel()) for each in (tensor, turned))
+        for old, new in zip(*(torch.split(each, _AT_ONCE, -1) for each in runs), strict=True):
+            new.copy_(matrix @ old.double())
+        give(layer, **{name: turned})
 
 
 def _read(layer: SitedLinear, matrix: Tensor) -> None:
     """Let a Linear put out what it did, where what it read was `matrix.T` times what it reads from now on, likewise."""
-    runs = layer.weight.detach().double().reshape(-1, len(matrix))
-    give(layer, weight=(runs @ matrix.T).reshape(layer.weight.shape).float())
+    turned = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+    runs = (each.detach().reshape(-1, len(matrix)) for each in (layer.weight, turned))
+    for old, new in zip(*(torch.split(each, _AT_ONCE) for each in runs), strict=True):
+        new.copy_(old.double() @ matrix.T)
+    give(layer, weight=turned)
