@@ -6,19 +6,31 @@ if the layers that read it undo that: the model computes the same, and its activ
 by what passes through the model, and each is proved by computation before anybody uses it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from calibrators.sites import SitedLinear
 
-__all__ = ["UNCHANGED", "Fold", "find_folds", "give", "layers_of", "moved", "outputs_of", "put_back", "weights_at"]
+__all__ = [
+    "UNCHANGED",
+    "Fold",
+    "find_folds",
+    "give",
+    "holding",
+    "layers_of",
+    "moved",
+    "outputs_of",
+    "put_back",
+    "weights_at",
+]
 
 UNCHANGED = 1e-5  # of the largest output: float32 sums in another order differ by 1e-6
 
-
+Place = TypeVar("Place")
 Weights = list[tuple[nn.Module, dict[str, nn.Parameter]]]
 
 
@@ -84,11 +96,17 @@ def layers_of(module: nn.Module) -> dict[str, SitedLinear]:
 
 def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
     """The folds of `module`, in the model's order; each one is proved on `images`, (N, C, H, W)."""
-    candidates = [*_norms(module, images), *_values(module)]
-    if candidates and not _proved(module, images, candidates):
-        candidates = [fold for fold in candidates if _proved(module, images, [fold])]
+    candidates = holding([*_norms(module, images), *_values(module)], lambda folds: _proved(module, images, folds))
     order = list(layers_of(module).values())
     return sorted(candidates, key=lambda fold: order.index(fold.readers[0]))
+
+
+def holding(places: Sequence[Place], proved: Callable[[Sequence[Place]], bool]) -> list[Place]:
+    """Those of `places` that hold, by `proved`: all are tried together and, where they don't, by halves."""
+    if not places or proved(places):
+        return list(places)
+    middle = len(places) // 2
+    return [*holding(places[:middle], proved), *holding(places[middle:], proved)] if middle else []
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Tensor:
@@ -154,7 +172,7 @@ def _same_tokens(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(sums[0], sums[1], rtol=1e-6, atol=1e-6 * float(one.abs().sum() / one.shape[-1]))
 
 
-def _proved(module: nn.Module, images: Tensor, folds: list[Fold]) -> bool:
+def _proved(module: nn.Module, images: Tensor, folds: Sequence[Fold]) -> bool:
     """Whether random factors and offsets at `folds` leave the outputs as they are; weights are put back."""
     kept = weights_at(folds)
     generator = torch.Generator().manual_seed(0)

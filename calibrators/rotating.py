@@ -8,14 +8,14 @@ computation, and left as it was where the outputs move.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibrators.folds import UNCHANGED, give, moved, outputs_of, put_back
+from calibrators.folds import UNCHANGED, give, holding, moved, outputs_of, put_back
 from calibrators.registry import pick
 from calibrators.sites import SitedLinear
 
@@ -44,17 +44,16 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
     before = outputs_of(module, images)
     matrices = [pick("calibrators.refine", name).rotate for name in names]
 
-    def rotated(places: Mapping[str, Turn]) -> bool:
+    def rotated(places: Sequence[tuple[str, Turn]]) -> bool:
         kept = [(part, dict(part.named_parameters(recurse=False))) for part in module.modules()]
-        for turn, matrix in itertools.product(places.values(), matrices):
+        for (_, turn), matrix in itertools.product(places, matrices):
             turn(matrix)
         same = moved(before, outputs_of(module, images)) < UNCHANGED
         if not same:
             put_back(kept)
         return same
 
-    places = dict(_places(module))
-    return list(places) if rotated(places) else [place for place, turn in places.items() if rotated({place: turn})]
+    return [place for place, _ in holding(list(_places(module)), rotated)]
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, Turn]]:

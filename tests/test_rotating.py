@@ -1,6 +1,7 @@
 """Rotations: the float model stays what it is, and no channel is larger than the others any more."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import dfq_deploy as dfq
 from calibrators.errors import CalibrationWarning
+from calibrators.folds import holding
 from calibrators.images import ImageSet
 from calibrators.refine import rotate as pass_
 from calibrators.rotating import rotate
@@ -197,3 +199,29 @@ def test_an_engine_of_a_rotated_model_agrees_with_its_reference(demo: Model, tmp
     assert found.agreement["engine_float"].percent > 90
     weights = load_refined(demo, next(tmp_path.glob("out/work/folded-*.safetensors"))).module.state_dict()
     assert not torch.equal(weights["pos_embed"], demo.module.pos_embed)
+
+
+@pytest.mark.parametrize("good", [(), (0,), (6,), (0, 1, 2, 3), (1, 4, 5), tuple(range(7))])
+def test_what_holds_is_found_by_halves(good: tuple[int, ...]) -> None:
+    asked: list[Sequence[int]] = []
+
+    def proved(places: Sequence[int]) -> bool:
+        asked.append(places)
+        return set(places) <= set(good)
+
+    assert holding(range(7), proved) == list(good)
+    assert len(asked) == 1 or len(good) < 7
+    assert all(asked)
+
+
+def test_one_place_that_does_not_hold_is_found_in_few_tries() -> None:
+    asked: list[Sequence[int]] = []
+
+    def proved(places: Sequence[int]) -> bool:
+        asked.append(places)
+        return 0 not in places
+
+    assert holding(range(64), proved) == list(range(1, 64))
+    assert len(asked) == 13
+    assert holding([], proved) == []
+    assert len(asked) == 13
