@@ -16,14 +16,17 @@ from dfq_deploy.reference import Reference
 from exporters.backends import Engine
 from exporters.census import Body
 
-__all__ = ["AT_ONCE", "logits_by_batch"]
+__all__ = ["images_at_once", "logits_by_batch"]
 
-AT_ONCE = 16
-"""Images per batch, a power of two; fewer, and one too, where each puts out much."""
 _MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
 _MOVES = 3  # of each input at most, each another one; rounding to a body is the same each time
 _MOVED = 1000  # inputs are enough: so many images need one move each
 _SEED = 0
+
+
+def images_at_once(numbers: int) -> int:
+    """How many images a batch has where each puts out so many numbers: a power of two, 16 at most."""
+    return next(n for n in (16, 8, 4, 2, 1) if n * numbers <= _MOST or n == 1)
 
 
 def logits_by_batch(
@@ -50,8 +53,7 @@ def logits_by_batch(
     Yields:
         (n, numbers) float32 of `float`, `reference` and `engine`, and (k, n, numbers) of `moved`, k times.
     """
-    numbers = sum(output.size for output in reference.model.outputs)
-    size = next(n for n in (AT_ONCE, 8, 4, 2, 1) if n * numbers <= _MOST or n == 1)
+    size = images_at_once(sum(output.size for output in reference.model.outputs))
     moves = min(_MOVES, math.ceil(_MOVED / len(pixels))) if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
     for first in range(start, stop, size):

@@ -234,7 +234,10 @@ def check(
             model = load_again(opened, manifest, checkpoint, model)
             share = None
             if ray is not None:
-                share = partial(logits_elsewhere, workers, Path(folder), manifest, checkpoint=checkpoint)
+                numbers = sum(output.size for output in model.outputs)
+                share = partial(
+                    logits_elsewhere, workers, Path(folder), manifest, numbers=numbers, checkpoint=checkpoint
+                )
             return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=measured)
 
 

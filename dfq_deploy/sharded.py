@@ -22,7 +22,7 @@ from dfq_deploy.generation import Elsewhere, GenerateOptions, Progress
 from dfq_deploy.generation.device import device_named
 from dfq_deploy.generation.engine import fast_dtype
 from dfq_deploy.generation.making import generated
-from dfq_deploy.logits import AT_ONCE, logits_by_batch
+from dfq_deploy.logits import images_at_once, logits_by_batch
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import model_of
 from dfq_deploy.opening import engine_again, load_again, refined_again
@@ -35,7 +35,8 @@ from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["batches_elsewhere", "logits_elsewhere"]
 
-_IMAGES = 8 * AT_ONCE  # that a shard of a check holds; whole batches
+_BATCHES = 8  # that a shard of a check holds at most
+_NUMBERS = 2**26  # that its images put out at most, where one batch does not put out more; six of each come back
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def logits_elsewhere(
     manifest: Manifest,
     pixels: Pixels,
     *,
+    numbers: int,
     checkpoint: Path | None,
     absent: str | None,
     progress: Callable[[int, int], object],
@@ -126,6 +128,7 @@ def logits_elsewhere(
         folder: The bundle, or an archive of one, where every machine finds it.
         manifest: What it holds.
         pixels: The images; files of a folder are read by the machines.
+        numbers: How many an image puts out.
         checkpoint: Where the weights lie, if not where the export found them.
         absent: Why the engine cannot run here; it must be so there, too. None: it can.
         progress: Called with images done and in all.
@@ -135,14 +138,16 @@ def logits_elsewhere(
     """
     bundle = _Bundle(folder, manifest.model_dump_json(), checkpoint, threads_here(), absent)
     on_gpu = absent is None and (manifest.backend != "ort" or manifest.engine.options.provider != "cpu")
-    starts = range(0, len(pixels), _IMAGES)
-    tasks = [Task((start, min(start + _IMAGES, len(pixels))), threads_here(), int(on_gpu)) for start in starts]
+    batch = images_at_once(numbers)
+    shard = batch * max(1, min(_BATCHES, _NUMBERS // (batch * numbers)))
+    starts = range(0, len(pixels), shard)
+    tasks = [Task((start, min(start + shard, len(pixels))), threads_here(), int(on_gpu)) for start in starts]
     found = workers.answers(Order(_logits_of_shard, (bundle, pixels), tasks))
     early: dict[int, list[dict[str, np.ndarray]]] = {}
     done = turn = 0
     for number, batches in first_error_raised(found):
         early[number] = batches
-        done += sum(len(batch["engine"]) for batch in batches)
+        done += sum(len(each["engine"]) for each in batches)
         progress(done, len(pixels))
         while turn in early:
             yield from early.pop(turn)
