@@ -96,17 +96,24 @@ def layers_of(module: nn.Module) -> dict[str, SitedLinear]:
 
 def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
     """The folds of `module`, in the model's order; each one is proved on `images`, (N, C, H, W)."""
-    candidates = holding([*_norms(module, images), *_values(module)], lambda folds: _proved(module, images, folds))
+    candidates = holding([_norms(module, images), _values(module)], lambda folds: _proved(module, images, folds))
     order = list(layers_of(module).values())
     return sorted(candidates, key=lambda fold: order.index(fold.readers[0]))
 
 
-def holding(places: Sequence[Place], proved: Callable[[Sequence[Place]], bool]) -> list[Place]:
-    """Those of `places` that hold, by `proved`: all are tried together and, where they don't, by halves."""
-    if not places or proved(places):
-        return list(places)
-    middle = len(places) // 2
-    return [*holding(places[:middle], proved), *holding(places[middle:], proved)] if middle else []
+def holding(kinds: Sequence[Sequence[Place]], proved: Callable[[Sequence[Place]], bool]) -> list[Place]:
+    """Those of the places of several kinds that `proved` says hold.
+
+    It is asked about all together, then about each kind, then about each place; about each that holds it has said so
+    just once.
+    """
+    together = [place for kind in kinds for place in kind]
+    if not together or proved(together):
+        return together
+    found: list[Place] = []
+    for kind in kinds:
+        found += kind if len(kind) > 1 and proved(kind) else [place for place in kind if proved([place])]
+    return found
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ def transform(
     assert scheme.weight is not None
     probe = torch.from_numpy(images.pixels[:2])
     folds = find_folds(module, probe)
+    if not folds:
+        return []
     kept = weights_at(folds)
     before = outputs_of(module, probe)
     for fold, sample in zip(folds, _sampled(module, images, folds), strict=True):

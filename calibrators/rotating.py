@@ -53,13 +53,17 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
             put_back(kept)
         return same
 
-    return [place for place, _ in holding(list(_places(module)), rotated)]
+    return [place for place, _ in holding([[*_residuals(module)], [*_attentions(module)]], rotated)]
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Turn]]:
-    """What may be rotated, by name, each as a function that does it."""
+def _residuals(module: nn.Module) -> Iterator[tuple[str, Turn]]:
+    """What blocks read from and add to, where it may be rotated, with a function that does it."""
     if residual := _residual(module):
         yield "residual", residual.turn
+
+
+def _attentions(module: nn.Module) -> Iterator[tuple[str, Turn]]:
+    """The attentions whose heads may be rotated, by name, each with a function that does it."""
     for name, attention in module.named_modules():
         qkv, proj, heads = (getattr(attention, part, None) for part in ("qkv", "proj", "num_heads"))
         if not (isinstance(qkv, SitedLinear) and isinstance(proj, SitedLinear) and isinstance(heads, int)):
@@ -146,7 +150,9 @@ class _Residual:
         for norm, layers in self.readers:
             factors, offsets = norm.weight.detach().double(), norm.bias.detach().double()
             for layer in layers:
-                give(layer, bias=(layer.bias.detach().double() + layer.weight.detach().double() @ offsets).float())
+                runs = torch.split(layer.weight.detach(), _AT_ONCE)
+                added = torch.cat([rows.double() @ offsets for rows in runs])
+                give(layer, bias=(layer.bias.detach().double() + added).float())
                 _read(layer, turned @ factors.diag())
             give(norm, weight=torch.ones_like(norm.weight), bias=torch.zeros_like(norm.bias))
 

@@ -77,7 +77,7 @@ def plan_of(job: Job) -> tuple[QuantPlan, Model, tuple[Path, ...]]:
             idle += rotations
         if transforms and not transform(folded.module, images, transforms, scheme, blocks):
             idle += transforms
-        if idle and recipe.refine != "default":
+        if idle:
             warnings.warn(
                 f"{' and '.join(idle)} changed nothing: this model has no place where they can.",
                 CalibrationWarning,
