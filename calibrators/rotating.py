@@ -7,6 +7,7 @@ matrix, once their scales and offsets are in the layers that read them. And thos
 computation, and left as it was where the outputs move.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
     """
     images = torch.cat([images, _FAR * images[:1]])
     before = outputs_of(module, images)
-    matrices = [pick("calibrators.refine", name).rotate for name in names]
+    matrices = [functools.cache(pick("calibrators.refine", name).rotate) for name in names]
 
     def rotated(places: Sequence[tuple[str, Turn]]) -> bool:
         kept = [(part, dict(part.named_parameters(recurse=False))) for part in module.modules()]

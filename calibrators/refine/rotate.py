@@ -8,8 +8,6 @@ which is all that a LayerNorm needs, so that no operator changes. What would hav
 GELU's outputs would, is left alone.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ __all__ = ["rotate"]
 _SEED = 0
 
 
-@functools.cache
 def rotate(width: int) -> Tensor:
     """An orthogonal matrix, (width, width) float64, that maps (1, …, 1) to itself."""
     generator = torch.Generator().manual_seed(_SEED)
