@@ -104,16 +104,17 @@ def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
 def holding(kinds: Sequence[Sequence[Place]], proved: Callable[[Sequence[Place]], bool]) -> list[Place]:
     """Those of the places of several kinds that `proved` says hold.
 
-    It is asked about all together, then about each kind, then about each place; about each that holds it has said so
-    just once.
+    It is asked about all together, where they don't about each kind, and then about each place; about each that holds
+    it has said so just once.
     """
+    kinds = [kind for kind in kinds if kind]
     together = [place for kind in kinds for place in kind]
     if not together or proved(together):
         return together
-    found: list[Place] = []
-    for kind in kinds:
-        found += kind if len(kind) > 1 and proved(kind) else [place for place in kind if proved([place])]
-    return found
+    if len(together) == 1:
+        return []
+    parts = kinds if len(kinds) > 1 else [[place] for place in together]
+    return [place for part in parts for place in holding([part], proved)]
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ Matrix = Callable[[int], Tensor]
 Turn = Callable[[Matrix], None]
 
 _FAR = 8.0  # times an image, for what happens to large activations alone
-_AT_ONCE = 256  # rows or columns, so that little is held in float64
+_AT_ONCE = 256  # rows or columns of a product: large ones in float64 leave holes in memory
 _PARAMETERS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what timm adds to the patches or puts beside them
 
 
@@ -41,6 +41,9 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
     Returns:
         The places: `residual`, and attentions by name.
     """
+    kinds = [[*_residuals(module)], [*_attentions(module)]]
+    if not any(kinds):
+        return []
     images = torch.cat([images, _FAR * images[:1]])
     before = outputs_of(module, images)
     matrices = [functools.cache(pick("calibrators.refine", name).rotate) for name in names]
@@ -54,7 +57,7 @@ def rotate(module: nn.Module, images: Tensor, names: Sequence[str]) -> list[str]
             put_back(kept)
         return same
 
-    return [place for place, _ in holding([[*_residuals(module)], [*_attentions(module)]], rotated)]
+    return [place for place, _ in holding(kinds, rotated)]
 
 
 def _residuals(module: nn.Module) -> Iterator[tuple[str, Turn]]:
@@ -151,9 +154,7 @@ class _Residual:
         for norm, layers in self.readers:
             factors, offsets = norm.weight.detach().double(), norm.bias.detach().double()
             for layer in layers:
-                runs = torch.split(layer.weight.detach(), _AT_ONCE)
-                added = torch.cat([rows.double() @ offsets for rows in runs])
-                give(layer, bias=(layer.bias.detach().double() + added).float())
+                give(layer, bias=(layer.bias.detach().double() + layer.weight.detach().double() @ offsets).float())
                 _read(layer, turned @ factors.diag())
             give(norm, weight=torch.ones_like(norm.weight), bias=torch.zeros_like(norm.bias))
 
@@ -165,17 +166,21 @@ def _is_reader(layer: object, width: int) -> bool:
 def _write(layer: Any, matrix: Tensor) -> None:
     """Let a Linear or a convolution put out `matrix` times what it did, in as many runs of channels as it has."""
     for name, tensor in layer.named_parameters(recurse=False):
-        turned = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        runs = (each.detach().reshape(-1, len(matrix), tensor[0].numel()) for each in (tensor, turned))
-        for old, new in zip(*(torch.split(each, _AT_ONCE, -1) for each in runs), strict=True):
-            new.copy_(matrix @ old.double())
-        give(layer, **{name: turned})
+        _give_product(layer, name, (-1, len(matrix), tensor[0].numel()), -1, lambda columns: matrix @ columns)
 
 
 def _read(layer: SitedLinear, matrix: Tensor) -> None:
     """Let a Linear put out what it did, where what it read was `matrix.T` times what it reads from now on, likewise."""
-    turned = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
-    runs = (each.detach().reshape(-1, len(matrix)) for each in (layer.weight, turned))
-    for old, new in zip(*(torch.split(each, _AT_ONCE) for each in runs), strict=True):
-        new.copy_(old.double() @ matrix.T)
-    give(layer, weight=turned)
+    _give_product(layer, "weight", (-1, len(matrix)), 0, lambda rows: rows @ matrix.T)
+
+
+def _give_product(
+    layer: nn.Module, name: str, shape: tuple[int, ...], along: int, product: Callable[[Tensor], Tensor]
+) -> None:
+    """Give `layer` the `product` of its tensor `name`, seen in `shape`, part by part along a dimension."""
+    tensor = layer.get_parameter(name)
+    turned = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    parts = (torch.split(each.detach().reshape(shape), _AT_ONCE, along) for each in (tensor, turned))
+    for old, new in zip(*parts, strict=True):
+        new.copy_(product(old.double()))
+    give(layer, **{name: turned})

@@ -53,7 +53,7 @@ def logits_by_batch(
     Yields:
         (n, numbers) float32 of `float`, `reference` and `engine`, and (k, n, numbers) of `moved`, k times.
     """
-    size = images_at_once(sum(output.size for output in reference.model.outputs))
+    size = images_at_once(reference.model.numbers)
     moves = min(_MOVES, math.ceil(_MOVED / len(pixels))) if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
     for first in range(start, stop, size):

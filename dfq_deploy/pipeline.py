@@ -234,9 +234,8 @@ def check(
             model = load_again(opened, manifest, checkpoint, model)
             share = None
             if ray is not None:
-                numbers = sum(output.size for output in model.outputs)
                 share = partial(
-                    logits_elsewhere, workers, Path(folder), manifest, numbers=numbers, checkpoint=checkpoint
+                    logits_elsewhere, workers, Path(folder), manifest, numbers=model.numbers, checkpoint=checkpoint
                 )
             return _check(opened, manifest, model, images=images, limit=limit, elsewhere=share, watch=measured)
 

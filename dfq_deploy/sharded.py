@@ -36,9 +36,7 @@ from exporters.bundle import Manifest, open_bundle
 __all__ = ["batches_elsewhere", "logits_elsewhere"]
 
 _BATCHES = 8  # that a shard of a check holds at most
-_NUMBERS = (
-    2**26
-)  # that its images put out at most, where one batch does not put out more; four to six of each come back
+_NUMBERS = 2**26  # that its images put out, if one batch does not put out more; four to six of each come back
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,7 @@ def test_the_more_images_the_fewer_moves_each_needs(images: int, moves: int) -> 
         return batch.reshape(len(batch), 1)
 
     engine: Any = rows
-    reference: Any = SimpleNamespace(
-        model=SimpleNamespace(outputs=[np.zeros(1)]), float=rows, quantized=rows, moved=rows
-    )
+    reference: Any = SimpleNamespace(model=SimpleNamespace(numbers=1), float=rows, quantized=rows, moved=rows)
     pixels = np.zeros((images, 1, 1, 1), np.float32)
     bodies: dict[Body, int] = {"fp32": moves, "fp16": 1}
     for body, wanted in bodies.items():

@@ -66,6 +66,11 @@ class Model:
         if not self.outputs:
             object.__setattr__(self, "outputs", (Output("logits", (self.classes,)),))
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers come out for an image, all outputs together."""
+        return sum(output.size for output in self.outputs)
+
     def rows(self, images: Tensor) -> Tensor:
         """What the module puts out for images (N, C, H, W), all outputs side by side: (N, numbers)."""
         found: Tensor | tuple[Tensor, ...] = self.module(images)
