@@ -96,7 +96,10 @@ def layers_of(module: nn.Module) -> dict[str, SitedLinear]:
 
 def find_folds(module: nn.Module, images: Tensor) -> list[Fold]:
     """The folds of `module`, in the model's order; each one is proved on `images`, (N, C, H, W)."""
-    candidates = holding([_norms(module, images), _values(module)], lambda folds: _proved(module, images, folds))
+    before = outputs_of(module, images)
+    candidates = holding(
+        [_norms(module, images), _values(module)], lambda folds: _proved(module, images, before, folds)
+    )
     order = list(layers_of(module).values())
     return sorted(candidates, key=lambda fold: order.index(fold.readers[0]))
 
@@ -180,11 +183,10 @@ def _same_tokens(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(sums[0], sums[1], rtol=1e-6, atol=1e-6 * float(one.abs().sum() / one.shape[-1]))
 
 
-def _proved(module: nn.Module, images: Tensor, folds: Sequence[Fold]) -> bool:
-    """Whether random factors and offsets at `folds` leave the outputs as they are; weights are put back."""
+def _proved(module: nn.Module, images: Tensor, before: Tensor, folds: Sequence[Fold]) -> bool:
+    """Whether random factors and offsets at `folds` leave the outputs as they were; weights are put back."""
     kept = weights_at(folds)
     generator = torch.Generator().manual_seed(0)
-    before = outputs_of(module, images)
     for fold in folds:
         width = fold.readers[0].in_features
         fold.divide(0.5 + torch.rand(width, generator=generator))

@@ -123,11 +123,18 @@ def _attention_in_4d(
 
 
 def _keep_constants(model: ir.Model) -> None:
-    """Make initializers of constants that the exporter only holds in memory, as it does of some Clip's bounds."""
+    """Make initializers of constants that the exporter only holds in memory, as it does of some Clip's bounds.
+
+    Some versions of it call two of them by one name.
+    """
+    kept = model.graph.initializers
     for node in model.graph:
         for value in node.inputs:
-            if value is not None and value.const_value is not None and value.producer() is None:
-                model.graph.initializers.setdefault(str(value.name), value)
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if kept.get(str(value.name), value) is not value:
+                value.name = f"{value.name}.{node.name}"
+            kept[str(value.name)] = value
 
 
 @contextlib.contextmanager
