@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibrators.errors import BundleError, NotHereError
-from calibrators.files import is_plain_file, write_json
+from calibrators.files import is_plain_file, sha256_of, write_json
 from calibrators.plan import QuantPlan
 from calibrators.registry import pick
 from dfq_deploy.workspace import held
@@ -72,6 +72,9 @@ def _build(folder: Path, manifest: Manifest, backend: str | None, sign: Signer |
         options = replace(options, targets=())
     plan, report = QuantPlan.load(folder / "plan.safetensors"), _report(folder)
     chosen.check(plan, options)
+    for timings in folder.glob("timing-*.cache"):  # a build reads them, and no run-time does, which would have looked
+        if not is_plain_file(timings) or manifest.files.get(timings.name) != sha256_of(timings):
+            timings.unlink()
     built: Built = chosen.build(folder / "model.onnx", plan, options)
     if built.state == "pending" and manifest.engine.state == "built":
         raise NotHereError(

@@ -30,7 +30,7 @@ class LayerCutter:
         """What `layer` puts out, bias included, for float operands as they reach it or its Q/DQ, float32."""
         node = self._nodes[layer]
         inputs = [_before_qdq(value) for value in node.inputs[: len(operands)] if value is not None]
-        output = _after_bias(node.outputs[0])
+        output = _output_of(node, weighted=len(operands) == 1)
         graph = ir.convenience.extract(self._model.graph, inputs, [output])
         feeds = {}
         for value, operand in zip(graph.inputs, operands, strict=True):
@@ -58,13 +58,16 @@ def _before_qdq(value: ir.Value) -> ir.Value:
     return value
 
 
-def _after_bias(value: ir.Value) -> ir.Value:
-    """The tensor after a bias is added and, at a convolution, after its output's Q/DQ."""
-    following = {"Add", "QuantizeLinear", "DequantizeLinear"}
-    while len(users := value.consumers()) == 1 and users[0].op_type in following:
-        constants = [v for v in users[0].inputs if v is not None and v is not value]
-        if not all(v.is_initializer() for v in constants):
+def _output_of(node: ir.Node, *, weighted: bool) -> ir.Value:
+    """What a layer puts out: a convolution's after its output's Q/DQ, another layer's with weights after its bias."""
+    value = node.outputs[0]
+    following = ["QuantizeLinear", "DequantizeLinear"] if node.op_type == "Conv" else ["Add"] if weighted else []
+    for op_type in following:
+        users = value.consumers()
+        if len(users) != 1 or users[0].op_type != op_type:
             break
-        following.discard(users[0].op_type)
+        others = [v.const_value for v in users[0].inputs if v is not None and v is not value]
+        if op_type == "Add" and not all(constant is not None and len(constant.shape) == 1 for constant in others):
+            break
         value = users[0].outputs[0]
     return value

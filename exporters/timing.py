@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from exporters.ort_engine import cannot_load
+
 __all__ = ["SERIAL_SUFFIX", "profile_layers"]
 
 SERIAL_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime appends when it renames a fused node
@@ -23,22 +25,29 @@ _KERNEL = "_kernel_time"
 
 
 def profile_layers(
-    models: Sequence[Path], layers: Iterable[str], options: Sequence[onnxruntime.SessionOptions], providers: list[Any]
+    models: Sequence[Path], layers: Iterable[str], options: Sequence[onnxruntime.SessionOptions]
 ) -> list[dict[str, float]]:
     """Per model the milliseconds that each layer takes in a call with one image, its Q/DQ included; "" is the rest.
+
+    On the CPU: of a GPU's kernels a profile has the launches.
 
     Args:
         models: ONNX files whose nodes are named by layer.
         layers: The names.
         options: A session's options for each model; profiling is switched on in them.
-        providers: What runs them.
+
+    Raises:
+        BackendError: ONNX Runtime cannot load a model.
     """
     with tempfile.TemporaryDirectory() as folder:
         sessions = []
         for index, (model, chosen) in enumerate(zip(models, options, strict=True)):
             chosen.enable_profiling = True
             chosen.profile_file_prefix = str(Path(folder) / str(index))
-            sessions.append(onnxruntime.InferenceSession(str(model), chosen, providers=providers))
+            try:
+                sessions.append(onnxruntime.InferenceSession(str(model), chosen, providers=["CPUExecutionProvider"]))
+            except Exception as cause:  # ONNX Runtime's own errors have no common base class
+                raise cannot_load(model, cause) from cause
         if not sessions:
             return []
         (images,) = sessions[0].get_inputs()

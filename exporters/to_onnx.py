@@ -47,6 +47,7 @@ def export_float(module: nn.Module, example: torch.Tensor, path: Path, *, output
     _split_gemm(model)
     _part_from_bounds(model)
     model = _simplified(model)
+    _part_from_bounds(model)  # of what the simplifier took out in between: a bias of zeros
     kept = {node.name for node in model.graph} | set(model.graph.initializers)
     lost = sorted(site for site in sites if site not in kept and layer_of(site) not in kept)
     if lost:
@@ -84,7 +85,8 @@ def save_model(model: ir.Model, path: Path, *, external_data_from_bytes: int | N
 def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     """Largest difference of `path` in ONNX Runtime from `module` on `images`, relative to the largest value there.
 
-    Of several outputs the worst: NaN where one has that, infinite where shapes differ.
+    Of several outputs the worst: NaN where one has that, infinite where shapes differ. For one that is 0 throughout the
+    difference itself.
     """
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # a copy of all weights, for three images
@@ -95,7 +97,7 @@ def torch_parity(module: nn.Module, path: Path, images: np.ndarray) -> float:
     wanted = [part.numpy() for part in ([put_out] if isinstance(put_out, torch.Tensor) else put_out)]
     if [part.shape for part in found] != [part.shape for part in wanted]:
         return float("inf")
-    return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, wanted, strict=True)]))
+    return float(np.max([np.abs(a - b).max() / (np.abs(b).max() or 1) for a, b in zip(found, wanted, strict=True)]))
 
 
 def _name_by_sites(model: ir.Model) -> list[str]:
@@ -114,10 +116,11 @@ def _name_by_sites(model: ir.Model) -> list[str]:
     for site, marker in zip(names, markers, strict=True):
         source, marked = marker.inputs[0], marker.outputs[0]
         assert source is not None
-        if site.endswith(".output"):
-            source.name = site
-        else:
+        put_out = str(marked.name) if marked.is_graph_output() else ""
+        if not site.endswith(".output"):
             _name_consumer(marked, site, source, graph)
+        elif not source.is_graph_output():
+            source.name = put_out or site
         marked.replace_all_uses_with(source, replace_graph_outputs=True)
         graph.remove(marker, safe=True)
     model.opset_imports.pop(domain, None)
@@ -129,10 +132,12 @@ def _name_consumer(marked: ir.Value, site: str, source: ir.Value, graph: ir.Grap
     (node,) = marked.consumers()
     if site.endswith(".weight"):
         assert source.const_value is not None
-        source.name = site
+        shared = len(source.uses()) > 1  # with a layer that has no site
+        source.name = f"{site}.shared" if shared and node.op_type == "Transpose" else site
         if node.op_type == "Transpose":  # MatMul takes (in, out): keep the weight that way
             folded = ir.val(site, const_value=_transposed(source.const_value, site))
-            graph.initializers.pop(site, None)
+            if not shared:
+                graph.initializers.pop(site, None)
             graph.initializers[site] = folded
             transposed = node.outputs[0]
             transposed.replace_all_uses_with(folded)
@@ -142,7 +147,8 @@ def _name_consumer(marked: ir.Value, site: str, source: ir.Value, graph: ir.Grap
         return
     if site.endswith((".lhs", ".rhs")):
         node.name = layer_of(site)
-    if not source.is_graph_input() and not source.is_initializer() and not _is_site(source.name):
+    named = source.is_graph_input() or source.is_graph_output() or source.is_initializer() or _is_site(source.name)
+    if not named:
         source.name = site
 
 
@@ -156,18 +162,22 @@ def _is_site(name: str | None) -> bool:
 
 
 def _split_gemm(model: ir.Model) -> None:
-    """Gemm on a named weight becomes Unsqueeze, MatMul, Add, Squeeze.
+    """A Linear's Gemm becomes Unsqueeze, MatMul, Add, Squeeze.
 
     The extra axis is what keeps ONNX Runtime from fusing MatMul and Add back into a Gemm, which it computes in float.
     """
     graph = model.graph
     for gemm in [node for node in graph if node.op_type == "Gemm"]:
         x, weight, bias = [*gemm.inputs, None][:3]
-        if x is None or weight is None or weight.const_value is None:
+        if x is None or weight is None or weight.const_value is None or not _is_linear(gemm):
             continue
         if gemm.attributes.get_int("transB", 0):
-            weight.const_value = _transposed(weight.const_value, str(weight.name))
-            weight.shape = ir.Shape(weight.const_value.shape.numpy())
+            turned = _transposed(weight.const_value, str(weight.name))
+            if len(weight.uses()) > 1:  # as other layers read it, it stays for them
+                turned.name = f"{gemm.name}.weight.turned"
+                weight = ir.val(turned.name)
+                graph.initializers[turned.name] = weight
+            weight.const_value, weight.shape = turned, ir.Shape(turned.shape.numpy())
         axis = ir.val(f"{gemm.name}.axis", const_value=ir.tensor(np.array([1]), name=f"{gemm.name}.axis"))
         graph.initializers[f"{gemm.name}.axis"] = axis
         nodes = [ir.node("Unsqueeze", [x, axis], name=f"{gemm.name}.unsqueeze")]
@@ -176,6 +186,12 @@ def _split_gemm(model: ir.Model) -> None:
             nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{gemm.name}.add"))
         nodes.append(ir.node("Squeeze", [nodes[-1].outputs[0], axis], name=f"{gemm.name}.squeeze"))
         ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], nodes, gemm.outputs, nodes[-1].outputs)
+
+
+def _is_linear(gemm: ir.Node) -> bool:
+    """Whether it is a product and a sum, with no factor."""
+    factors = {gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta")}
+    return factors == {1.0} and not gemm.attributes.get_int("transA", 0)
 
 
 def _part_from_bounds(model: ir.Model) -> None:

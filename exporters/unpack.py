@@ -6,6 +6,7 @@ in the file there is nothing to round. Layers whose inputs are quantized too sta
 """
 
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -51,7 +52,7 @@ def _meets_quantized(node: ir.Node) -> bool:
 
 
 def _values(node: ir.Node) -> np.ndarray:
-    """`(codes - zero_point) * scale`, float32, by tensor, axis or block."""
+    """`(codes - zero_point) * scale` in the type that `node` puts out, by tensor, axis or block."""
     codes, scale = (_constant(value) for value in node.inputs[:2])
     assert codes is not None and scale is not None
     zero = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -67,4 +68,14 @@ def _values(node: ir.Node) -> np.ndarray:
         )
 
     shifted = codes.astype(np.float32) - (0 if zero is None else spread(zero))
-    return np.asarray(shifted * spread(scale), np.float32)
+    return np.asarray(shifted * spread(scale), _type_of(node.inputs[1]))
+
+
+def _type_of(scale: ir.Value | None) -> np.dtype[Any]:
+    """The type of a scale, which what is dequantized by it has too."""
+    assert scale is not None
+    producer = scale.producer()
+    if producer is not None and producer.op_type == "Cast":
+        return ir.DataType(producer.attributes.get_int("to", ir.DataType.FLOAT)).numpy()
+    assert scale.const_value is not None
+    return scale.const_value.dtype.numpy()

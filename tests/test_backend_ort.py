@@ -95,6 +95,30 @@ def test_a_convolution_in_integers_puts_out_the_codes_of_its_reference(bundle: P
     assert max(differing, default=0.0) < 1e-5, "codes that are rounded the other way"
 
 
+_BIASED = """
+<ir_version: 10, opset_import: ["": 20]>
+agraph (float[N, 4, 4] x, float[N, 4, 4] y) => (float[N, 4, 4] out) {
+    [fc] product = MatMul (x, weight)
+    biased = Add (product, bias)
+    [qk] scores = MatMul (biased, y)
+    out = Add (scores, table)
+}
+"""
+
+
+def test_a_layer_ends_at_its_bias_and_a_product_of_two_activations_has_none() -> None:
+    rng, model = np.random.default_rng(0), ir.from_proto(onnx.parser.parse_model(_BIASED))
+    arrays = {"weight": rng.normal(size=(4, 4)), "bias": rng.normal(size=4), "table": rng.normal(size=(1, 4, 4))}
+    by_name = {str(value.name): value for node in model.graph for value in node.inputs if value is not None}
+    for name, array in arrays.items():
+        by_name[name].const_value = ir.tensor(array.astype(np.float32), name=name)
+        model.graph.initializers[name] = by_name[name]
+    left, right = rng.normal(size=(2, 3, 4, 4)).astype(np.float32)
+    cutter = LayerCutter(model)
+    np.testing.assert_allclose(cutter.run("fc", [left]), left @ arrays["weight"] + arrays["bias"], rtol=1e-5)
+    np.testing.assert_allclose(cutter.run("qk", [left, right]), left @ right, rtol=1e-5)
+
+
 def test_dynamic_scales_are_found_as_the_operator_finds_them() -> None:
     values = np.random.default_rng(0).gamma(1.0, 2.0, size=(4, 50)).astype(np.float32) - 1
     node = onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero_point"])

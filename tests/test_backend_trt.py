@@ -110,6 +110,18 @@ def test_with_tensorrt_but_no_gpu_the_note_says_so(
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_what_rtx_alone_does_not_build_is_pending_with_its_reason(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise BackendError(what="tensorrt_rtx cannot build this model.", why="no kernel.", fix="report it.")
+
+    monkeypatch.setattr(trt, "build_planned", refuses)
+    built = trt.build(model, plan_for("fc"), _BUILDS)
+    assert (built.state, built.files, built.census.precision) == ("pending", (), {})
+    assert built.note.endswith("asked in its place, does not build it: no kernel.")
+
+
 @pytest.mark.parametrize("name", ["tensorrt-10.16", "tensorrt-11.4"])
 def test_with_both_it_builds_for_the_gpu_at_hand(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     installed = _here(monkeypatch, name)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,9 +181,8 @@ _PLANS = {
 _TAKEN = {
     *itertools.product(["cpu"], ["int8", "uint8", "int4/32", "int4/64", "int4/128"], ["fp32"]),
     *itertools.product(["cuda"], ["int4/32", "int4/64", "int4/128"], ["fp32", "fp16", "bf16"]),
-    *itertools.product(
-        ["tensorrt", "rtx"], ["int8", "fp8", "int4/32", "int4/64", "int4/128"], ["fp32", "fp16", "bf16"]
-    ),
+    *itertools.product(["tensorrt", "rtx"], ["int8", "fp8", "int4/64", "int4/128"], ["fp32", "fp16", "bf16"]),
+    *itertools.product(["rtx"], ["int4/32"], ["fp32", "fp16", "bf16"]),
 }
 
 
@@ -245,9 +245,23 @@ def test_only_tensorrt_quantizes_the_first_layer_and_no_output(provider: str) ->
         first_layer=tensorrt,
         convolution_outputs=not tensorrt,
         noisy_layers=tensorrt,
-        blocks=_BLOCKS,
+        blocks=_BLOCKS[1:] if provider == "tensorrt" else _BLOCKS,
         zero_points=not tensorrt,
     )
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "rtx"])
+def test_layers_are_timed_on_the_cpu_alone(provider: str) -> None:
+    ort.time_layers((), (), BuildOptions(provider="cpu"))
+    with pytest.raises(BackendError, match="does not say how long each layer takes"):
+        ort.time_layers((), (), BuildOptions(provider=provider))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_asym", "w8a8_dynamic"])
+def test_tensorrt_is_advised_the_symmetric_scheme(scheme: str) -> None:
+    plan = replace(_PLANS["uint8"], scheme=scheme)
+    with pytest.raises(BackendError, match=r"fix: use --scheme w8a8, or use --backend ort with --provider cpu\.$"):
+        ort.check(plan, BuildOptions(provider="tensorrt"))
 
 
 def _scheme_for(provider: str) -> list[str]:

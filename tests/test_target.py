@@ -139,6 +139,12 @@ def test_the_old_engine_is_not_needed_and_does_not_stay(pending: Path) -> None:
     assert _contents(pending) == before
 
 
+def test_timings_that_the_manifest_does_not_record_go_into_no_engine(pending: Path) -> None:
+    (pending / "timing-10.3.0-sm89.cache").write_bytes(b"of somebody else")
+    dfq.build(pending)
+    assert not list(pending.glob("timing-*"))
+
+
 def test_targets_are_of_the_run_time_that_they_were_named_for(pending: Path) -> None:
     _rewrite(pending, lambda facts: facts.update(backend="rtx"))
     _rewrite(pending, lambda facts: facts["engine"]["options"].update(targets=["sm89"]))

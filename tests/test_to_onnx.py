@@ -196,6 +196,103 @@ def test_bounds_that_torchs_exporter_loses_are_kept(tmp_path: Path) -> None:
     assert torch_parity(module, tmp_path / "float.onnx", images) < 1e-5
 
 
+class _ClipsAfterNoBias(nn.Module):
+    """A bias of zeros, which a simplifier takes out, between a product and a bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x.mean(1)).relu().mean(1)
+        return y
+
+
+def test_no_bound_follows_a_product_that_lost_its_bias(tmp_path: Path) -> None:
+    module = _ClipsAfterNoBias().eval()
+    attach_sites(module)
+    export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
+    graph = ir.load(tmp_path / "float.onnx").graph
+    assert not [node for node in graph if node.op_type in ("Relu", "Clip")]
+    assert torch_parity(module, tmp_path / "float.onnx", np.ones((3, 3, 8, 8), np.float32)) < 1e-5
+
+
+class _OneWeightTwice(nn.Module):
+    """A layer that runs twice, which has no site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.fc(x.mean((2, 3))))
+        return y
+
+
+class _TiedWeights(nn.Module):
+    """Two layers with one weight, of which one has a site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x.mean(1))).mean(1)
+        return y
+
+
+class _ScaledProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.mean((2, 3)), self.weight, alpha=2.0, beta=0.5)
+
+
+@pytest.mark.parametrize("kind", [_OneWeightTwice, _TiedWeights, _ScaledProduct])
+def test_layers_that_share_or_scale_a_weight_compute_what_they_did(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = kind().eval()
+    if kind is _TiedWeights:
+        attach_sites(module)
+    export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
+    images = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    assert torch_parity(module, tmp_path / "float.onnx", images) < 1e-5
+
+
+class _PutsOutWhatItReads(nn.Module):
+    """What a layer with a site reads is an output, and so is what a convolution with a site puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.conv = nn.Linear(8, 4), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = 2 * x.mean(1)
+        return tokens, self.fc(tokens), self.conv(x)
+
+
+def test_outputs_have_the_names_that_were_asked_for(tmp_path: Path) -> None:
+    module = _PutsOutWhatItReads().eval()
+    attach_sites(module)
+    names = ["tokens", "classes", "maps"]
+    export_float(module, torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx", outputs=names)
+    assert [value.name for value in ir.load(tmp_path / "float.onnx").graph.outputs] == names
+
+
+class _Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.mean((2, 3)).abs() + 1).neg().relu()
+
+
+def test_an_output_of_nothing_but_zeros_is_equal_to_itself(tmp_path: Path) -> None:
+    export_float(_Zero(), torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
+    assert torch_parity(_Zero(), tmp_path / "float.onnx", np.ones((2, 3, 8, 8), np.float32)) == 0
+
+
 class _RunsTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

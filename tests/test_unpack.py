@@ -69,3 +69,16 @@ def test_a_weight_is_kept_as_long_as_one_of_its_users_has_quantized_input() -> N
     nodes["fc2"].replace_input_with(1, nodes["third"].outputs[0])  # shared with fc3
     unpack_weights(model)
     assert [node.name for node in model.graph if node.op_type == "DequantizeLinear"] == ["dq", "third"]
+
+
+def test_weights_of_a_narrow_body_are_as_narrow() -> None:
+    text = _TEXT.replace("float[", "float16[").replace("to = 1", "to = 10")
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    for name, value in _model().graph.initializers.items():
+        array = value.const_value.numpy() if value.const_value is not None else np.zeros(())
+        narrow = array.astype(np.float16) if array.dtype == np.float32 else array
+        here = next(v for node in model.graph for v in node.inputs if v is not None and v.name == name)
+        here.const_value = ir.tensor(narrow, name=name)
+        model.graph.initializers[name] = here
+    assert unpack_weights(model) == 2
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)

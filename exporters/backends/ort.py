@@ -29,6 +29,7 @@ __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
 _INTEGER_KERNELS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
 _WEIGHT_ONLY_KERNEL = "MatMulNBits"  # computes in float: where inputs are quantized it is a fall-back
 _BLOCKS = (32, 64, 128)
+_TENSORRT_BLOCKS = (64, 128)  # it documents no others
 
 
 def placement(options: BuildOptions) -> Placement:
@@ -38,7 +39,7 @@ def placement(options: BuildOptions) -> Placement:
         first_layer=tensorrt,
         convolution_outputs=not tensorrt,
         noisy_layers=tensorrt,
-        blocks=_BLOCKS,
+        blocks=_blocks(options),
         zero_points=not tensorrt,
     )
 
@@ -59,7 +60,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
     formats = {q.codes.name for q in plan.sites.values()}
     of_activations = {q.codes.name for site, q in plan.sites.items() if not site.endswith(".weight")}
     if options.provider in TENSORRT:
-        refuse_plan(plan, targets=(), blocks=_BLOCKS)
+        refuse_plan(plan, targets=(), blocks=_blocks(options))
     elif "float8_e4m3fn" in formats:
         raise BackendError(
             what=f"ONNX Runtime has no FP8 matmul on `{options.provider or 'cpu'}`.",
@@ -85,6 +86,10 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why=f"its MatMulNBits is used here with blocks of {', '.join(map(str, _BLOCKS))}.",
             fix="pass one of these with --block.",
         )
+
+
+def _blocks(options: BuildOptions) -> tuple[int, ...]:
+    return _TENSORRT_BLOCKS if options.provider == "tensorrt" else _BLOCKS
 
 
 def _refuse_unused(options: BuildOptions) -> None:
@@ -151,12 +156,22 @@ def load(model: Path, made_for: Mapping[str, str], options: BuildOptions, *, thr
 def time_layers(models: Sequence[Path], layers: Iterable[str], options: BuildOptions) -> list[dict[str, float]]:
     """Milliseconds per layer in a call with one image, by model, as ONNX Runtime's profile has them.
 
+    The sessions are as `load` makes that of an engine which mixes the models' layers.
+
     Raises:
-        BackendError: The provider compiles the model into one node.
+        BackendError: The provider compiles the model into one node, or its profile has only what the launches of its
+            kernels take; or a model cannot be loaded.
     """
     if options.provider in TENSORRT:
         raise cannot_time_layers()
-    return profile_layers(models, layers, [session_options() for _ in models], [PROVIDERS[options.provider or "cpu"]])
+    if options.provider not in ("", "cpu"):
+        raise BackendError(
+            what=f"ONNX Runtime does not say how long each layer takes on `{options.provider}`.",
+            why="its profile has the time that a kernel's launch takes, not that of the kernel.",
+            fix="pass --least size, or --provider cpu.",
+        )
+    exact = not any(map(_rounds_activations, models))
+    return profile_layers(models, layers, [session_options(exact=exact) for _ in models])
 
 
 def _float_layers(plan: QuantPlan, operators: Mapping[str, str]) -> dict[str, str]:

@@ -105,5 +105,8 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     except ExportError as error:
         asked = f"TensorRT for RTX, asked in TensorRT's place, would not keep to the plan: {error.what}"
         raise ExportError(what=asked, why=error.why, fix=error.fix) from error
+    except BackendError as error:  # of TensorRT for RTX, whose kernels are not TensorRT's
+        note = f"{missing}; TensorRT for RTX {rtx.__version__}, asked in its place, does not build it: {error.why}"
+        return Built("pending", Census({}, {}), note=note)
     note = f"{missing}; TensorRT for RTX {rtx.__version__} builds the model, with its layers as listed."
     return Built("pending", census, note=note)

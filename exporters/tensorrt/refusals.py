@@ -16,6 +16,7 @@ __all__ = ["cannot_time_layers", "refuse_model", "refuse_plan", "refuse_threads"
 
 _FIRST_FP8 = 89  # the first compute capability, times ten, that has FP8
 _INTEGER_OPS = {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
+_ELSEWHERE = "use --backend ort with --provider cpu"
 _EXPORT_AGAIN = "export the model again with `dfq-deploy export … --scheme w8a8`."
 
 
@@ -29,14 +30,14 @@ def refuse_plan(plan: QuantPlan, *, targets: Iterable[str], blocks: tuple[int, .
         raise BackendError(
             what=f"TensorRT cannot run this plan ({plan.scheme}): it is asymmetric (zero-point != 0).",
             why="TensorRT quantizes symmetrically, with signed codes.",
-            fix=f"use --scheme {plan.scheme.removesuffix('_asym')}, or --backend ort.",
+            fix=f"use --scheme {plan.scheme.removesuffix('_asym').removesuffix('_dynamic')}, or {_ELSEWHERE}.",
         )
     sizes = {q.block for q in plan.sites.values() if q.block is not None}
     if not sizes <= set(blocks):
         raise BackendError(
             what=f"TensorRT cannot run blocks of {max(sizes - set(blocks))}.",
             why=f"it unpacks INT4 weights inside a matmul in blocks of {', '.join(map(str, blocks))}.",
-            fix="pass --block 64, or use --backend ort.",
+            fix=f"pass --block 64, or {_ELSEWHERE}.",
         )
     _refuse_fp8({q.codes.name for q in plan.sites.values()}, targets)
 
