@@ -35,7 +35,7 @@ def attention_priors(model: Model, start: Tensor, batch: Batch, *, terms: list[T
     deep = list(enumerate(taps, start=1))[len(taps) // 2 :]
     random = torch.Generator().manual_seed(0)
     priors = [(depth / len(taps), tap, attention_prior(tap, len(start), 1.0, random)) for depth, tap in deep]
-    with rows_of(model, [tap for _, tap in deep]) as rows:
+    with rows_of([tap for _, tap in deep]) as rows:
 
         def alignment(_view: View) -> Tensor:
             return torch.stack([part * attention_alignment(rows.of(tap), prior) for part, tap, prior in priors]).sum()
@@ -46,7 +46,7 @@ def attention_priors(model: Model, start: Tensor, batch: Batch, *, terms: list[T
 def similar_heads(model: Model, start: Tensor, batch: Batch, *, terms: list[Term], **others: Any) -> Optimised:
     """Heads of a layer that attend alike: one minus the mean cosine of their rows (MimiQ compares by SSIM)."""
     taps = taps_with_rows(model, attention_taps(model))
-    with rows_of(model, taps) as rows:
+    with rows_of(taps) as rows:
 
         def unlike(_view: View) -> Tensor:
             apart = []

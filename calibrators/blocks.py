@@ -23,6 +23,7 @@ __all__ = ["blocks_of", "reconstruct"]
 
 _IMAGES = 64  # that blocks are fitted to; memory grows with the number
 _BATCH = 8  # images per forward pass
+_PROBE = 3  # images of a first pass: another number shows which arguments have an entry for each
 
 
 def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -59,7 +60,7 @@ def reconstruct(
         The plan's sites, with the scales as the reconstructions left them. The weights lie on their codes.
 
     Raises:
-        PlanError: The model has no blocks.
+        PlanError: The model has no blocks, or one that takes or puts out more than one tensor of the images.
     """
     blocks = blocks_of(module)
     if not blocks:
@@ -103,18 +104,42 @@ def _computed(block: nn.Module, rest: tuple[Any, ...], more: Mapping[str, Any], 
 
 
 def _outputs(module: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[str, Tensor]:
-    """What each of the modules `names` puts out for all of `pixels`."""
+    """What each of the modules `names` puts out for all of `pixels`.
+
+    Raises:
+        PlanError: One of them takes or puts out more than one tensor of the images.
+    """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    others: dict[str, set[int]] = {}  # arguments beside the first that have an entry for each of its entries
 
-    def keep(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+    def keep(name: str, _module: nn.Module, inputs: tuple[Any, ...], more: Mapping[str, Any], output: Any) -> None:
+        if not inputs or not isinstance(output, Tensor):
+            raise _unfit(name)
         found[name].append(output)
+        beside = [one for one in (*inputs[1:], *more.values()) if isinstance(one, Tensor) and one.ndim]
+        if len(inputs[0]) > 1:
+            alike = {place for place, one in enumerate(beside) if len(one) == len(inputs[0])}
+            others[name] = others.get(name, alike) & alike
 
-    hooks = [module.get_submodule(name).register_forward_hook(functools.partial(keep, name)) for name in names]
+    hooks = [
+        module.get_submodule(name).register_forward_hook(functools.partial(keep, name), with_kwargs=True)
+        for name in names
+    ]
     try:
         with torch.no_grad():
-            for part in torch.split(pixels, _BATCH):
+            for part in (pixels[:_PROBE], *torch.split(pixels, _BATCH)):
                 module(part)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    if mixed := [name for name, places in others.items() if places]:
+        raise _unfit(mixed[0])
+    return {name: torch.cat(parts[1:]) for name, parts in found.items()}
+
+
+def _unfit(name: str) -> PlanError:
+    return PlanError(
+        what=f"the block `{name}` cannot be reconstructed.",
+        why="of the images it has to take one tensor, its first argument, and to put out one.",
+        fix="leave `reconstruct` out of --refine.",
+    )

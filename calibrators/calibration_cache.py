@@ -70,8 +70,8 @@ def write_cache(
         if lines.setdefault(tensor, line) != line:
             raise PlanError(
                 what=f"tensor `{tensor}` has two scales, one of them at `{site}`.",
-                why="a cache holds one per tensor, and the plan was put together from several.",
-                fix="make the plan with `dfq-deploy calibrate`.",
+                why="a cache holds one per tensor, and here each layer that reads it has its own.",
+                fix="make the plan with --observer percentile --refine none.",
             )
     if not lines:
         raise PlanError(

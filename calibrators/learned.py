@@ -2,12 +2,14 @@
 
 What passes a site is rounded as always, by `calibrators.affine`. Backwards, rounding counts as the identity within the
 range and as nothing beyond it, and scale and zero-point get the gradient that this gives them. Here a plan becomes
-parameters, and parameters a plan again.
+parameters, and parameters a plan again. A dynamic site has none: its scale is found anew, and nothing lies beyond its
+range.
 
 Source: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, sec. 2.1, eq. 3; Bhalgat et al., "LSQ+",
 arXiv 2004.09576, for the zero-point. Steps are set per group by the optimizer, not by scaling gradients.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.affine import Codes, fake_quantize
-from calibrators.plan import QParams
-from calibrators.sites import Mode, SitedConv2d, SitedLinear, set_mode, sites_of
+from calibrators.plan import QParams, shortened
+from calibrators.sites import Mode, SitedConv2d, SitedLinear, rounded, set_mode, sites_of
 
 __all__ = ["Learned"]
 
@@ -46,6 +48,9 @@ class Learned:
         set_mode(module, Mode.FAKE, qparams=self._plan)
         for name, site in self._sites.items():
             qparams = self._plan[name]
+            if qparams.dynamic:
+                site.round_with(functools.partial(_straight_through, qparams))
+                continue
             parts = (qparams.scale, qparams.zero_point.astype(np.float32)) if qparams.block else qparams.along(2)
             scale, zero = (torch.from_numpy(part).to(device) for part in parts)
             self.scales[name] = nn.Parameter(scale.clone(), requires_grad=qparams.codes.integers)
@@ -70,19 +75,25 @@ class Learned:
     def settle(self) -> dict[str, QParams]:
         """The plan of what was learned; the weights are put on their codes and can no longer be learned."""
         self._module.requires_grad_(False)
-        found = {}
-        for name, qparams in self._plan.items():
-            scale = self.scales[name].detach().abs().numpy().reshape(qparams.scale.shape)
+        found = dict(self._plan)
+        for name, learned in self.scales.items():
+            qparams = self._plan[name]
+            scale = np.array(learned.detach().abs().numpy().reshape(qparams.scale.shape), np.float32)
+            scale = shortened(scale) if qparams.block else scale
             zero = qparams.zero_point
             if name in self.zeros:
                 zero = self.zeros[name].detach().round().clamp(qparams.codes.lowest, qparams.codes.high).numpy()
                 zero = zero.reshape(qparams.zero_point.shape).astype(qparams.codes.zero_dtype)
-            found[name] = replace(qparams, scale=np.array(scale, np.float32), zero_point=np.asarray(zero))
+            found[name] = replace(qparams, scale=scale, zero_point=np.asarray(zero))
         set_mode(self._module, Mode.FAKE, qparams=found)
         for layer in self._module.modules():
             if isinstance(layer, SitedLinear | SitedConv2d) and layer.weight_site.name in found:
                 layer.weight.data = layer.weight_site(layer.weight.data)
         return found
+
+
+def _straight_through(qparams: QParams, values: Tensor) -> Tensor:
+    return values + (rounded(values.detach(), qparams) - values.detach())
 
 
 class _Rounding(torch.autograd.Function):

@@ -95,7 +95,7 @@ class Preprocess:
             raise ImagesError(
                 what=f"{name} cannot become the model's input.",
                 why=f"pictures have 1 or 3 channels, the model takes {len(self.mean)}.",
-                fix="pass arrays that are model-ready already: npz:PATH, or a file of `dfq-deploy generate`.",
+                fix="pass a file of model-ready images: one of `dfq-deploy generate`, or that `ImageSet.save` wrote.",
             )
         image = decoded(picture, mode, name=name, most_pixels=most_pixels, formats=formats)
         width, height = self._resized(*image.size)

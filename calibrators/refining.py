@@ -252,7 +252,7 @@ def _sampled(module: nn.Module, images: ImageSet, folds: Sequence[Fold], batch_s
 
     def read(fold: Fold, _reader: SitedLinear, inputs: tuple[Tensor, ...]) -> None:
         tokens = inputs[0].flatten(0, -2)
-        step = max(1, len(tokens) * len(images) // (min(batch_size, len(images)) * most))
+        step = max(1, len(tokens) * len(images) // (len(batch) * most))
         found[fold].rows.append(tokens[::step].clone())
 
     def made(fold: Fold, _producer: nn.Module, _inputs: object, output: Tensor) -> None:

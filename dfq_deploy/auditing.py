@@ -39,6 +39,8 @@ from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["audit", "audit_against_noise"]
 
+_NO_RANGES = ("count", "exact", "first", "least", "max_drop", "min_agreement")  # of a recipe: they decide on none
+
 
 @dataclass(frozen=True)
 class _Subject:
@@ -177,9 +179,9 @@ def _of_images(place: str, recipe: AuditRecipe) -> _Subject:
 
 
 def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None, model: Model | None = None) -> _Subject:
-    if recipe.model or recipe.random_weights:
+    if recipe.model or recipe.random_weights or recipe.size or recipe.seed:
         raise RecipeError(
-            what=f"--model and --random-weights mean nothing to `{folder}`.",
+            what=f"--model, --random-weights, --size and --seed mean nothing to `{folder}`.",
             why="a bundle knows the model that it was made from.",
             fix="leave them out, or name a file of images.",
         )
@@ -200,7 +202,7 @@ def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None, mod
 
 def _formats_of(manifest: Manifest, scheme: str) -> CalibrateRecipe:
     """What the bundle was calibrated by, with `scheme`."""
-    known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint"}
+    known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint", *_NO_RANGES}
     asked = {name: value for name, value in manifest.recipe.items() if name in known}
     try:
         own = CalibrateRecipe(**asked)

@@ -6,6 +6,7 @@ error.
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -102,6 +103,9 @@ def run(arguments: list[str]) -> int:
         return _told(f"{error}.", "the file system refused it.", "check the path, its permissions and the free space.")
     except KeyboardInterrupt:
         return _told("stopped.", "you interrupted the run.", "run the same command again: finished stages are kept.")
+    except Exception:  # what nobody foresaw: Python itself would exit with 1, which here means fail
+        traceback.print_exc()
+        return _ERROR
     return result if isinstance(result, int) else 0
 
 

@@ -173,11 +173,11 @@ def _asked_for(names: list[str], model: Model, ranges: Ranges) -> dict[str, str]
 def _ranges(job: Job) -> Ranges:
     recipe, model, images = job.recipe, job.model, job.images
     collector, observer, codes = collector_of(recipe), observer_of(recipe), scheme_named(recipe.scheme).activation
-    subject = Subject(model.module, model.fingerprint, float_stage(model, job.work) if collector.NEEDS_ONNX else None)
 
     def make(path: Path) -> None:
+        floats = float_stage(model, job.work) if collector.NEEDS_ONNX else None
         collector.collect_ranges(
-            subject,
+            Subject(model.module, model.fingerprint, floats),
             images,
             observer=observer,
             percentile=recipe.percentile,

@@ -4,12 +4,13 @@ Comes before whatever compares something on a finished bundle. The bundle itself
 """
 
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from calibrators.errors import BundleError, ImagesError, ModelError, NotHereError
+from calibrators.errors import BundleError, CalibrationWarning, ImagesError, ModelError, NotHereError
 from calibrators.images import ImageSet, joined
 from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
@@ -174,7 +175,7 @@ def images_to_judge_by(model: Model, place: str | None) -> ImageSet | None:
     """
     if place is None and model.labelled is not None:
         place = f"npz:{model.labelled}"
-    return None if place is None else _labelled_for(model, open_images(place, model.preprocess))
+    return None if place is None else _labelled_for(model, open_images(place, model.preprocess), place)
 
 
 def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
@@ -193,7 +194,7 @@ def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str |
             why=f"the synthetic ones that it was calibrated on are not in `{folder / 'work'}` any more.",
             fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
         )
-    return _labelled_for(model, images)
+    return _labelled_for(model, images, str(manifest.recipe["calib"]))
 
 
 def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageSet | None:
@@ -216,8 +217,11 @@ def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageS
     return images
 
 
-def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
-    """`images`, whose labels, if there are any, are classes of `model`; without them where it is no classifier.
+def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
+    """`images`, which lie at `place`, with labels that are classes of `model`, or with none.
+
+    There are none where it is no classifier; and, which a note says, where a label is the place of a sub-folder among
+    more or fewer of them than the model has classes.
 
     Raises:
         ImagesError: A label is no class of it.
@@ -230,4 +234,18 @@ def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
             why=f"`{model.name}` has {model.classes} classes, counted from 0.",
             fix="use images of the classes that the model was trained on, or drop their labels.",
         )
+    folders = _class_folders(place)
+    if images.labels is not None and folders not in (None, model.classes):
+        told = f"{images.source} has {folders} sub-folders, and `{model.name}` {model.classes} classes"
+        way_out = "a labels.csv (file,label) in the folder would say which is which."
+        warnings.warn(f"{told}: no accuracy is measured; {way_out}", CalibrationWarning, stacklevel=2)
+        return replace(images, labels=None)
     return images
+
+
+def _class_folders(place: str) -> int | None:
+    """How many sub-folders `folder:PATH` has; None where `place` is none, or a `labels.csv` in it has the labels."""
+    kind, _, path = place.partition(":")
+    if kind != "folder" or (Path(path) / "labels.csv").exists():
+        return None
+    return sum(inner.is_dir() and not inner.name.startswith(".") for inner in Path(path).iterdir())

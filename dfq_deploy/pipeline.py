@@ -38,7 +38,7 @@ from dfq_deploy.stage_costs import Measured, StageCost
 from dfq_deploy.synthetic import batches_beside, images_for, write_images
 from dfq_deploy.watch import SILENT, Watch, counting
 from dfq_deploy.workers import workers_at
-from dfq_deploy.workspace import Workspace, held, held_file
+from dfq_deploy.workspace import Workspace, held, held_file, refuse_bundle
 from exporters.archive import bundle_folder
 from exporters.backends import BuildOptions
 from exporters.bundle import Manifest, open_bundle, sign_bundle
@@ -143,6 +143,7 @@ def calibrate(recipe: CalibrateRecipe | Model, out: str | Path, *, watch: Watch 
     watch.stage("model", False)
     model = given or model_of(recipe)
     with Workspace(out.parent, watch.stage) as work:
+        refuse_bundle(out.parent)
         calibration = images_for(recipe, model, work, watch)
         plan, _refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         plan.save(out)
@@ -180,6 +181,7 @@ def simulate(
     model = given or model_of(recipe)
     picked = images_to_judge_by(model, images)
     with Workspace(out, watch.stage) as work:
+        refuse_bundle(out)
         calibration = images_for(recipe, model, work, watch)
         plan, refined, _weights = plan_of(Job(recipe, model, calibration, work, watch))
         (out / "report.json").unlink(missing_ok=True)  # of another plan

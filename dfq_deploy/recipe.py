@@ -193,6 +193,10 @@ class CalibrateRecipe(GenerateRecipe):
         _check(sound, wrong, "no engine computes in it, or nothing is quantized.", "--scheme w8a8")
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
+        for name in () if self.calib == "synthetic" else ("count", "exact", "first"):
+            _check_unused(self, name, f"with --calib {self.calib}", "it says how synthetic images are made")
+        for name in () if self.auto else ("least", "max_drop", "min_agreement"):
+            _check_unused(self, name, "without --auto", "it says what that aims at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +283,7 @@ class Recipe(CalibrateRecipe):
     def facts(self) -> dict[str, Any]:
         """The fields as JSON and TOML know them; what is not set is left out."""
         texts = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        texts["calib"] = _resolved(self.calib)
         return {k: v for k, v in texts.items() if v is not None}
 
 
@@ -298,6 +303,21 @@ def size_of(text: str) -> tuple[int, int] | None:
 def _check(holds: bool, what: str, why: str, instead: str) -> None:
     if not holds:
         raise RecipeError(what=what, why=why, fix=f"pass {instead}.")
+
+
+def _check_unused(recipe: CalibrateRecipe, name: str, when: str, why: str) -> None:
+    if getattr(recipe, name) != getattr(CalibrateRecipe, name):
+        what = f"--{name.replace('_', '-')} means nothing {when}."
+        raise RecipeError(what=what, why=f"{why}.", fix="leave it out.")
+
+
+def _resolved(calib: str) -> str:
+    """`calib`, with paths that lead there from any folder."""
+    kind, colon, path = calib.partition(":")
+    if colon and kind in names("calibrators.sources"):
+        return f"{kind}:{Path(path).resolve()}"
+    parts = [calib] if Path(calib).is_file() else calib.split(",")
+    return calib if calib == "synthetic" else ",".join(str(Path(part).resolve()) for part in parts)
 
 
 def _check_name(kind: str, name: str, offered: tuple[str, ...]) -> None:

@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 
 from calibrators.errors import RecipeError
 from calibrators.files import clear_unfinished, fingerprint_of, written_whole
+from exporters.bundle import MANIFEST
 
-__all__ = ["Workspace", "held", "held_file"]
+__all__ = ["Workspace", "held", "held_file", "refuse_bundle"]
 
 
 @contextlib.contextmanager
@@ -55,6 +56,20 @@ def held_file(out: Path) -> Iterator[None]:
     finally:
         path.unlink()
         lock.release()
+
+
+def refuse_bundle(out: Path) -> None:
+    """Return if no bundle lies in `out`, whose report and finished stages other work there would replace.
+
+    Raises:
+        RecipeError: One does.
+    """
+    if (out / MANIFEST).exists():
+        raise RecipeError(
+            what=f"`{out}` holds a bundle.",
+            why="what is made there would replace its report, its plan or what it keeps in `work`.",
+            fix="use another --out.",
+        )
 
 
 def _locked(path: Path, doing: str, out: Path, kind: str) -> FileLock:

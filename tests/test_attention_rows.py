@@ -5,15 +5,19 @@ import pytest
 import timm
 import torch
 from timm.layers.attention import Attention
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
 from torch import nn
 
 from calibrators.errors import ImagesError
+from calibrators.images import ImageSet
 from calibrators.preprocess import Preprocess
 from dfq_deploy.generation.attention import rows_of, taps_with_rows
 from dfq_deploy.generation.priors import attention_prior, patch_grid, rectangles, soft_labels
+from dfq_deploy.generation.seen import attention_maps
 from dfq_deploy.generation.taps import attention_taps
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
@@ -73,7 +77,7 @@ def test_rows_are_those_of_the_attention_matrix(demo: Model, name: str, fused: b
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
     taps = attention_taps(model)
-    with torch.no_grad(), rows_of(model, taps) as rows:
+    with torch.no_grad(), rows_of(taps) as rows:
         model.module(images())
         got = [rows.of(tap) for tap in taps]
     for tap, row, matrix in zip(taps, got, attention_matrices(model, images()), strict=True):
@@ -83,12 +87,45 @@ def test_rows_are_those_of_the_attention_matrix(demo: Model, name: str, fused: b
         torch.testing.assert_close(row, wanted, atol=1e-6, rtol=1e-4)
 
 
+class Around(nn.Module):
+    """A model as a part of another one."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.backbone(pixels)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_attention_is_the_same_where_its_model_is_a_part_of_another(demo: Model, name: str) -> None:
+    alone = shown(demo, MODULES[name]())
+    found = []
+    for model in (alone, replace(alone, module=Around(alone.module))):
+        taps = attention_taps(model)
+        with torch.no_grad(), rows_of(taps) as rows:
+            model.module(images())
+            found.append([(tap, rows.of(tap)) for tap in taps])
+    for (tap, row), (inner, same) in zip(*found, strict=True):
+        assert inner == replace(tap, name=f"backbone.{tap.name}")
+        assert inner.class_token == (name in ("plain", "qk_norm", "registers"))
+        assert torch.equal(row, same)
+
+
+@pytest.mark.parametrize(("name", "of"), [("registers", "class token"), ("average", "mean query")])
+def test_a_map_of_a_model_in_another_says_whose_it_is(demo: Model, name: str, of: str) -> None:
+    model = replace(demo, module=Around(shown(demo, MODULES[name]()).module))
+    maps = attention_maps(model, ImageSet.of(images().numpy(), demo.preprocess, source="test"))
+    assert (maps.of, maps.rows.shape) == (of, (3, 2, 4, 4))
+
+
 def test_rows_of_rotated_queries_are_those_of_the_model() -> None:
     module = timm.create_model("vit_small_patch16_rope_224", depth=1, embed_dim=64, num_heads=2, num_classes=10)
     preprocess = Preprocess((224, 224), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
     model = Model("rope", module.eval().requires_grad_(False), preprocess, "", 10, None, ("head",))
     (tap,) = attention_taps(model)
-    with torch.no_grad(), rows_of(model, [tap]) as rows:
+    with torch.no_grad(), rows_of([tap]) as rows:
         module(images(2, 224))
         got = rows.of(tap)
     (matrix,) = attention_matrices(model, images(2, 224))
@@ -98,7 +135,7 @@ def test_rows_of_rotated_queries_are_those_of_the_model() -> None:
 def test_rows_carry_a_gradient_to_the_images(demo: Model) -> None:
     taps = attention_taps(demo)
     pixels = images(2).requires_grad_()
-    with rows_of(demo, taps) as rows:
+    with rows_of(taps) as rows:
         demo.module(pixels)
         rows.of(taps[-1])[..., 0].sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().max() > 0
@@ -106,7 +143,7 @@ def test_rows_carry_a_gradient_to_the_images(demo: Model) -> None:
 
 def test_nothing_is_watched_after_the_block(demo: Model) -> None:
     taps = attention_taps(demo)
-    with torch.no_grad(), rows_of(demo, taps) as rows:
+    with torch.no_grad(), rows_of(taps) as rows:
         demo.module(images(2))
         inside = rows.of(taps[0])
     with torch.no_grad():
@@ -128,6 +165,18 @@ def test_a_class_token_that_comes_later_takes_no_patch_away() -> None:
     preprocess = Preprocess((224, 224), 1.0, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
     model = Model("cait", module, preprocess, "", 10, None, ("head",))
     assert [(tap.prefix, tap.tokens) for tap in attention_taps(model)] == [(0, 196)]
+
+
+def test_a_class_token_is_found_by_its_name_and_is_in_no_grid(demo: Model) -> None:
+    sizes = {"img_size": 32, "num_classes": 10}
+    stages = {"base_dims": (8,) * 3, "depth": (1,) * 3, "heads": (2,) * 3}
+    pit = shown(demo, PoolingVisionTransformer(patch_size=8, stride=4, **stages, **sizes))
+    found = [(tap.prefix, tap.tokens, tap.class_token) for tap in attention_taps(pit)]
+    assert found == [(1, 49, True), (1, 16, True), (1, 4, True)]
+    stages = {"layers": (1, 1), "embed_dims": (16, 16), "num_heads": (2, 2)}
+    volo = shown(demo, VOLO(**stages, downsamples=(True, False), outlook_attention=(True, False), **sizes))
+    found = [(tap.prefix, tap.tokens, tap.class_token) for tap in attention_taps(volo)]
+    assert found == [(0, 16, False), (0, 4, False)]
 
 
 # What is drawn.

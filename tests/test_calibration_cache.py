@@ -114,8 +114,9 @@ def test_two_sites_that_share_a_tensor_share_a_line(tmp_path: Path) -> None:
     assert set(_read(path, {"a.input": "x: y", "b.input": "x: y"}).sites) == {"a.input", "b.input"}
     other = dataclasses.replace(q, scale=q.scale * 2)
     clash = dataclasses.replace(plan, sites={"a.input": q, "b.input": other})
-    with pytest.raises(PlanError, match=r"`x` has two scales, one of them at `b\.input`"):
+    with pytest.raises(PlanError, match=r"`x` has two scales, one of them at `b\.input`") as caught:
         write_cache(clash, path, tensors={"a.input": "x", "b.input": "x"})
+    assert "--observer percentile --refine none" in caught.value.fix
 
 
 def _three_lines(error: DeployError, *named: str) -> None:

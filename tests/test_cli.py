@@ -57,6 +57,8 @@ _MISTAKES = {
     "a word too many": ["export", *_NOISE, "--out", "o", "extra"],
     "no number": ["export", *_NOISE, "--out", "o", "--count", "many"],
     "no images": ["export", *_NOISE, "--out", "o", "--count", "0"],
+    "a count of images that are there": ["calibrate", "--model", "demo", "--calib", "a", "--count", "4", "--out", "o"],
+    "a budget for nothing": ["export", *_NOISE, "--out", "o", "--min-agreement", "98"],
     "a generator twice": ["export", "--model", "demo", "--generator", "noise,noise", "--out", "o"],
     "a part that begins no batch": ["export", *_NOISE, "--out", "o", "--first", "5"],
     "a part of several generators": ["export", *_NOISE[:3], "noise,dfq", "--out", "o", "--first", "32"],
@@ -142,6 +144,7 @@ _MISTAKES = {
     "an audit of nothing": ["audit", "nothing", "--model", "demo", "--out", "o"],
     "an audit for no model": ["audit", "file", "--out", "o"],
     "an audit of a bundle for another model": ["audit", "bundle", "--model", "demo", "--out", "o"],
+    "an audit of a bundle for another size": ["audit", "bundle", "--size", "32", "--out", "o"],
     "an audit into a file": ["audit", "bundle", "--out", "file"],
     "an audit with no real images": ["audit", "bundle", "--real", "folder:nothing", "--out", "o"],
     "an audit with a limit of nothing": ["audit", "bundle", "--limit", "0", "--out", "o"],
@@ -188,6 +191,17 @@ def test_a_full_disk_is_told(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(pipeline, "write_images", full)
     assert cli.run(["generate", *_NOISE, "--count", "2", "--out", "images.safetensors"]) == 3
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_an_error_and_no_verdict(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an engine's own")
+
+    monkeypatch.setattr(pipeline, "write_images", broken)
+    assert cli.run(["generate", *_NOISE, "--count", "2", "--out", "images.safetensors"]) == 3
+    assert "RuntimeError: an engine's own" in capsys.readouterr().err
 
 
 def test_an_unknown_model_is_told_with_names_like_it(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +329,17 @@ def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
     before = Path("bundle/model.onnx").stat().st_mtime_ns
     assert cli.run(["--recipe", "bundle/recipe.toml", "export", "--out", "bundle", "--limit", "2"]) == 0
     assert Path("bundle/model.onnx").stat().st_mtime_ns == before, "it is another recipe: the engine was made again"
+
+
+@pytest.mark.parametrize(
+    ("calib", "wanted"),
+    [("synthetic", "synthetic"), ("folder:images", "folder:{0}/images"), ("a.st,b.st", "{0}/a.st,{0}/b.st")],
+)
+def test_a_bundle_names_its_images_wherever_it_is_judged_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calib: str, wanted: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe(model="demo", calib=calib).facts()["calib"] == wanted.format(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,4 @@ def test_a_picture_does_not_become_the_input_of_a_model_with_other_channels() ->
     with pytest.raises(ImagesError, match="cannot become the model's input") as refused:
         prepare(Image.new("RGB", (8, 8)))
     assert "takes 8" in refused.value.why
+    assert "`ImageSet.save`" in refused.value.fix and "npz:" not in refused.value.fix

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from PIL import Image
 from scipy import stats
 
 import dfq_deploy as dfq
-from calibrators.errors import BackendError, ExportError, NotHereError
+from calibrators.errors import BackendError, CalibrationWarning, ExportError, NotHereError
 from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from calibrators.plan import QuantPlan
@@ -23,7 +24,7 @@ from dfq_deploy.evaluate import Check
 from dfq_deploy.logits import logits_by_batch
 from dfq_deploy.measures import Share
 from dfq_deploy.models import Model
-from dfq_deploy.opening import calibration_images
+from dfq_deploy.opening import calibration_images, images_to_judge_by
 from exporters.backends import ort
 from exporters.bundle import MANIFEST, open_bundle
 from exporters.census import Body
@@ -129,6 +130,24 @@ def test_images_of_another_run_do_not_pass_for_those_it_was_calibrated_on(bundle
     assert calibration_images(bundle, manifest, demo) is None
 
 
+def test_sub_folders_that_are_not_the_classes_give_no_labels_and_a_listing_does(demo: Model, tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / str(number)).mkdir()
+        Image.new("L", (28, 28)).save(tmp_path / str(number) / "a.png")
+
+    def labels() -> list[int] | None:
+        images = images_to_judge_by(demo, f"folder:{tmp_path}")
+        assert images is not None
+        return None if images.labels is None else images.labels.tolist()
+
+    assert labels() == [*range(10)]
+    shutil.rmtree(tmp_path / "5")
+    with pytest.warns(CalibrationWarning, match=r"has 9 sub-folders, and `demo` 10 classes.* a labels\.csv"):
+        assert labels() is None
+    (tmp_path / "labels.csv").write_text("file,label\n9/a.png,7\n")
+    assert labels() == [7]
+
+
 @pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.3.attn.proj"])
 @pytest.mark.parametrize("site", ["input", "weight"])
 def test_a_scale_that_is_off_by_two_percent_is_caught(bundle: Path, layer: str, site: str) -> None:
@@ -163,10 +182,10 @@ def test_swapped_weights_of_two_layers_are_caught(bundle: Path) -> None:
     assert "layer blocks." in found.reason
 
 
-def test_a_reference_under_a_plan_of_another_seed_is_caught(bundle: Path) -> None:
-    dfq.calibrate(
-        dfq.Recipe(model="demo", generator="noise", count=8, refine="none", seed=1), bundle / "plan.safetensors"
-    )
+def test_a_reference_under_a_plan_of_another_seed_is_caught(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "plan.safetensors"
+    dfq.calibrate(dfq.Recipe(model="demo", generator="noise", count=8, refine="none", seed=1), other)
+    shutil.copyfile(other, bundle / other.name)
     _reseal(bundle)
     assert dfq.check(bundle, limit=8).verdict == "fail"
 

@@ -27,7 +27,7 @@ import dfq_deploy as dfq
 from calibrators.errors import BundleError, DeployError, RecipeError
 from calibrators.files import is_plain_file, sha256_of, written_whole
 from dfq_deploy import cli, packing
-from dfq_deploy.recipe import AuditRecipe, GenerateRecipe, SimulateRecipe
+from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe, SimulateRecipe
 from dfq_deploy.workspace import held, held_file
 from exporters.bundle import MANIFEST, open_bundle
 
@@ -142,6 +142,7 @@ _RIVALS: dict[str, Callable[[Path], object]] = {
     "export": lambda folder: dfq.export(dfq.Recipe(**_NOISE), folder),
     "build": lambda folder: dfq.build(folder),
     "check": lambda folder: dfq.check(folder, limit=2),
+    "calibrate": lambda folder: dfq.calibrate(CalibrateRecipe(**_NOISE), folder / "plan.safetensors"),
     "simulate": lambda folder: dfq.simulate(SimulateRecipe(**_NOISE), folder, limit=2),
     "audit": lambda folder: dfq.audit(folder, AuditRecipe(), folder),
     "bench": lambda folder: dfq.bench_generators(dfq.GeneratorsRecipe(model="demo", generators="noise"), folder),
@@ -154,6 +155,15 @@ def test_of_two_runs_in_one_folder_one_is_told(run: Path, command: str) -> None:
     with held(run), pytest.raises(RecipeError, match="another run is working in"):
         _RIVALS[command](run)
     assert _hashes(run) == before
+
+
+@pytest.mark.parametrize("command", ["calibrate", "simulate"])
+def test_what_makes_no_bundle_leaves_one_as_it_is(run: Path, command: str) -> None:
+    before, work = _hashes(run), sorted((run / "work").iterdir())
+    with pytest.raises(RecipeError, match="holds a bundle"):
+        _RIVALS[command](run)
+    assert _hashes(run) == before
+    assert sorted((run / "work").iterdir()) == work
 
 
 def test_a_folder_is_free_again_and_keeps_nothing_of_a_lock(tmp_path: Path) -> None:

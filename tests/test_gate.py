@@ -18,9 +18,10 @@ from syrupy.assertion import SnapshotAssertion
 
 import dfq_deploy as dfq
 from calibrators.errors import BundleError, RecipeError
+from calibrators.files import sha256_of
 from calibrators.images import ImageSet
 from dfq_deploy import cli
-from dfq_deploy.gating import integrity, seeing
+from dfq_deploy.gating import integrity, running, seeing
 from dfq_deploy.gating.baseline import Baseline, changes_between, hashed
 from dfq_deploy.gating.checks import drop_check, exact_check, share_check
 from dfq_deploy.gating.result import GateCheck, GateResult, worst_of
@@ -199,6 +200,18 @@ def test_constants_of_another_format_and_body_are_found_right(tmp_path: Path) ->
 def test_no_bundle_is_a_wrong_call(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         dfq.gate(tmp_path)
+
+
+def test_a_gate_names_the_manifest_that_it_opened(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle / MANIFEST
+    before = sha256_of(path)
+
+    def look(*arguments: Any, **options: Any) -> seeing.Seen:
+        path.write_text(json.dumps(json.loads(path.read_text())))  # as an export would that ends meanwhile
+        return seeing.look(*arguments, **options)
+
+    monkeypatch.setattr(running, "look", look)
+    assert dfq.gate(bundle, images=_DIGITS, limit=2).manifest_sha256 == before != sha256_of(path)
 
 
 def test_an_engine_that_has_not_run_is_undecided(bundle: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from wrapped import EXAMPLE, Small
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet
@@ -75,6 +76,29 @@ def test_contexts_are_softmax_times_v(demo: Model):
 def test_hooks_are_gone_after_the_block(demo: Model):
     attention_taps(demo)
     assert not any(module._forward_pre_hooks for module in demo.module.modules())
+
+
+def test_a_layer_that_is_called_by_keyword_has_no_entry():
+    layer = torch.nn.Linear(2, 2)
+    with captured({"layer": layer}) as inputs:
+        layer(input=torch.ones(1, 2))
+    assert inputs == {}
+
+
+class ByKeyword(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+def test_a_projection_that_is_called_by_keyword_is_no_tap_and_nor_is_the_next_layer():
+    module = Small("features")
+    module.merge = ByKeyword(module.merge)
+    with pytest.raises(ImagesError, match="shows no attention"):
+        attention_taps(wrap(module, EXAMPLE, task="features"))
 
 
 def test_distilled_deit_drops_both_prefix_tokens():
@@ -421,6 +445,15 @@ def test_a_batch_can_be_made_alone(monkeypatch: pytest.MonkeyPatch):
     assert [size for size, _ in shares] == [2, 2, 1]
     later = list(batching.batches(GenerateOptions(4, 7)))[1][1]
     assert torch.equal(torch.rand(9, generator=shares[1][1]), torch.rand(9, generator=later))
+
+
+def test_batches_of_other_stages_are_other_batches(demo: Model, few_steps: None, tmp_path: Path):
+    kept = GenerateOptions(2, keep_in=tmp_path)
+    recipes = [psaq_v1.PsaqV1(), *(psaq_v1.PsaqV1((Stage(steps, 2),)) for steps in (1, 2))]
+    made = [recipe.generate(demo, kept).made_by for recipe in recipes]
+    assert [facts["steps"] for facts in made] == [[3], [1], [2]]
+    settings = [facts.get("settings") for facts in made]
+    assert settings == [None, *({"stages": [{"steps": steps, "jitter": 2}]} for steps in (1, 2))]
 
 
 def test_subsets_hold_different_numbers():

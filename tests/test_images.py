@@ -224,6 +224,15 @@ def test_class_folders_give_labels_in_sorted_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(folder.open_images(tmp_path, SMALL).labels, np.array([0, 1, 1]), strict=True)
 
 
+def test_a_class_folder_without_images_has_its_index(tmp_path: Path) -> None:
+    for name in (".trash", "ant", "bee", "cat", "dog"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bee" / "notes.txt").write_text("no image")
+    for name in ("cat/z.jpeg", "dog/a.png"):
+        _picture().save(tmp_path / name)
+    np.testing.assert_array_equal(folder.open_images(tmp_path, SMALL).labels, np.array([2, 3]), strict=True)
+
+
 def test_a_listing_gives_labels_and_order(pictures: Path) -> None:
     _listing(pictures, "file,label", "2.png,7", "0.png,1")
     images = folder.open_images(pictures, SMALL)

@@ -1,5 +1,6 @@
 """Block reconstruction: blocks found by structure, a loss that falls, weights on their codes."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from calibrators.preprocess import Preprocess
 from calibrators.ranges import Ranges
 from calibrators.refine import reconstruct as the_pass
 from calibrators.scheme import scheme_named
-from calibrators.sites import Mode, SitedLinear, attach_sites, set_mode
+from calibrators.sites import Mode, SitedLinear, attach_sites, rounded, set_mode
 from dfq_deploy.models import Model
 from dfq_deploy.refined import copy_of
 
@@ -148,6 +149,55 @@ def test_a_model_without_blocks_is_told() -> None:
     assert "--refine" in caught.value.fix
 
 
+class _Beside(nn.Module):
+    """One block, which takes a second tensor beside its tokens."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, tokens: Tensor, beside: Tensor, pair: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+            found = self.two(self.one(tokens)) + beside.mean(0)
+            return (found, beside) if pair else found
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.blocks, self.place = kind, nn.ModuleList([self.Block()]), nn.Parameter(torch.ones(8, 3, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        block, tokens = self.blocks[0], images.reshape(-1, 3, 4)
+        if self.kind == "puts out two":
+            return block(tokens, self.place, pair=True)[0]
+        if self.kind == "by keyword":
+            return block(tokens, beside=tokens.cos())
+        return block(tokens, tokens.cos() if self.kind == "takes two" else self.place)
+
+
+def _reconstructed(kind: str) -> dict[str, QParams]:
+    torch.manual_seed(0)
+    module = _Beside(kind).eval().requires_grad_(False)
+    attach_sites(module)
+    three = (0.5,) * 3
+    pixels = np.random.default_rng(0).normal(size=(12, 3, 2, 2)).astype(np.float32)
+    images = ImageSet.of(pixels, Preprocess((2, 2), 1.0, "center", "bicubic", three, three), source="test")
+    ranges = Ranges(observed(module, images, lambda _: MinMax()), "m", "i", "minmax")
+    plan = make_plan(ranges, scheme_named("w8a8")).sites
+    return reconstruct(module, copy.deepcopy(module), plan, images, ["reconstruct"])
+
+
+@pytest.mark.parametrize("kind", ["puts out two", "takes two", "by keyword"])
+def test_a_block_with_two_tensors_of_the_images_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(PlanError, match=r"the block `blocks\.0` cannot be reconstructed") as caught:
+        _reconstructed(kind)
+    assert caught.value.fix == "leave `reconstruct` out of --refine."
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_block_may_take_what_is_the_same_for_all_images() -> None:
+    assert len(_reconstructed("for all")) == 4
+
+
 def test_gradients_of_rounding_are_those_of_learned_steps() -> None:
     """Within the range 1 to the values and the rounding error to the scale; beyond it 0 and the last code."""
     layer = nn.Sequential(nn.Linear(4, 1, bias=False))
@@ -170,6 +220,21 @@ def test_gradients_of_rounding_are_those_of_learned_steps() -> None:
     settled = learned.settle()["0.input"]
     assert (settled.scale, settled.zero_point) == (0.25, 5)
     assert replace(settled, scale=site.scale, zero_point=site.zero_point) == site
+
+
+def test_a_dynamic_site_rounds_to_what_passes_and_stays_as_it_was() -> None:
+    layer = nn.Sequential(nn.Linear(4, 1, bias=False))
+    attach_sites(layer)
+    site = QParams(np.asarray(0.5, np.float32), np.asarray(4, np.uint8), CODES["uint8"], None, dynamic=True)
+    learned = Learned(layer, {"0.input": site})
+    values = torch.tensor([[0.6, -0.3, 900.0, -9.0]], requires_grad=True)
+    found: Tensor = layer[0].input_site(values)
+    torch.testing.assert_close(found, rounded(values.detach(), site))
+    assert found[0, 2] > 800
+    found.sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [[1.0] * 4]
+    assert not learned.scales and not learned.zeros
+    assert learned.settle()["0.input"] is site
 
 
 def test_weights_have_a_scale_per_row() -> None:
@@ -198,6 +263,7 @@ def test_blocks_of_a_row_have_a_scale_each() -> None:
     assert gradient is not None and gradient.shape == (2, 3)
     settled = learned.settle()["0.weight"]
     assert settled.scale.shape == settled.zero_point.shape == (2, 3)
+    np.testing.assert_array_equal(settled.scale, settled.scale.astype(np.float16), err_msg="float16 cannot hold them")
     steps = layer[0].weight / torch.from_numpy(np.repeat(settled.scale, 2, 1))
     assert torch.allclose(steps, steps.round(), atol=1e-5)
 

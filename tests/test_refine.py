@@ -158,6 +158,21 @@ def test_in_front_of_a_projection_a_transform_sees_how_far_v_reaches(
     assert (seen.high > seen.rows.amax(0)).all()
 
 
+def test_images_of_a_last_batch_that_is_not_full_count_as_others(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def look(seen: Seen) -> tuple[Tensor, Tensor]:
+        rows.append(len(seen.rows))
+        return torch.zeros_like(seen.low), torch.ones_like(seen.low)
+
+    twenty = np.random.default_rng(0).normal(size=(20, *demo.preprocess.shape)).astype(np.float32)
+    monkeypatch.setattr(smooth, "transform", look)
+    monkeypatch.setattr("calibrators.refining._ROWS", 130)
+    few = ImageSet.of(twenty, demo.preprocess, source="test")
+    transform(copy_of(demo).module, few, ["smooth"], scheme_named("w8a8"), ())
+    assert set(rows) == {130}, "every tenth of 20 times 65 tokens, in batches of 16 and 4 images"
+
+
 def test_smooth_lessens_the_error_where_one_channel_is_large() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(256, 16, generator=generator)
@@ -275,6 +290,14 @@ def test_reach_keeps_the_tail_of_tokens_that_matter() -> None:
         reach.correct(one)
     assert layer.input_qparams is not None and matters.input_qparams is not None
     assert matters.input_qparams.scale > layer.input_qparams.scale
+
+
+def test_reach_leaves_an_input_whose_scale_the_run_time_finds() -> None:
+    layer = _layer("int8")
+    assert layer.input_qparams is not None
+    dynamic = layer.input_qparams = replace(layer.input_qparams, dynamic=True)
+    reach.correct(layer)
+    assert layer.input_qparams is dynamic
 
 
 def test_tokens_count_by_what_they_do_to_the_outputs(demo: Model, images: ImageSet) -> None:

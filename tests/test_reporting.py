@@ -24,10 +24,11 @@ from dfq_deploy.evaluate import Check
 from dfq_deploy.gating.result import GateResult, sums_of
 from dfq_deploy.recipe import Recipe
 from dfq_deploy.reporting import measuring
+from dfq_deploy.reporting.checked import read_audit_of, read_check
 from dfq_deploy.reporting.facts import Missing
 from dfq_deploy.reporting.layers import in_network_order, kinds_of, precision_map
-from dfq_deploy.reporting.repeating import export_command, neutral
-from exporters.bundle import MANIFEST
+from dfq_deploy.reporting.repeating import export_command, neutral, python_calls
+from exporters.bundle import MANIFEST, open_bundle
 
 _HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac$ {{ 7 * 7 }}"
 
@@ -292,6 +293,29 @@ def test_the_gate_and_an_audit_that_ran_are_shown(run: Path) -> None:
         assert why.startswith("The audit is not of this bundle.")
 
 
+def test_an_audit_of_other_formats_is_of_a_bundle_whose_own_have_no_ranges(run: Path) -> None:
+    (cached,) = (run / "work").glob("audit-*.json")
+    (run / "audit").mkdir()
+    shutil.copyfile(cached, run / "audit" / "audit.json")
+    manifest = open_bundle(run)
+    for scheme in ("w8a8_dynamic", "w4a16", "float"):
+        assert read_audit_of(run, manifest.model_copy(update={"scheme": scheme})).scheme == "w8a8"
+    with pytest.raises(BundleError, match="is not of this bundle"):
+        read_audit_of(run, manifest.model_copy(update={"scheme": "w8a8_asym"}))
+
+
+def test_images_that_came_from_a_file_are_shown(run: Path, tmp_path: Path) -> None:
+    (images,) = (run / "work").glob("images-*.safetensors")
+    images.rename(tmp_path / "images.safetensors")
+    facts = json.loads((run / MANIFEST).read_text())
+    facts["recipe"]["calib"] = str(tmp_path / "images.safetensors")
+    (run / MANIFEST).write_text(json.dumps(facts))
+    assert "Calibration images" not in {one.section for one in dfq.report(run, quick=True).missing}
+    (tmp_path / "images.safetensors").unlink()
+    (why,) = [one.why for one in dfq.report(run, quick=True).missing if one.section == "Calibration images"]
+    assert why.endswith("They lay in `images.safetensors`, which is not deployed.")
+
+
 def test_a_gate_that_may_have_judged_another_bundle_is_left_out(run: Path) -> None:
     def left_out() -> list[Missing]:
         return [one for one in dfq.report(run, quick=True).missing if one.section == "The gate"]
@@ -318,7 +342,6 @@ def test_the_command_repeats_the_run(run: Path, monkeypatch: pytest.MonkeyPatch)
         model="demo",
         checkpoint=Path("a folder") / "weights.safetensors",
         generator="noise",
-        count=8,
         calib="folder:" + str(Path("some", "where", "my images")),
         refine="none",
         attention=True,
@@ -336,12 +359,22 @@ def test_the_command_repeats_the_run(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert cli.run(command[1:]) == 3
     ((recipe, out),) = given
     assert out == Path("run 1")
-    neutral_facts = {"checkpoint": str(Path("weights.safetensors").resolve()), "calib": "folder:my images"}
+    here = Path.cwd()
+    neutral_facts = {"checkpoint": str(here / "weights.safetensors"), "calib": f"folder:{here / 'my images'}"}
     assert recipe.facts() == {**asked.facts(), **neutral_facts}
     assert neutral(str(Path("a", "b.st")) + "," + str(Path("c.st"))) == "b.st,c.st"
     shown = read(run / "report.html").text
     assert "dfq-deploy export --model demo --generator noise --count 8 --refine none --out run" in shown
     assert "dfq-deploy check run" in shown
+
+
+def test_the_calls_repeat_a_run_that_only_python_has(run: Path) -> None:
+    manifest = open_bundle(run)
+    manifest = manifest.model_copy(update={"recipe": manifest.recipe | {"calib": "folder:/some/where/images"}})
+    change_report(run, lambda facts: facts.update(asked={"images": "npz:/some/where/digits.npz", "limit": 4}))
+    export, check = python_calls(manifest, read_check(run), "run")
+    assert "calib='folder:images'" in export
+    assert check.endswith(", images='npz:digits.npz', limit=4)")
 
 
 def test_two_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:

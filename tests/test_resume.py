@@ -83,6 +83,14 @@ def test_a_finished_run_repeats_nothing_but_the_check(run: Path, calls: list[int
     assert (run / "model.onnx").stat().st_mtime_ns == written, "the engine was written again"
 
 
+def test_ranges_that_are_there_need_no_float_model(tmp_path: Path) -> None:
+    recipe = dfq.Recipe(model="demo", generator="noise", count=4, collector="ort", observer="minmax", refine="bias")
+    dfq.export(recipe, tmp_path / "run", limit=2)
+    log = _Log()
+    dfq.export(recipe, tmp_path / "run", limit=2, watch=log)
+    assert log.stages["ranges"] and log.stages["float"]
+
+
 def test_another_seed_makes_other_images_and_keeps_the_float_model(run: Path, calls: list[int]) -> None:
     before, log = _images(run), _Log()
     dfq.export(dfq.Recipe(model="demo", generator="noise", count=8, refine="none", seed=1), run, limit=4, watch=log)

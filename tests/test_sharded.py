@@ -1,14 +1,15 @@
 """How a check is cut into shards: whole batches, and no more of them than their outputs leave room for."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibrators.errors import DeployError
 from dfq_deploy.sharded import logits_elsewhere
-from dfq_deploy.workers import Order
+from dfq_deploy.workers import Order, first_error_raised
 from exporters.bundle import open_bundle
 
 
@@ -46,3 +47,20 @@ def test_shards_have_as_many_images_as_their_outputs_leave_room_for(
     assert np.concatenate([batch["engine"] for batch in found]).tolist() == list(range(300))
     assert {stop - start for start, stop in workers.asked[:-1]} == {images}
     assert done[-1] == 300
+
+
+def test_an_error_gives_up_the_other_tasks_at_once() -> None:
+    given_up = []
+
+    def answers() -> Generator[tuple[int, Any], None, None]:
+        try:
+            yield 0, DeployError(what="it broke.", why="it is a test.", fix="none.")
+        finally:
+            given_up.append(True)
+
+    try:
+        list(first_error_raised(answers()))
+    except DeployError:
+        assert given_up, "the workers may be gone by the time that the error is forgotten"
+    else:
+        pytest.fail("no error")

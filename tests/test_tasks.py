@@ -96,6 +96,11 @@ def test_a_negative_cosine_is_no_agreement() -> None:
     assert task_named("features").agree({"f": -values}, {"f": values}).tolist() == [0.0, 0.0]
 
 
+def test_features_that_are_no_numbers_are_no_agreement() -> None:
+    values = RANDOM.normal(size=(2, 8))
+    assert task_named("features").agree({"f": values * [[1.0], [np.nan]]}, {"f": values}) == pytest.approx([1.0, 0.0])
+
+
 def _detected(*boxes: tuple[int, float, float]) -> dict[str, np.ndarray]:
     """One image in which boxes of a class lie at x, y with a width and height of 0.2; the rest is no object."""
     logits, places = np.full((1, 6, 4), -9.0), np.full((1, 6, 4), 0.2)

@@ -51,6 +51,13 @@ def test_outputs_attention_and_layers_are_found(name: str) -> None:
     assert floats is None or len(plain) == floats, plain
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("clip", True), ("dinov2", True), ("dinov3", True), ("siglip", False), ("yolos", True)]
+)
+def test_a_class_token_among_the_embeddings_is_found(name: str, wanted: bool) -> None:
+    assert {tap.class_token for tap in attention_taps(_wrapped(name))} == {wanted}
+
+
 def test_a_detector_that_counts_its_images_by_len_is_exported(tmp_path: Path) -> None:
     found = dfq.export(
         _wrapped("rt_detr"), tmp_path / "run", generator="noise", count=8, refine="none", spare="massive"

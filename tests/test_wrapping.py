@@ -28,6 +28,7 @@ from calibrators.sites import sites_of
 from dfq_deploy.evaluate import Check
 from dfq_deploy.generation import GenerateOptions
 from dfq_deploy.generation.taps import attention_taps
+from dfq_deploy.showing.bundles import print_path
 from dfq_deploy.sparing import layers_to_spare
 from exporters.bundle import open_bundle
 from exporters.outputs import Output
@@ -423,6 +424,14 @@ def test_the_command_line_says_what_it_cannot_do(run: tuple[str, Path, Check]) -
     assert told.returncode == 3
     assert "model=dfq_deploy.wrap(module" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_no_command_is_shown_for_what_only_python_repeats(
+    run: tuple[str, Path, Check], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_path(run[1])
+    assert "calibrated on:" in (shown := capsys.readouterr().out)
+    assert "repeat:" not in shown
 
 
 def test_what_is_for_classifiers_is_refused_for_others(run: tuple[str, Path, Check]) -> None:

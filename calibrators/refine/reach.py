@@ -28,12 +28,13 @@ _TOKENS = 1024  # that the search computes with, drawn by how much they matter
 
 
 def correct(layer: Layer) -> None:
-    """Set the input's scale and zero-point."""
-    if layer.input_qparams is None or layer.input_qparams.codes.mantissa is not None:
+    """Set the input's scale and zero-point, where the run-time does not find them anew."""
+    given = layer.input_qparams
+    if given is None or given.dynamic or given.codes.mantissa is not None:
         return
     low, high = (np.asarray(end, np.float32) for end in layer.arriving.aminmax())
     shares = _SHARES if min(-low, high) < _ONE_SIDED * max(-low, high) else (HEADROOM,)
-    tried = [_covering(low * np.float32(share), high * np.float32(share), layer.input_qparams) for share in shares]
+    tried = [_covering(low * np.float32(share), high * np.float32(share), given) for share in shares]
     tokens = layer.arriving[_drawn(layer.importance)]
     errors = [_error(tokens, layer.weight, qparams) for qparams in tried]
     layer.input_qparams = tried[int(np.argmin(errors))]

@@ -1,8 +1,8 @@
 """Images in a folder: class sub-folders, or any images with a `labels.csv` (`file,label`) beside them.
 
 Images are decoded when they are asked for, so memory does not grow with their number. With class sub-folders
-the label is the sub-folder's index in sorted order; with `labels.csv` it is what the file says; else there is
-none.
+the label is the sub-folder's index in sorted order, of which empty ones have theirs; with `labels.csv` it is
+what the file says; else there is none.
 """
 
 import csv
@@ -41,8 +41,8 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         files, labels = _listed(path)
     else:
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-        classes = sorted({f.parent.name for f in files if f.parent != path})
-        labelled = bool(classes) and all(f.parent.parent == path for f in files)
+        classes = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+        labelled = all(f.parent.parent == path and f.parent.name in classes for f in files)
         labels = [classes.index(f.parent.name) for f in files] if labelled else None
     if not files:
         raise ImagesError(

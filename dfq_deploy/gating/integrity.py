@@ -19,7 +19,7 @@ from dfq_deploy.models import Model
 from dfq_deploy.opening import load_again, refined_again
 from dfq_deploy.reference import Reference
 from dfq_deploy.watch import Watch
-from exporters.bundle import MANIFEST, Manifest, open_bundle
+from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["OpenBundle", "opened"]
 
@@ -63,13 +63,11 @@ def opened(
         called: What `folder` is called in reasons.
 
     Raises:
-        BundleError: There is no bundle, or a file in its `work` folder is gone.
+        BundleError: A file in its `work` folder is gone.
         ModelError: The weights cannot be had.
         RecipeError: `verify` cannot be read as a key.
     """
     checks: list[GateCheck] = []
-    if not (folder / MANIFEST).is_file():
-        open_bundle(folder)  # says so
     name = "bundle"
     try:
         manifest = open_bundle(folder, verify=verify)

@@ -22,7 +22,7 @@ from dfq_deploy.statistics import Paired
 from dfq_deploy.tasks import task_named
 from dfq_deploy.watch import SILENT, Watch
 from exporters.archive import bundle_folder
-from exporters.bundle import MANIFEST
+from exporters.bundle import MANIFEST, open_bundle
 
 __all__ = ["gate"]
 
@@ -64,9 +64,12 @@ def gate(
     before = _baseline_in(baseline, update=update)
     name = Path(folder).resolve().name
     with bundle_folder(Path(folder)) as place:
+        if not (place / MANIFEST).is_file():
+            open_bundle(place)  # says so
+        judged = sha256_of(place / MANIFEST)  # as it is opened now: an export may write another one meanwhile
         checks, bundle = opened(place, checkpoint, watch, model=model, verify=verify, called=str(folder))
         if bundle is None:
-            return _stopped(name, checks, sha256_of(place / MANIFEST))
+            return _stopped(name, checks, judged)
         seen = look(bundle, _picked(bundle, images, limit), timed=baseline is not None, watch=watch)
         checks += _measured(seen, bundle.reference.plan, limits)
         left_out = {} if seen.labels is not None else {"drop": "no labels"}
@@ -83,7 +86,6 @@ def gate(
             after = new_baseline(bundle, seen)
             changes = tuple(changes_between(before, after))
             after.save(baseline)
-        judged = sha256_of(place / MANIFEST)
     return GateResult(
         bundle=name,
         verdict=worst_of(checks),

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from calibrators.errors import ImagesError
+from dfq_deploy.generation.discovery import SOFTMAX
 from dfq_deploy.generation.taps import AttentionTap, probe
 from dfq_deploy.models import Model
 
 __all__ = ["AttentionRows", "rows_of", "taps_with_rows"]
 
 _Rows = Callable[[slice], Tensor]
-_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
 class AttentionRows:
@@ -32,15 +32,15 @@ class AttentionRows:
     the mean over the queries says how strongly each patch is attended to.
     """
 
-    def __init__(self, seen: Mapping[str, _Rows], class_token: bool) -> None:
-        self._seen, self._class_token = seen, class_token
+    def __init__(self, seen: Mapping[str, _Rows]) -> None:
+        self._seen = seen
 
     def of(self, tap: AttentionTap) -> Tensor:
         """Attention to the patches, (B, windows, heads, tokens) float32; what a row gives to prefix tokens is left out.
 
         It carries a gradient.
         """
-        queries = slice(0, 1) if self._class_token and tap.prefix else slice(tap.prefix, None)
+        queries = slice(0, 1) if tap.class_token else slice(tap.prefix, None)
         rows = self._seen[tap.name](queries).mean(-2)[..., tap.prefix :]
         return rows.reshape(-1, tap.windows, *rows.shape[1:])
 
@@ -53,7 +53,7 @@ class AttentionRows:
 
 
 @contextlib.contextmanager
-def rows_of(model: Model, taps: Sequence[AttentionTap]) -> Iterator[AttentionRows]:
+def rows_of(taps: Sequence[AttentionTap]) -> Iterator[AttentionRows]:
     """The attention rows of `taps`, renewed by each forward pass within the block."""
     watch = _Watch()
     with contextlib.ExitStack() as exits:
@@ -64,7 +64,7 @@ def rows_of(model: Model, taps: Sequence[AttentionTap]) -> Iterator[AttentionRow
             ):
                 exits.callback(handle.remove)
         exits.enter_context(watch)
-        yield AttentionRows(watch.seen, getattr(model.module, "cls_token", None) is not None)
+        yield AttentionRows(watch.seen)
 
 
 def taps_with_rows(model: Model, taps: Sequence[AttentionTap]) -> list[AttentionTap]:
@@ -73,7 +73,7 @@ def taps_with_rows(model: Model, taps: Sequence[AttentionTap]) -> list[Attention
     Raises:
         ImagesError: None is; attention between channels (XCiT's) is not.
     """
-    with torch.no_grad(), rows_of(model, taps) as rows:
+    with torch.no_grad(), rows_of(taps) as rows:
         model.module(probe(model))
         found = [tap for tap in taps if rows.shows(tap)]
     if not found:
@@ -106,7 +106,7 @@ class _Watch(TorchFunctionMode):
         if self._at_work is not None:
             if function is F.scaled_dot_product_attention:
                 self.seen[self._at_work] = _fused(*args, **(kwargs or {}))
-            elif function in _SOFTMAX and result.ndim == 4:
+            elif function in SOFTMAX and result.ndim == 4:
                 self.seen[self._at_work] = functools.partial(_plain, result)
         return result
 

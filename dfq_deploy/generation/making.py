@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 
 from calibrators.errors import ImagesError
 from calibrators.images import ImageSet, joined
-from calibrators.registry import pick
+from calibrators.registry import names, pick
 from dfq_deploy.generation import GenerateOptions, Progress, quiet
 from dfq_deploy.generation.device import device_named, moved_to
 from dfq_deploy.generation.generators import ATTENTIVE
@@ -30,6 +30,7 @@ __all__ = [
     "why_no_next_seed",
 ]
 
+_READ = {"generator": str, "count": int, "seed": int, "exact": bool, "batch": int, "model_fingerprint": str}  # facts
 _LEAST_CONTRAST = 0.01  # deviation of an image's values, and distance between images, of what lies between the bounds
 _MOST_TWINS = 0.5  # share of the images that may show what another one shows
 _LOOKED_AT = 1024  # values per image by which images are compared, at places drawn once
@@ -83,14 +84,19 @@ def generated(name: str, recipe: Any, model: Model, options: GenerateOptions, pr
 
 
 def parts_of(images: ImageSet) -> tuple[Mapping[str, Any], ...]:
-    """The facts of each part of `images` that a generator made, in their order; of files that were joined, of each."""
+    """The facts of each part of `images` that a generator made, in their order; of files that were joined, of each.
+
+    Facts that others wrote, of a generator that is none of these or without what repeats it, are of no part.
+    """
     return _parts_in(images.made_by)
 
 
 def _parts_in(made_by: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    if "generator" in made_by:
+    whole = all(isinstance(made_by.get(fact), kind) for fact, kind in _READ.items())
+    if whole and made_by["generator"] in names("dfq_deploy.generation.generators"):
         return (made_by,)
-    inner = made_by.get("parts", made_by.values())
+    parts = made_by.get("parts")
+    inner = parts if isinstance(parts, list) else made_by.values()
     return tuple(part for facts in inner if isinstance(facts, Mapping) for part in _parts_in(facts))
 
 

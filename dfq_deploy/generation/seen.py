@@ -89,14 +89,13 @@ def attention_maps(model: Model, images: ImageSet) -> AttentionMaps:
     tap, (start, priors) = taps[-1], _priors_of(model, images, taps[-1])
     pixels = images.pixels[start : start + _SHOWN] if priors is None else images.pixels[start : start + len(priors)]
     device = next(model.module.parameters()).device
-    with torch.inference_mode(), rows_of(model, [tap]) as rows:
+    with torch.inference_mode(), rows_of([tap]) as rows:
         model.module(torch.from_numpy(pixels).to(device))
         found = rows.of(tap)[:, 0].cpu().numpy()
     height, width = images.preprocess.size
     grid = patch_grid(tap.tokens, height / width)
     shape = (len(pixels), tap.heads, *grid)
-    has_class_token = getattr(model.module, "cls_token", None) is not None and tap.prefix > 0
-    of = "class token" if has_class_token else "mean query"
+    of = "class token" if tap.class_token else "mean query"
     return AttentionMaps(tap.name, of, pixels, found.reshape(shape), None if priors is None else priors.reshape(shape))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrators.errors import ImagesError
-from dfq_deploy.generation.discovery import attentions_of, prefix_of
+from dfq_deploy.generation.discovery import attentions_of, has_class_token, owner_of, prefix_of
 from dfq_deploy.models import Model
 
 __all__ = ["AttentionTap", "attention_taps", "captured", "probe"]
@@ -23,7 +23,7 @@ __all__ = ["AttentionTap", "attention_taps", "captured", "probe"]
 def captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """A dict that holds, after each forward pass within the block, the input of each layer under its name.
 
-    A layer that no pass reaches has no entry. The hooks are gone when the block ends.
+    A layer that no pass reaches, or calls by keyword, has no entry. The hooks are gone when the block ends.
     """
     inputs: dict[str, Tensor] = {}
     with contextlib.ExitStack() as hooks:
@@ -34,7 +34,8 @@ def captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def _keep(inputs: dict[str, Tensor], name: str, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    inputs[name] = arguments[0]
+    if arguments:
+        inputs[name] = arguments[0]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class AttentionTap:
         windows: Windows per image; 1 where attention is global.
         prefix: Tokens in front of the patches: class and distillation tokens, registers.
         tokens: Patch tokens per window.
+        class_token: Whether the first token in front of the patches is the class token.
     """
 
     name: str
@@ -58,6 +60,7 @@ class AttentionTap:
     windows: int
     prefix: int
     tokens: int
+    class_token: bool
 
     def contexts(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """softmax·V of every patch, (B, windows, tokens, heads, head_dim) float32, from what `captured` holds.
@@ -106,10 +109,13 @@ def _watched(model: Model) -> list[AttentionTap]:
     taps = []
     for one in found:
         layer, windows = model.module.get_submodule(one.projection), one.rows // _PROBE
-        prefix = prefix_of(model.module) if windows == 1 else 0
+        owner = owner_of(model.module, one.module)
+        prefix = prefix_of(owner) if windows == 1 else 0
+        class_token = prefix > 0 and has_class_token(owner)
         assert isinstance(layer, nn.Linear)
         attention = model.module.get_submodule(one.module)
-        taps.append(AttentionTap(one.projection, layer, attention, one.heads, windows, prefix, one.tokens - prefix))
+        tokens = one.tokens - prefix
+        taps.append(AttentionTap(one.projection, layer, attention, one.heads, windows, prefix, tokens, class_token))
     return taps
 
 
@@ -123,9 +129,11 @@ _PROBE = 2  # images that show the shapes; more than 1, so that windows and imag
 
 def _tap(module: nn.Module, name: str, attention: nn.Module, shape: torch.Size) -> AttentionTap:
     windows, tokens = shape[0] // _PROBE, shape[1:-1].numel()
-    prefix = int(getattr(module, "num_prefix_tokens", 0))
-    patches = getattr(getattr(module, "patch_embed", None), "num_patches", None)
-    if windows > 1 or tokens == patches:
-        prefix = 0  # windows are cut out of the patch grid alone; CaiT and XCiT add the class token later
+    owner = owner_of(module, name.rpartition(".")[0])
+    prefix = prefix_of(owner)
+    patches = getattr(getattr(owner, "patch_embed", None), "num_patches", None)
+    if windows > 1 or len(shape) > 3 or tokens == patches:
+        prefix = 0  # windows and grids are of patches alone; CaiT, VOLO and XCiT add the class token later
     assert isinstance(attention.proj, nn.Linear) and isinstance(attention.num_heads, int)
-    return AttentionTap(name, attention.proj, attention, attention.num_heads, windows, prefix, tokens - prefix)
+    heads, class_token = attention.num_heads, prefix > 0 and has_class_token(owner)
+    return AttentionTap(name, attention.proj, attention, heads, windows, prefix, tokens - prefix, class_token)

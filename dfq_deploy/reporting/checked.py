@@ -245,7 +245,9 @@ def read_audit_of(folder: Path, manifest: Manifest) -> Audited:
     command = f"dfq-deploy audit {folder.name} --out {folder.name}/audit"
     found = _read(folder / "audit" / "audit.json", Audited, command)
     same = found.of == {"images": manifest.images["fingerprint"], "model": manifest.model.fingerprint}
-    if not same or (found.scheme != manifest.scheme and not scheme_named(manifest.scheme).dynamic):
+    asked = scheme_named(manifest.scheme)
+    without_ranges = asked.dynamic or asked.activation is None
+    if not same or (found.scheme != manifest.scheme and not without_ranges):
         raise BundleError(
             what="the audit is not of this bundle.",
             why=f"audit/audit.json is of other images, another model or other formats ({found.scheme or 'not said'}).",

@@ -108,7 +108,9 @@ def differences(pair: Pair) -> dict[str, Any]:
 
 def _command(run: Run) -> str:
     manifest = run.manifest
-    return python_calls(manifest, run.name)[0] if manifest.model.wrapped else export_command(manifest.recipe, run.name)
+    if manifest.model.wrapped:
+        return python_calls(manifest, run.checked, run.name)[0]
+    return export_command(manifest.recipe, run.name)
 
 
 def _warnings(first: Run, second: Run) -> list[str]:

@@ -1,5 +1,6 @@
 """All that a report shows of one bundle, gathered: what lies in its folder, what is measured, and what is missing."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,16 +8,16 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from calibrators.errors import BundleError, DeployError
+from calibrators.errors import BundleError, DeployError, ImagesError
 from calibrators.files import sha256_of
-from calibrators.images import ImageSet
 from calibrators.pictures import contact_sheet, pictures_on
 from dfq_deploy.disagreements import DISAGREEMENTS
 from dfq_deploy.models import Model
-from dfq_deploy.opening import engine_bytes, float_model_in
+from dfq_deploy.opening import engine_bytes, float_model_in, open_images
 from dfq_deploy.reporting.checked import Audited, Checked, Gate, Sensed, read_check, read_gate
 from dfq_deploy.reporting.drawing import data_uri
 from dfq_deploy.reporting.measuring import FLOAT, Latency, audited, measure_latency, sensitivities
+from dfq_deploy.reporting.repeating import neutral
 from dfq_deploy.watch import Watch
 from exporters.bundle import Manifest, open_bundle
 
@@ -188,19 +189,24 @@ def _with_data(model: Path) -> int:
 
 def _sheet(folder: Path, manifest: Manifest) -> tuple[str, int, str]:
     source = manifest.images.get("source", "")
-    if not source.startswith("synthetic"):
+    if not all(part.startswith("synthetic") for part in source.split(" and ")):
         raise BundleError(
             what="the calibration images are not shown.",
             why=f"they are no synthetic ones but {source}, and may not be for everyone to see.",
             fix="nothing: synthetic ones are shown.",
         )
-    for path in sorted((folder / "work").glob("images-*.safetensors")):
-        images = ImageSet.load(path)
-        if images.fingerprint == manifest.images.get("fingerprint"):
-            return data_uri(contact_sheet(images), _SHEET), len(images), images.source
+    calib, where = str(manifest.recipe["calib"]), f"{folder.name}/work"
+    places = [str(path) for path in sorted((folder / "work").glob("images-*.safetensors"))]
+    if calib != "synthetic":
+        places, where = [calib], neutral(calib)
+    for place in places:
+        with contextlib.suppress(ImagesError):  # gone, or others by now
+            images = open_images(place, manifest.preprocess)
+            if images.fingerprint == manifest.images.get("fingerprint"):
+                return data_uri(contact_sheet(images), _SHEET), len(images), images.source
     raise BundleError(
         what="the calibration images are not here.",
-        why=f"they lay in `{folder.name}/work`, which is not deployed.",
+        why=f"they lay in `{where}`, which is not deployed.",
         fix="run the report where the export ran.",
     )
 

@@ -162,7 +162,7 @@ def _facts(run: Run) -> dict[str, Any]:
         reasons.setdefault(reason, []).append(layer)
     export, check = export_command(manifest.recipe, run.name), check_command(checked, run.name) if checked else ""
     if manifest.model.wrapped:
-        export, check = python_calls(manifest, run.name)
+        export, check = python_calls(manifest, checked, run.name)
     return {
         "run": run,
         "verdict": verdict_on(run),

@@ -38,20 +38,26 @@ def check_command(checked: Checked, name: str) -> str:
     """The check of the bundle in the folder `name`; empty where that was not recorded."""
     if checked.asked is None:
         return ""
-    words = ["dfq-deploy", "check", name]
-    if checked.asked.images is not None:
-        words += ["--images", neutral(checked.asked.images)]
-    if checked.asked.limit is not None:
-        words += ["--limit", str(checked.asked.limit)]
-    return shlex.join(words)
+    words = [word for key, value in _asked(checked).items() for word in (f"--{key}", str(value))]
+    return shlex.join(["dfq-deploy", "check", name, *words])
 
 
-def python_calls(manifest: Manifest, name: str) -> tuple[str, str]:
+def python_calls(manifest: Manifest, checked: Checked | None, name: str) -> tuple[str, str]:
     """The export and the check of a bundle whose model came from `wrap`: only Python has that."""
     wrapped = f'dfq_deploy.wrap({manifest.model.name}(…), example, task="{manifest.model.task}")'
     own = {field.name: field.default for field in fields(Recipe) if field.name != "model"}
-    asked = "".join(f", {key}={value!r}" for key, value in manifest.recipe.items() if own.get(key, value) != value)
-    return f'dfq_deploy.export({wrapped}, "{name}"{asked})', f'dfq_deploy.check("{name}", model={wrapped})'
+    given = manifest.recipe | {"calib": neutral(str(manifest.recipe["calib"]))}
+    made = "".join(f", {key}={value!r}" for key, value in given.items() if own.get(key, value) != value)
+    judged = "".join(f", {key}={value!r}" for key, value in _asked(checked).items())
+    return f'dfq_deploy.export({wrapped}, "{name}"{made})', f'dfq_deploy.check("{name}", model={wrapped}{judged})'
+
+
+def _asked(checked: Checked | None) -> dict[str, str | int]:
+    """What the check was told to use."""
+    if checked is None or checked.asked is None:
+        return {}
+    images, limit = checked.asked.images, checked.asked.limit
+    return ({} if images is None else {"images": neutral(images)}) | ({} if limit is None else {"limit": limit})
 
 
 def neutral(place: str) -> str:

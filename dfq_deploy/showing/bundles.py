@@ -53,7 +53,7 @@ def _print_bundle(path: Path, verify: Path | None) -> None:
             console.print(f"  signed with the key of {verify}")
         elif is_plain_file(folder / SIGNATURE):
             console.print("  signed; not verified, which takes --verify")
-        if (path / "recipe.toml").is_file():
+        if (path / "recipe.toml").is_file() and not manifest.model.wrapped:
             console.print("  repeat: dfq-deploy export --recipe", path / "recipe.toml", "--out DIR")
 
 

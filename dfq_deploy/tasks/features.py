@@ -37,6 +37,6 @@ def decide(found: Found) -> None:  # noqa: ARG001
 
 
 def agree(found: Found, wanted: Found) -> np.ndarray:
-    """Cosine of each tensor as one vector, the mean over the tensors; 0 where that is negative, 1 of equal ones."""
+    """Cosine of each tensor as one vector, the mean over the tensors; 0 where negative or NaN, 1 of equal ones."""
     pairs = ([part.reshape(len(part), -1).astype(np.float64) for part in (found[n], wanted[n])] for n in wanted)
-    return np.asarray(np.maximum(np.mean([cosine(*pair) for pair in pairs], axis=0), 0.0))
+    return np.asarray(np.fmax(np.mean([cosine(*pair) for pair in pairs], axis=0), 0.0))

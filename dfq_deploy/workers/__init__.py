@@ -8,7 +8,7 @@ import contextlib
 import os
 import platform
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ class Workers(Protocol):
         """
         ...
 
-    def answers(self, order: Order) -> Iterator[tuple[int, Any]]:
+    def answers(self, order: Order) -> Generator[tuple[int, Any], None, None]:
         """Number of a task and what it gave, as they are ready; a `DeployError` where it failed, which stops no other.
 
         Raises:
@@ -121,16 +121,17 @@ def answer(order: Order, task: Task, versions: Mapping[str, str], folder: str) -
         )
 
 
-def first_error_raised(answers: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The answers, for those who need all of them.
+def first_error_raised(answers: Generator[tuple[int, Any], None, None]) -> Iterator[tuple[int, Any]]:
+    """The answers, for those who need all of them; where one is an error, the other tasks are given up at once.
 
     Raises:
         DeployError: One of them is that error.
     """
-    for number, found in answers:
-        if isinstance(found, DeployError):
-            raise found
-        yield number, found
+    with contextlib.closing(answers):
+        for number, found in answers:
+            if isinstance(found, DeployError):
+                raise found
+            yield number, found
 
 
 def threads_here() -> int:

@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def connected(_address: str) -> contextlib.nullcontext[None]:
     return contextlib.nullcontext()
 
 
-def answers(order: Order) -> Iterator[tuple[int, Any]]:
+def answers(order: Order) -> Generator[tuple[int, Any], None, None]:
     """See `Workers`; each task has a process of its own."""
     for number, task in enumerate(order.tasks):
         yield number, _in_a_process(order, task)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def answers(order: Order) -> Iterator[tuple[int, Any]]:
+def answers(order: Order) -> Generator[tuple[int, Any], None, None]:
     """See `Workers`; inside of `connected`."""
     there = _machines()
     for task in order.tasks:
@@ -80,7 +80,7 @@ def answers(order: Order) -> Iterator[tuple[int, Any]]:
             for one in ready:
                 yield waiting.pop(one), _answer_in(one)
     finally:
-        for one in waiting:  # whoever asked has given up
+        for one in waiting if ray.is_initialized() else ():  # whoever asked has given up, and may have left the cluster
             ray.cancel(one)
 
 

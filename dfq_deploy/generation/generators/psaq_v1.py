@@ -16,7 +16,7 @@ two stages of half; it stops on a plateau.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -59,7 +59,8 @@ class PsaqV1:
         """As the module's `generate`, with these stages."""
         taps = attention_taps(model)
         one_batch = functools.partial(self._one_batch, model, taps, exact=options.exact)
-        return optimised_set("psaq_v1", model, options, one_batch, progress)
+        settings = {"settings": {"stages": [asdict(stage) for stage in self.stages]}} if self.stages else None
+        return optimised_set("psaq_v1", model, options, one_batch, progress, settings)
 
     def _one_batch(self, model: Model, taps: Sequence[AttentionTap], batch: Batch, *, exact: bool) -> Optimised:
         """One batch of images."""

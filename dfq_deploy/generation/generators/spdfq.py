@@ -133,7 +133,7 @@ class Spdfq:
         labels = drawn.labels.to(device)
         priors = [replace(prior, rows=prior.rows.to(device)) for prior in drawn.priors]
         rough = roughness(size, model.preprocess.size, generator)
-        with rows_of(model, [prior.tap for prior in priors] if self.alignment else []) as rows:
+        with rows_of([prior.tap for prior in priors] if self.alignment else []) as rows:
             terms: list[Term] = []
             if model.task == "classification":
                 terms.append(
