@@ -127,7 +127,7 @@ def _outputs(module: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[st
     ]
     try:
         with torch.no_grad():
-            for part in (pixels[:_PROBE], *torch.split(pixels, _BATCH)):
+            for part in (pixels[: max(1, min(_PROBE, len(pixels) - 1))], *torch.split(pixels, _BATCH)):
                 module(part)
     finally:
         for hook in hooks:

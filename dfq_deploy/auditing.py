@@ -39,8 +39,6 @@ from exporters.bundle import Manifest, open_bundle
 
 __all__ = ["audit", "audit_against_noise"]
 
-_NO_RANGES = ("count", "exact", "first", "least", "max_drop", "min_agreement")  # of a recipe: they decide on none
-
 
 @dataclass(frozen=True)
 class _Subject:
@@ -202,7 +200,7 @@ def _of_bundle(folder: Path, recipe: AuditRecipe, verify: str | Path | None, mod
 
 def _formats_of(manifest: Manifest, scheme: str) -> CalibrateRecipe:
     """What the bundle was calibrated by, with `scheme`."""
-    known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint", *_NO_RANGES}
+    known = {field.name for field in fields(CalibrateRecipe)} - {"checkpoint"}
     asked = {name: value for name, value in manifest.recipe.items() if name in known}
     try:
         own = CalibrateRecipe(**asked)

@@ -26,7 +26,7 @@ from dfq_deploy.building import built_with, float_stage, layer_times, made_with
 from dfq_deploy.choices import blocks_of, blocks_up_to, collector_of, observer_of, placement_of, scheme_of
 from dfq_deploy.models import Model
 from dfq_deploy.readers import read_by_several
-from dfq_deploy.recipe import CalibrateRecipe
+from dfq_deploy.recipe import CalibrateRecipe, note_unused
 from dfq_deploy.sparing import layers_to_spare
 from dfq_deploy.watch import Watch, counting
 from dfq_deploy.workspace import Workspace
@@ -75,6 +75,8 @@ def formats_of(job: Job) -> QuantPlan:
     Raises:
         PlanError: A range is unusable, nothing is left to quantize, or a layer to spare does not exist.
     """
+    if not job.recipe.auto:
+        note_unused(job.recipe, ("least", "max_drop", "min_agreement"), "without --auto")
     plan = formats_from(job.recipe, job.model, _ranges(job))
     return _assigned(job, plan) if job.recipe.auto else _without_noisy_layers(job, plan)
 
@@ -176,6 +178,7 @@ def _ranges(job: Job) -> Ranges:
 
     def make(path: Path) -> None:
         floats = float_stage(model, job.work) if collector.NEEDS_ONNX else None
+        job.watch.stage("ranges", False)  # again: the float model has a stage of its own
         collector.collect_ranges(
             Subject(model.module, model.fingerprint, floats),
             images,

@@ -228,18 +228,18 @@ def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
     """
     if model.task != "classification":
         return replace(images, labels=None)
-    if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
-        raise ImagesError(
-            what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",
-            why=f"`{model.name}` has {model.classes} classes, counted from 0.",
-            fix="use images of the classes that the model was trained on, or drop their labels.",
-        )
     folders = _class_folders(place)
     if images.labels is not None and folders not in (None, model.classes):
         told = f"{images.source} has {folders} sub-folders, and `{model.name}` {model.classes} classes"
         way_out = "a labels.csv (file,label) in the folder would say which is which."
         warnings.warn(f"{told}: no accuracy is measured; {way_out}", CalibrationWarning, stacklevel=2)
         return replace(images, labels=None)
+    if images.labels is not None and not 0 <= images.labels.min() <= images.labels.max() < model.classes:
+        raise ImagesError(
+            what=f"{images.source} has labels from {images.labels.min()} to {images.labels.max()}.",
+            why=f"`{model.name}` has {model.classes} classes, counted from 0.",
+            fix="use images of the classes that the model was trained on, or drop their labels.",
+        )
     return images
 
 

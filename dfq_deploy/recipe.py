@@ -3,11 +3,13 @@
 The classes build on one another as the stages do. They are checked once, here; the rest of the code trusts them.
 """
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibrators.errors import RecipeError
+from calibrators.errors import CalibrationWarning, RecipeError
 from calibrators.registry import names
 from calibrators.scheme import SCHEMES
 from dfq_deploy.generation import BATCH
@@ -24,6 +26,7 @@ __all__ = [
     "ProviderName",
     "Recipe",
     "SimulateRecipe",
+    "note_unused",
     "size_of",
 ]
 
@@ -193,10 +196,6 @@ class CalibrateRecipe(GenerateRecipe):
         _check(sound, wrong, "no engine computes in it, or nothing is quantized.", "--scheme w8a8")
         wrong = f"--percentile {self.percentile} is out of range."
         _check(50 < self.percentile <= 100, wrong, "it is a share of values in percent.", "a value such as 99.99")
-        for name in () if self.calib == "synthetic" else ("count", "exact", "first"):
-            _check_unused(self, name, f"with --calib {self.calib}", "it says how synthetic images are made")
-        for name in () if self.auto else ("least", "max_drop", "min_agreement"):
-            _check_unused(self, name, "without --auto", "it says what that aims at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +304,10 @@ def _check(holds: bool, what: str, why: str, instead: str) -> None:
         raise RecipeError(what=what, why=why, fix=f"pass {instead}.")
 
 
-def _check_unused(recipe: CalibrateRecipe, name: str, when: str, why: str) -> None:
-    if getattr(recipe, name) != getattr(CalibrateRecipe, name):
-        what = f"--{name.replace('_', '-')} means nothing {when}."
-        raise RecipeError(what=what, why=f"{why}.", fix="leave it out.")
+def note_unused(recipe: CalibrateRecipe, names: Sequence[str], when: str) -> None:
+    """Say of the fields `names` that are not as they are by default that they mean nothing."""
+    for name in (name for name in names if getattr(recipe, name) != getattr(CalibrateRecipe, name)):
+        warnings.warn(f"--{name.replace('_', '-')} means nothing {when}.", CalibrationWarning, stacklevel=2)
 
 
 def _resolved(calib: str) -> str:

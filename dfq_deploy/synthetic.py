@@ -19,7 +19,7 @@ from dfq_deploy.generation.generators import STUDENTS
 from dfq_deploy.generation.making import make_images
 from dfq_deploy.models import Model
 from dfq_deploy.opening import open_images
-from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe
+from dfq_deploy.recipe import CalibrateRecipe, GenerateRecipe, note_unused
 from dfq_deploy.watch import Watch
 from dfq_deploy.workspace import Workspace
 
@@ -33,6 +33,7 @@ def images_for(recipe: CalibrateRecipe, model: Model, work: Workspace, watch: Wa
         DeployError: They cannot be had.
     """
     if recipe.calib != "synthetic":
+        note_unused(recipe, ("count", "exact", "first"), f"with --calib {recipe.calib}")
         return open_images(recipe.calib, model.preprocess)
     facts = [
         recipe.generator,

@@ -64,7 +64,7 @@ def refuse_bundle(out: Path) -> None:
     Raises:
         RecipeError: One does.
     """
-    if (out / MANIFEST).exists():
+    if (out / MANIFEST).exists() and (out / "model.onnx").exists():
         raise RecipeError(
             what=f"`{out}` holds a bundle.",
             why="what is made there would replace its report, its plan or what it keeps in `work`.",

@@ -20,7 +20,7 @@ from calibrators.observers import MinMax, Percentile
 from calibrators.plan import QParams, QuantPlan
 from calibrators.sites import sites_of
 from calibrators.student import Student
-from dfq_deploy import audited, auditing, coverage
+from dfq_deploy import audited, coverage
 from dfq_deploy.audited import Audit, judged
 from dfq_deploy.coverage import Held, SiteCoverage
 from dfq_deploy.generation import GenerateOptions
@@ -34,7 +34,6 @@ from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import AuditRecipe, CalibrateRecipe, GenerateRecipe
 from dfq_deploy.showing.console import console
 from dfq_deploy.showing.sets import print_audit
-from exporters.bundle import open_bundle
 
 _PICTURES = ("ranges.png", "patch_similarity.png", "attention.png")
 
@@ -400,11 +399,3 @@ def test_the_report_is_json_where_a_width_is_zero() -> None:
     audit = Audit("m", "w8a8", "ort", "minmax", 1, "i", {}, {}, {}, (site,), "real", "good", "v")
     assert audit.report()["sites"][0]["own"]["drift"] is None
     json.dumps(audit.report(), allow_nan=False)
-
-
-def test_what_decides_on_no_range_keeps_no_bundle_from_being_audited(demo_bundle: Path) -> None:
-    """As an earlier version let it be asked for: a count of images that were there."""
-    manifest = open_bundle(demo_bundle)
-    asked = manifest.recipe | {"calib": "folder:images", "count": 64, "auto": True, "max_drop": 1.0}
-    formats = auditing._formats_of(manifest.model_copy(update={"recipe": asked}), "w8a8_fp8")
-    assert (formats.scheme, formats.auto) == ("w8a8_fp8", False)

@@ -119,7 +119,7 @@ def test_what_rtx_alone_does_not_build_is_pending_with_its_reason(model: Path, m
     monkeypatch.setattr(trt, "build_planned", refuses)
     built = trt.build(model, plan_for("fc"), _BUILDS)
     assert (built.state, built.files, built.census.precision) == ("pending", (), {})
-    assert built.note.endswith("asked in its place, does not build it: no kernel.")
+    assert built.note.endswith("asked in its place: tensorrt_rtx cannot build this model. no kernel.")
 
 
 @pytest.mark.parametrize("name", ["tensorrt-10.16", "tensorrt-11.4"])

@@ -57,8 +57,6 @@ _MISTAKES = {
     "a word too many": ["export", *_NOISE, "--out", "o", "extra"],
     "no number": ["export", *_NOISE, "--out", "o", "--count", "many"],
     "no images": ["export", *_NOISE, "--out", "o", "--count", "0"],
-    "a count of images that are there": ["calibrate", "--model", "demo", "--calib", "a", "--count", "4", "--out", "o"],
-    "a budget for nothing": ["export", *_NOISE, "--out", "o", "--min-agreement", "98"],
     "a generator twice": ["export", "--model", "demo", "--generator", "noise,noise", "--out", "o"],
     "a part that begins no batch": ["export", *_NOISE, "--out", "o", "--first", "5"],
     "a part of several generators": ["export", *_NOISE[:3], "noise,dfq", "--out", "o", "--first", "32"],
@@ -329,6 +327,15 @@ def test_the_recipe_in_a_bundle_repeats_it(desk: Path) -> None:
     before = Path("bundle/model.onnx").stat().st_mtime_ns
     assert cli.run(["--recipe", "bundle/recipe.toml", "export", "--out", "bundle", "--limit", "2"]) == 0
     assert Path("bundle/model.onnx").stat().st_mtime_ns == before, "it is another recipe: the engine was made again"
+
+
+def test_what_means_nothing_is_noted(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", *_NOISE, "--count", "2", "--out", "images.safetensors"]) == 0
+    asked = ["--calib", "images.safetensors", "--count", "4", "--min-agreement", "98", "--refine", "none"]
+    assert cli.run(["calibrate", "--model", "demo", *asked, "--out", "plan.safetensors"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--count means nothing with --calib images.safetensors." in told
+    assert "--min-agreement means nothing without --auto." in told
 
 
 @pytest.mark.parametrize(

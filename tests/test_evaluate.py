@@ -141,7 +141,11 @@ def test_sub_folders_that_are_not_the_classes_give_no_labels_and_a_listing_does(
         return None if images.labels is None else images.labels.tolist()
 
     assert labels() == [*range(10)]
-    shutil.rmtree(tmp_path / "5")
+    shutil.copytree(tmp_path / "9", tmp_path / "too many")
+    with pytest.warns(CalibrationWarning, match="has 11 sub-folders"):
+        assert labels() is None
+    for name in ("5", "too many"):
+        shutil.rmtree(tmp_path / name)
     with pytest.warns(CalibrationWarning, match=r"has 9 sub-folders, and `demo` 10 classes.* a labels\.csv"):
         assert labels() is None
     (tmp_path / "labels.csv").write_text("file,label\n9/a.png,7\n")

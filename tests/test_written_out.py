@@ -52,7 +52,7 @@ def test_the_fused_kernel_is_called_on_a_gpu_alone(demo: Model) -> None:
 def test_attention_rows_are_seen_all_the_same(demo: Model) -> None:
     images = torch.randn(2, *demo.preprocess.shape, generator=torch.Generator().manual_seed(0))
     taps = taps_with_rows(demo, attention_taps(demo))
-    with torch.inference_mode(), rows_of(demo, taps) as rows:
+    with torch.inference_mode(), rows_of(taps) as rows:
         demo.module(images)
         wanted = [rows.of(tap) for tap in taps]
         with attention_written_out(CPU):

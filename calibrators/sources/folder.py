@@ -41,6 +41,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         files, labels = _listed(path)
     else:
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+        files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         classes = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
         labelled = all(f.parent.parent == path and f.parent.name in classes for f in files)
         labels = [classes.index(f.parent.name) for f in files] if labelled else None

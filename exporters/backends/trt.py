@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx_ir as ir
+
 try:
     import tensorrt as trt
 except ImportError:  # NVIDIA's own index has it; needed on the machine that builds
@@ -27,7 +29,7 @@ from exporters.tensorrt import cuda
 from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
-from exporters.tensorrt.refusals import refuse_plan, refuse_threads
+from exporters.tensorrt.refusals import refuse_model, refuse_plan, refuse_threads
 from exporters.tensorrt.verbs import prepare, time_layers, wanted
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
@@ -99,6 +101,7 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         return Built("pending", Census({}, {}), note=f"{missing}.")
     fp8 = any(q.codes.name == "float8_e4m3fn" for q in plan.sites.values())
     forecast = replace(options, targets=("sm89", "sm120") if fp8 else ())
+    refuse_model(ir.load(model))
     try:
         with TemporaryDirectory() as folder:
             census = build_planned(rtx, model, Path(folder) / _ENGINE, forecast, plan)
@@ -106,7 +109,7 @@ def _pending(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
         asked = f"TensorRT for RTX, asked in TensorRT's place, would not keep to the plan: {error.what}"
         raise ExportError(what=asked, why=error.why, fix=error.fix) from error
     except BackendError as error:  # of TensorRT for RTX, whose kernels are not TensorRT's
-        note = f"{missing}; TensorRT for RTX {rtx.__version__}, asked in its place, does not build it: {error.why}"
+        note = f"{missing}; TensorRT for RTX {rtx.__version__}, asked in its place: {error.what} {error.why}"
         return Built("pending", Census({}, {}), note=note)
     note = f"{missing}; TensorRT for RTX {rtx.__version__} builds the model, with its layers as listed."
     return Built("pending", census, note=note)
