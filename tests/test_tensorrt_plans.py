@@ -89,7 +89,7 @@ def test_an_asymmetric_plan_is_refused() -> None:
     for plan in (_asymmetric("uint8", 128), _asymmetric("uint8", 0), _asymmetric("int8", 1), _asymmetric("uint4", 3)):
         with pytest.raises(BackendError, match=r"it is asymmetric \(zero-point != 0\)") as caught:
             refuse_plan(plan, targets=(), blocks=())
-        assert "--scheme w8a8, or --backend ort" in caught.value.fix
+        assert "--scheme w8a8, or use --backend ort" in caught.value.fix
     refuse_plan(_asymmetric("int8", 0), targets=(), blocks=())
 
 
