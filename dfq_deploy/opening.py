@@ -14,6 +14,7 @@ from calibrators.errors import BundleError, CalibrationWarning, ImagesError, Mod
 from calibrators.images import ImageSet, joined
 from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
+from calibrators.sources.folder import class_folders
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import size_of
@@ -228,9 +229,10 @@ def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
     """
     if model.task != "classification":
         return replace(images, labels=None)
-    folders = _class_folders(place)
-    if images.labels is not None and folders not in (None, model.classes):
-        told = f"{images.source} has {folders} sub-folders, and `{model.name}` {model.classes} classes"
+    kind, _, path = place.partition(":")
+    folders = class_folders(Path(path)) if kind == "folder" else None
+    if images.labels is not None and folders is not None and len(folders) != model.classes:
+        told = f"{images.source} has {len(folders)} sub-folders, and `{model.name}` {model.classes} classes"
         way_out = "a labels.csv (file,label) in the folder would say which is which."
         warnings.warn(f"{told}: no accuracy is measured; {way_out}", CalibrationWarning, stacklevel=2)
         return replace(images, labels=None)
@@ -241,11 +243,3 @@ def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
             fix="use images of the classes that the model was trained on, or drop their labels.",
         )
     return images
-
-
-def _class_folders(place: str) -> int | None:
-    """How many sub-folders `folder:PATH` has; None where `place` is none, or a `labels.csv` in it has the labels."""
-    kind, _, path = place.partition(":")
-    if kind != "folder" or (Path(path) / "labels.csv").exists():
-        return None
-    return sum(inner.is_dir() and not inner.name.startswith(".") for inner in Path(path).iterdir())

@@ -218,9 +218,7 @@ def test_no_bound_follows_a_product_that_lost_its_bias(tmp_path: Path) -> None:
     assert torch_parity(module, tmp_path / "float.onnx", np.ones((3, 3, 8, 8), np.float32)) < 1e-5
 
 
-class _OneWeightTwice(nn.Module):
-    """A layer that runs twice, which has no site."""
-
+class _RunsTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
@@ -252,7 +250,7 @@ class _ScaledProduct(nn.Module):
         return torch.addmm(self.bias, x.mean((2, 3)), self.weight, alpha=2.0, beta=0.5)
 
 
-@pytest.mark.parametrize("kind", [_OneWeightTwice, _TiedWeights, _ScaledProduct])
+@pytest.mark.parametrize("kind", [_RunsTwice, _TiedWeights, _ScaledProduct])
 def test_layers_that_share_or_scale_a_weight_compute_what_they_did(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = kind().eval()
@@ -291,16 +289,6 @@ class _Zero(nn.Module):
 def test_an_output_of_nothing_but_zeros_is_equal_to_itself(tmp_path: Path) -> None:
     export_float(_Zero(), torch.zeros(2, 3, 8, 8), tmp_path / "float.onnx")
     assert torch_parity(_Zero(), tmp_path / "float.onnx", np.ones((2, 3, 8, 8), np.float32)) == 0
-
-
-class _RunsTwice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.fc(x.mean((2, 3))))
-        return y
 
 
 def test_a_layer_that_runs_twice_is_refused_by_name(tmp_path: Path) -> None:

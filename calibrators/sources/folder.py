@@ -18,7 +18,7 @@ from calibrators.files import fingerprint_of, sha256_of
 from calibrators.images import ImageSet
 from calibrators.preprocess import PreparedPixels, Preprocess
 
-__all__ = ["open_images"]
+__all__ = ["class_folders", "open_images"]
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -37,12 +37,12 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
             fix="check the path.",
         )
     labels: list[int] | None
-    if (path / "labels.csv").exists():
+    classes = class_folders(path)
+    if classes is None:
         files, labels = _listed(path)
     else:
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        classes = sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
         labelled = all(f.parent.parent == path and f.parent.name in classes for f in files)
         labels = [classes.index(f.parent.name) for f in files] if labelled else None
     if not files:
@@ -61,6 +61,13 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         labels=None if labels is None else np.asarray(labels, np.int64),
         names=named,
     )
+
+
+def class_folders(path: Path) -> list[str] | None:
+    """Names of the sub-folders whose places are labels; None where a `labels.csv` has these."""
+    if (path / "labels.csv").exists():
+        return None
+    return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
 def _listed(path: Path) -> tuple[list[Path], list[int]]:

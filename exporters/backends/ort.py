@@ -21,7 +21,7 @@ from exporters.census import Census, is_weight_only, precision_of
 from exporters.ort_engine import PROVIDERS, TENSORRT, OrtEngine, cannot_load, session_options
 from exporters.scales import shorten_scales
 from exporters.tensorrt.fence import put_fences
-from exporters.tensorrt.refusals import cannot_time_layers, refuse_plan, refuse_threads
+from exporters.tensorrt.refusals import DOCUMENTED_BLOCKS, cannot_time_layers, refuse_plan, refuse_threads
 from exporters.timing import SERIAL_SUFFIX, profile_layers
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
@@ -29,7 +29,6 @@ __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
 _INTEGER_KERNELS = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul"}
 _WEIGHT_ONLY_KERNEL = "MatMulNBits"  # computes in float: where inputs are quantized it is a fall-back
 _BLOCKS = (32, 64, 128)
-_TENSORRT_BLOCKS = (64, 128)  # it documents no others
 
 
 def placement(options: BuildOptions) -> Placement:
@@ -89,7 +88,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
 
 
 def _blocks(options: BuildOptions) -> tuple[int, ...]:
-    return _TENSORRT_BLOCKS if options.provider == "tensorrt" else _BLOCKS
+    return DOCUMENTED_BLOCKS if options.provider == "tensorrt" else _BLOCKS
 
 
 def _refuse_unused(options: BuildOptions) -> None:

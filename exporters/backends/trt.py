@@ -29,18 +29,17 @@ from exporters.tensorrt import cuda
 from exporters.tensorrt.builder import build_planned
 from exporters.tensorrt.engine import TensorRTEngine
 from exporters.tensorrt.loading import refuse_other
-from exporters.tensorrt.refusals import refuse_model, refuse_plan, refuse_threads
+from exporters.tensorrt.refusals import DOCUMENTED_BLOCKS, refuse_model, refuse_plan, refuse_threads
 from exporters.tensorrt.verbs import prepare, time_layers, wanted
 
 __all__ = ["build", "check", "load", "placement", "prepare", "time_layers"]
 
 _ENGINE = "model.engine"
-_BLOCKS = (64, 128)
 
 
 def placement(options: BuildOptions) -> Placement:
     """As TensorRT wants it."""
-    return wanted(_BLOCKS)
+    return wanted(DOCUMENTED_BLOCKS)
 
 
 def check(plan: QuantPlan, options: BuildOptions) -> None:
@@ -55,7 +54,7 @@ def check(plan: QuantPlan, options: BuildOptions) -> None:
             why="it builds for the GPU of the machine that it runs on.",
             fix="leave it out, or use --backend rtx, which builds for GPUs that are not there.",
         )
-    refuse_plan(plan, targets=(), blocks=_BLOCKS)
+    refuse_plan(plan, targets=(), blocks=DOCUMENTED_BLOCKS)
 
 
 def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
@@ -68,7 +67,7 @@ def build(model: Path, plan: QuantPlan, options: BuildOptions) -> Built:
     gpu = cuda.device()
     if trt is None or gpu is None:
         return _pending(model, plan, options)
-    refuse_plan(plan, targets=[gpu.capability], blocks=_BLOCKS)
+    refuse_plan(plan, targets=[gpu.capability], blocks=DOCUMENTED_BLOCKS)
     timings = model.with_name(f"timing-{trt.__version__}-{gpu.capability}.cache")  # no other version or GPU takes it
     census = build_planned(trt, model, model.with_name(_ENGINE), options, plan, timing_cache=timings)
     made_for = {"tensorrt": trt.__version__, "gpu": f"{gpu.name} ({gpu.capability})"}

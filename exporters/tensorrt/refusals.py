@@ -12,8 +12,10 @@ import onnx_ir as ir
 from calibrators.errors import BackendError
 from calibrators.plan import QuantPlan
 
-__all__ = ["cannot_time_layers", "refuse_model", "refuse_plan", "refuse_threads"]
+__all__ = ["DOCUMENTED_BLOCKS", "cannot_time_layers", "refuse_model", "refuse_plan", "refuse_threads"]
 
+DOCUMENTED_BLOCKS = (64, 128)
+"""Sizes of INT4 blocks that plain TensorRT documents."""
 _FIRST_FP8 = 89  # the first compute capability, times ten, that has FP8
 _INTEGER_OPS = {"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
 _ELSEWHERE = "use --backend ort with --provider cpu"
