@@ -52,6 +52,7 @@ class ImageSet:
         made_by: Facts that repeat a synthetic set: generator, seed, settings, model.
         student: What the calibrated model gets for weights, or None if it keeps its own.
         names: The images' files, where they have some; for people, and no part of the fingerprint.
+        classes: Names of the classes that the labels count, where the source tells them; no part of it either.
     """
 
     pixels: Pixels
@@ -62,6 +63,7 @@ class ImageSet:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     student: Student | None = None
     names: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -133,7 +135,8 @@ class ImageSet:
         found = ImageSet.of(
             pixels, self.preprocess, source=source, labels=labels, made_by=self.made_by, student=self.student
         )
-        return found if self.names is None else replace(found, names=tuple(self.names[i] for i in index.tolist()))
+        names = None if self.names is None else tuple(self.names[i] for i in index.tolist())
+        return replace(found, names=names, classes=self.classes)
 
     def save(self, path: Path) -> None:
         """Write the set as one safetensors file: `pixels`, `labels` and `student.…` if there are any, a JSON header."""

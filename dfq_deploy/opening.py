@@ -14,7 +14,6 @@ from calibrators.errors import BundleError, CalibrationWarning, ImagesError, Mod
 from calibrators.images import ImageSet, joined
 from calibrators.preprocess import Preprocess
 from calibrators.registry import names, pick
-from calibrators.sources.folder import class_folders
 from dfq_deploy.models import Model
 from dfq_deploy.models.loading import load_model
 from dfq_deploy.recipe import size_of
@@ -176,7 +175,7 @@ def images_to_judge_by(model: Model, place: str | None) -> ImageSet | None:
     """
     if place is None and model.labelled is not None:
         place = f"npz:{model.labelled}"
-    return None if place is None else _labelled_for(model, open_images(place, model.preprocess), place)
+    return None if place is None else _labelled_for(model, open_images(place, model.preprocess))
 
 
 def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str | None) -> ImageSet:
@@ -195,7 +194,7 @@ def images_to_check(folder: Path, manifest: Manifest, model: Model, place: str |
             why=f"the synthetic ones that it was calibrated on are not in `{folder / 'work'}` any more.",
             fix="pass --images folder:PATH, or a file made by `dfq-deploy generate`.",
         )
-    return _labelled_for(model, images, str(manifest.recipe["calib"]))
+    return _labelled_for(model, images)
 
 
 def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageSet | None:
@@ -218,8 +217,8 @@ def calibration_images(folder: Path, manifest: Manifest, model: Model) -> ImageS
     return images
 
 
-def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
-    """`images`, which lie at `place`, with labels that are classes of `model`, or with none.
+def _labelled_for(model: Model, images: ImageSet) -> ImageSet:
+    """`images` with labels that are classes of `model`, or with none.
 
     There are none where it is no classifier; and, which a note says, where a label is the place of a sub-folder among
     more or fewer of them than the model has classes.
@@ -229,10 +228,8 @@ def _labelled_for(model: Model, images: ImageSet, place: str) -> ImageSet:
     """
     if model.task != "classification":
         return replace(images, labels=None)
-    kind, _, path = place.partition(":")
-    folders = class_folders(Path(path)) if kind == "folder" else None
-    if images.labels is not None and folders is not None and len(folders) != model.classes:
-        told = f"{images.source} has {len(folders)} sub-folders, and `{model.name}` {model.classes} classes"
+    if images.classes is not None and len(images.classes) != model.classes:
+        told = f"{images.source} has {len(images.classes)} sub-folders, and `{model.name}` {model.classes} classes"
         way_out = "a labels.csv (file,label) in the folder would say which is which."
         warnings.warn(f"{told}: no accuracy is measured; {way_out}", CalibrationWarning, stacklevel=2)
         return replace(images, labels=None)

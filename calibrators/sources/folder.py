@@ -18,7 +18,7 @@ from calibrators.files import fingerprint_of, sha256_of
 from calibrators.images import ImageSet
 from calibrators.preprocess import PreparedPixels, Preprocess
 
-__all__ = ["class_folders", "open_images"]
+__all__ = ["open_images"]
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -37,10 +37,11 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
             fix="check the path.",
         )
     labels: list[int] | None
-    classes = class_folders(path)
-    if classes is None:
+    classes: list[str] | None = None
+    if (path / "labels.csv").exists():
         files, labels = _listed(path)
     else:
+        classes = sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         labelled = all(f.parent.parent == path and f.parent.name in classes for f in files)
@@ -60,14 +61,8 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         fingerprint=fingerprint_of(facts),
         labels=None if labels is None else np.asarray(labels, np.int64),
         names=named,
+        classes=None if labels is None or classes is None else tuple(classes),
     )
-
-
-def class_folders(path: Path) -> list[str] | None:
-    """Names of the sub-folders whose places are labels; None where a `labels.csv` has these."""
-    if (path / "labels.csv").exists():
-        return None
-    return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
 def _listed(path: Path) -> tuple[list[Path], list[int]]:
