@@ -7,13 +7,15 @@ FLAGS ?=
 OLDEST := $(patsubst %,tests/test_%.py,affine backend_ort bundle cast doctor inferring plan qdq runtime serve signing sites \
   to_onnx trust)
 
-.PHONY: demo test test-oldest gpu lint bench bench-peers bench-serving accuracy simulated ablation spdfq steps generators \
-  float-body int4 large latency scaling coverage docs clean
+.PHONY: demo test pytest test-oldest gpu lint bench bench-peers bench-serving accuracy simulated ablation spdfq steps \
+  generators float-body int4 large latency scaling coverage docs clean
 
 demo: .venv/export.stamp
 	$(BIN)/dfq-deploy export --model demo --calib synthetic --backend ort --out $(OUT)/demo
 
-test: lint
+test: lint pytest
+
+pytest: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 # The oldest versions that pyproject.toml lets in, in an environment of their own.
@@ -82,7 +84,7 @@ clean:
 	rm -rf .venv .venv-oldest .venv-peers $(OUT)
 
 .venv/%.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[$*]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[$*]'
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml
