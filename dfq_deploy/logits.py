@@ -5,6 +5,7 @@ what a batch gives depends on its images, its number and how many images there a
 behind the other, what all images give at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ __all__ = ["images_at_once", "logits_by_batch"]
 
 _MOST = 2**25  # numbers that a batch puts out, where an image does not put out more
 _MOVES = 3  # of each input at most, each another one; rounding to a body is the same each time
-_MOVED = 1000  # inputs are enough: about so many images need one move each
+_MOVED = 1000  # inputs are enough: so many images need one move each
 _SEED = 0
 
 
@@ -53,7 +54,7 @@ def logits_by_batch(
         (n, numbers) float32 of `float`, `reference` and `engine`, and (k, n, numbers) of `moved`, k times.
     """
     size = images_at_once(reference.model.numbers)
-    moves = min(_MOVES, max(1, round(_MOVED / len(pixels)))) if body == "fp32" else 1
+    moves = min(_MOVES, math.ceil(_MOVED / len(pixels))) if body == "fp32" else 1
     stop = len(pixels) if stop is None else stop
     for first in range(start, stop, size):
         batch = pixels[first : min(first + size, stop)]

@@ -230,7 +230,12 @@ def test_a_class_folder_without_images_has_its_index(tmp_path: Path) -> None:
     (tmp_path / "bee" / "notes.txt").write_text("no image")
     for name in ("cat/z.jpeg", "dog/a.png"):
         _picture().save(tmp_path / name)
-    np.testing.assert_array_equal(folder.open_images(tmp_path, SMALL).labels, np.array([2, 3]), strict=True)
+    images = folder.open_images(tmp_path, SMALL)
+    np.testing.assert_array_equal(images.labels, np.array([2, 3]), strict=True)
+    assert images.classes == images.spread(1).classes == ("ant", "bee", "cat", "dog")
+    assert images.spread(1).names == ("cat/z.jpeg",)
+    _picture().save(tmp_path / "unlabelled.png")
+    assert folder.open_images(tmp_path, SMALL).classes is None
 
 
 def test_a_listing_gives_labels_and_order(pictures: Path) -> None:

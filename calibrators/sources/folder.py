@@ -36,16 +36,16 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
             why="`folder:PATH` reads a folder of images.",
             fix="check the path.",
         )
-    labels: list[int] | None
-    classes: list[str] | None = None
+    labels: list[int] | None = None
+    classes: tuple[str, ...] | None = None
     if (path / "labels.csv").exists():
         files, labels = _listed(path)
     else:
-        classes = sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        labelled = all(f.parent.parent == path and f.parent.name in classes for f in files)
-        labels = [classes.index(f.parent.name) for f in files] if labelled else None
+        folders = sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
+        if all(f.parent.parent == path and f.parent.name in folders for f in files):
+            labels, classes = [folders.index(f.parent.name) for f in files], tuple(folders)
     if not files:
         raise ImagesError(
             what=f"`{path}` holds no images.",
@@ -61,7 +61,7 @@ def open_images(path: Path, preprocess: Preprocess) -> ImageSet:
         fingerprint=fingerprint_of(facts),
         labels=None if labels is None else np.asarray(labels, np.int64),
         names=named,
-        classes=None if labels is None or classes is None else tuple(classes),
+        classes=classes,
     )
 
 
